@@ -1,0 +1,79 @@
+// What the pool needs of a device: host memory, transfers on streams, fences.
+//
+// Two implementations: cuda_device.cu (mapped pinned memory, CUDA streams and events) and
+// host_device.cpp (ordered queues on worker threads). Every call may be made from any thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+namespace pystage {
+
+// Width of an id, in a slot (the "wire") and in the output. The value is its size in bytes.
+enum class IntType : uint8_t { kInt32 = 4, kInt64 = 8 };
+inline constexpr size_t size_of(IntType type) { return static_cast<size_t>(type); }
+
+using StreamHandle = void*;  // cudaStream_t, or HostStream*
+using FenceHandle = void*;   // cudaEvent_t, or HostFence*
+
+enum class TransferKind : uint8_t {
+  kKernel,      // a kernel reads the mapped slot and writes the output: no copy engine
+  kCopyEngine,  // cudaMemcpyAsync; wire and output must have the same width
+};
+
+// Memory the host writes and the device reads.
+struct HostMemory {
+  char* host = nullptr;
+  const char* device = nullptr;  // the address a kernel reads; null where it cannot
+  size_t bytes = 0;
+  bool pinned = false;
+  bool fallback = false;  // pageable because pinned memory could not be had
+};
+
+struct Transfer {
+  const void* src = nullptr;         // host address
+  const void* src_device = nullptr;  // the same as a kernel sees it
+  IntType wire = IntType::kInt32;
+  void* dst = nullptr;
+  IntType out = IntType::kInt64;
+  size_t count = 0;  // ids
+  TransferKind kind = TransferKind::kKernel;
+  // Owner of dst. The host device keeps it until the transfer ran; CUDA memory needs no owner,
+  // because its allocator frees in stream order.
+  std::shared_ptr<void> dst_owner;
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  virtual const std::string& name() const = 0;  // "cuda:0", "cpu"
+
+  // Pinned, mapped memory; pageable (pinned == false) where that cannot be had, with the reason in
+  // *why_pageable. The host device's memory is never pinned and needs no reason.
+  virtual HostMemory allocate(size_t bytes, std::string* why_pageable) = 0;
+  virtual void free(const HostMemory& memory) noexcept = 0;
+
+  virtual void launch(const Transfer& transfer, StreamHandle stream) = 0;
+
+  // A fence is done once all work that its stream held at record() is done. Recording again
+  // forgets the earlier point.
+  virtual FenceHandle create_fence() = 0;
+  virtual void destroy_fence(FenceHandle fence) noexcept = 0;
+  virtual void record(FenceHandle fence, StreamHandle stream) = 0;
+  virtual bool query(FenceHandle fence) = 0;
+  virtual void synchronize(FenceHandle fence) = 0;                // the calling thread waits
+  virtual void wait(StreamHandle stream, FenceHandle fence) = 0;  // the stream waits
+
+  // True while the stream records a graph instead of running.
+  virtual bool capturing(StreamHandle stream) = 0;
+
+  // For tests: keep everything put on the stream from now on pending until release(). Nothing
+  // stays held longer than kHoldLimitSeconds, so that a failing test ends.
+  virtual void* hold(StreamHandle stream) = 0;
+  virtual void release(void* hold) noexcept = 0;
+  static constexpr int kHoldLimitSeconds = 60;
+};
+
+}  // namespace pystage

@@ -1,0 +1,39 @@
+// torch.ops.pystage: schemas and kernels. The fakes are in pystage/ops.py.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "staging.h"
+
+namespace pystage {
+namespace {
+
+at::Tensor transfer(const at::Tensor& wire, at::ScalarType dtype,
+                    std::optional<at::Device> device) {
+  at::Tensor out =
+      at::empty({wire.numel()},
+                at::TensorOptions().dtype(dtype).device(device.value_or(wire.device())));
+  transfer_tensor(wire, out);
+  return out;
+}
+
+void transfer_out(const at::Tensor& wire, at::Tensor& out) { transfer_tensor(wire, out); }
+
+}  // namespace
+
+TORCH_LIBRARY(pystage, m) {
+  m.def("transfer(Tensor wire, *, ScalarType dtype=long, Device? device=None) -> Tensor");
+  m.def("transfer_out(Tensor wire, Tensor(a!) out) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(pystage, CPU, m) {
+  m.impl("transfer", &transfer);
+  m.impl("transfer_out", &transfer_out);
+}
+
+TORCH_LIBRARY_IMPL(pystage, CUDA, m) {
+  m.impl("transfer", &transfer);
+  m.impl("transfer_out", &transfer_out);
+}
+
+}  // namespace pystage

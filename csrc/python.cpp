@@ -1,0 +1,597 @@
+// pystage._C: Python objects in, staged tokens and tensors out. pystage/_C.pyi describes it.
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <limits>
+#include <vector>
+
+#include "host_device.h"
+#include "staging.h"
+#ifdef PYSTAGE_WITH_CUDA
+#include "cuda_device.h"
+#endif
+
+namespace py = pybind11;
+
+namespace pystage {
+namespace {
+
+constexpr Bounds kInt32Bounds{std::numeric_limits<int32_t>::min(),
+                              std::numeric_limits<int32_t>::max()};
+// Gathers at least this large (some 20 us) let other Python threads run meanwhile.
+constexpr size_t kReleaseGil = size_t{64} << 10;
+
+std::string where(size_t request) { return "token_ids[" + std::to_string(request) + "]"; }
+std::string where(size_t request, size_t position) {
+  return where(request) + "[" + std::to_string(position) + "]";
+}
+
+std::string type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
+
+// --- lists of ints -----------------------------------------------------------------------------
+
+// Ints of one digit (below 2^30, so all token ids) are read in place.
+inline bool compact_int(PyObject* object, int64_t* value) {
+  if (!PyLong_CheckExact(object)) return false;
+#if PY_VERSION_HEX >= 0x030C0000
+  auto* as_long = reinterpret_cast<PyLongObject*>(object);
+  if (!PyUnstable_Long_IsCompact(as_long)) return false;
+  *value = PyUnstable_Long_CompactValue(as_long);
+#elif PY_VERSION_HEX >= 0x030B0000
+  const Py_ssize_t digits = Py_SIZE(object);
+  if (digits < -1 || digits > 1) return false;
+  *value = digits * static_cast<int64_t>(reinterpret_cast<PyLongObject*>(object)->ob_digit[0]);
+#else
+  return false;
+#endif
+  return true;
+}
+
+// Any int, or object with __index__ (a NumPy integer). May run Python code.
+int64_t any_int(PyObject* object, size_t request, size_t position) {
+  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(object));
+  if (!index) {
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
+    PyErr_Clear();
+    throw py::type_error(where(request, position) + " is a " + type_name(object) +
+                         ", not an int" +
+                         (PySequence_Check(object) ? ": token_ids is one level too deep" : ""));
+  }
+  int overflow = 0;
+  const int64_t value = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+  if (overflow) throw py::value_error(where(request, position) + " does not fit int64");
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// part.data is a list or tuple that the caller holds a reference to. Reading an id may run Python
+// code, which may change a list: its items are looked up anew each time.
+PyObject* item(const Part& part, size_t index) {
+  auto* sequence = static_cast<PyObject*>(const_cast<void*>(part.data));
+  const size_t at = part.first + index;
+  if (at >= static_cast<size_t>(PySequence_Fast_GET_SIZE(sequence)))
+    throw Error(where(part.request) + " shrank while it was staged");
+  return PySequence_Fast_GET_ITEM(sequence, static_cast<Py_ssize_t>(at));
+}
+
+int64_t read_id(const Part& part, size_t index) {
+  PyObject* object = item(part, index);
+  int64_t value;
+  if (compact_int(object, &value)) return value;
+  const auto keep = py::reinterpret_borrow<py::object>(object);
+  return any_int(object, part.request, part.first + index);
+}
+
+template <typename Out>
+bool read_list(const Part& part, Out* dst, const Bounds& bounds) {
+  auto* sequence = static_cast<PyObject*>(const_cast<void*>(part.data));
+  bool ok = true;
+  size_t i = 0;
+  while (i < part.count) {
+    // No Python code runs in this loop, so the items stay where they are.
+    PyObject** items = PySequence_Fast_ITEMS(sequence) + part.first;
+    const size_t size = static_cast<size_t>(PySequence_Fast_GET_SIZE(sequence));
+    const size_t stop =
+        size < part.first ? 0 : std::min(part.count, size - part.first);
+    for (; i < stop; ++i) {
+      if (i + 8 < stop) __builtin_prefetch(items[i + 8]);  // the ints lie scattered
+      int64_t value;
+      if (!compact_int(items[i], &value)) break;
+      ok &= value >= bounds.lo && value <= bounds.hi;
+      dst[i] = static_cast<Out>(value);
+    }
+    if (i < part.count) {  // an id that is no small int, or the list shrank
+      const int64_t value = read_id(part, i);
+      ok &= value >= bounds.lo && value <= bounds.hi;
+      dst[i++] = static_cast<Out>(value);
+    }
+  }
+  return ok;
+}
+
+bool read_part(const Part& part, void* dst, IntType wire, const Bounds* bounds) {
+  constexpr Bounds any{std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max()};
+  const Bounds& b = bounds ? *bounds : any;
+  return wire == IntType::kInt32 ? read_list(part, static_cast<int32_t*>(dst), b)
+                                 : read_list(part, static_cast<int64_t*>(dst), b);
+}
+
+// --- ragged arguments --------------------------------------------------------------------------
+
+// Signed native integers of 4 or 8 bytes, whatever their letter on this platform.
+bool int_format(const Py_buffer& view, IntType* type) {
+  const char* f = view.format ? view.format : "B";
+  if (*f == '@' || *f == '=') ++f;
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  else if (*f == '<') ++f;
+#endif
+  if ((*f != 'i' && *f != 'l' && *f != 'q' && *f != 'n') || f[1] != '\0') return false;
+  if (view.itemsize == 4) *type = IntType::kInt32;
+  else if (view.itemsize == 8) *type = IntType::kInt64;
+  else return false;
+  return true;
+}
+
+// The parts of one call, and what keeps their memory in place until the gather is over.
+class Parts {
+ public:
+  explicit Parts(size_t count) {
+    parts_.reserve(count);
+    views_.reserve(count);
+  }
+  ~Parts() {
+    for (Py_buffer& view : views_) PyBuffer_Release(&view);
+  }
+  Parts(const Parts&) = delete;
+  Parts& operator=(const Parts&) = delete;
+
+  // Adds a whole request; narrow() then takes the part [start, stop) of it.
+  void add(PyObject* object) {
+    Part part;
+    part.request = parts_.size();
+    if (PyList_Check(object) || PyTuple_Check(object)) {
+      part.data = object;
+      part.count = static_cast<size_t>(PySequence_Fast_GET_SIZE(object));
+      part.read = read_part;
+      part.read_id = read_id;
+      owners_.push_back(py::reinterpret_borrow<py::object>(object));
+      has_lists_ = true;
+    } else if (THPVariable_Check(object)) {
+      add_tensor(part, object);
+    } else if (PyObject_CheckBuffer(object)) {
+      add_buffer(part, object);
+    } else if (PyIndex_Check(object)) {
+      throw py::type_error(where(part.request) +
+                           " is an int: token_ids is a sequence of sequences, so wrap a single "
+                           "request as [ids]");
+    } else {
+      throw py::type_error(where(part.request) + " is a " + type_name(object) +
+                           "; a request is a list or tuple of ints, an array('i' or 'q'), or an "
+                           "int32 or int64 NumPy array, CPU tensor or buffer");
+    }
+    parts_.push_back(part);
+  }
+
+  void narrow(size_t request, size_t start, size_t stop) {
+    Part& part = parts_[request];
+    part.count = stop - start;
+    part.first = start;
+    if (!part.read)
+      part.data =
+          static_cast<const char*>(part.data) + static_cast<ptrdiff_t>(start) * part.stride;
+  }
+
+  const Part* data() const { return parts_.data(); }
+  size_t size() const { return parts_.size(); }
+  const Part& operator[](size_t i) const { return parts_[i]; }
+  bool has_lists() const { return has_lists_; }
+
+ private:
+  void add_tensor(Part& part, PyObject* object) {
+    at::Tensor tensor = THPVariable_Unpack(object);
+    const std::string name = where(part.request);
+    if (!tensor.is_cpu())
+      throw py::value_error(name + " is on " + tensor.device().str() +
+                            ": ids are gathered on the host, so pass a CPU tensor");
+    if (tensor.scalar_type() != at::kLong && tensor.scalar_type() != at::kInt)
+      throw py::type_error(name + " has dtype " + c10::toString(tensor.scalar_type()) +
+                           ": ids are int32 or int64");
+    if (tensor.dim() != 1)
+      throw py::value_error(name + " has " + std::to_string(tensor.dim()) +
+                            " dimensions: a request is 1-D");
+    part.type = tensor.scalar_type() == at::kInt ? IntType::kInt32 : IntType::kInt64;
+    part.count = static_cast<size_t>(tensor.size(0));
+    part.stride = static_cast<ptrdiff_t>(tensor.stride(0)) *
+                  static_cast<ptrdiff_t>(size_of(part.type));
+    part.data = tensor.const_data_ptr();
+    tensors_.push_back(std::move(tensor));
+  }
+
+  void add_buffer(Part& part, PyObject* object) {
+    Py_buffer view;
+    if (PyObject_GetBuffer(object, &view, PyBUF_STRIDES | PyBUF_FORMAT) != 0)
+      throw py::error_already_set();
+    views_.push_back(view);  // released with this, whatever happens below
+    const std::string name = where(part.request);
+    if (view.ndim != 1)
+      throw py::value_error(name + " has " + std::to_string(view.ndim) +
+                            " dimensions: a request is 1-D");
+    if (!int_format(view, &part.type))
+      throw py::type_error(name + " (" + type_name(object) + ") holds items of format '" +
+                           (view.format ? view.format : "B") + "' and " +
+                           std::to_string(view.itemsize) +
+                           " bytes: ids are native int32 or int64, so convert them first");
+    part.count = static_cast<size_t>(view.shape[0]);
+    part.stride = view.strides ? view.strides[0] : view.itemsize;
+    part.data = view.buf;
+  }
+
+  std::vector<Part> parts_;
+  std::vector<Py_buffer> views_;
+  std::vector<py::object> owners_;
+  std::vector<at::Tensor> tensors_;
+  bool has_lists_ = false;
+};
+
+py::object as_fast_sequence(py::handle object, const char* name) {
+  // A string or a mapping iterates too, but never over requests.
+  if (PyUnicode_Check(object.ptr()) || PyDict_Check(object.ptr()))
+    throw py::type_error(std::string(name) + " is a " + type_name(object.ptr()) +
+                         ", not a sequence");
+  PyObject* fast = PySequence_Fast(object.ptr(), "not a sequence");
+  if (!fast) {
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
+    PyErr_Clear();
+    throw py::type_error(std::string(name) + " is a " + type_name(object.ptr()) +
+                         ", not a sequence");
+  }
+  return py::reinterpret_steal<py::object>(fast);
+}
+
+std::vector<size_t> read_ends(const py::object& object, const char* name, size_t count) {
+  const py::object fast = as_fast_sequence(object, name);
+  const size_t size = static_cast<size_t>(PySequence_Fast_GET_SIZE(fast.ptr()));
+  if (size != count)
+    throw py::value_error(std::string(name) + " has " + std::to_string(size) +
+                          " entries for " + std::to_string(count) + " requests");
+  std::vector<size_t> ends;
+  ends.reserve(size);
+  for (size_t i = 0; i < count; ++i) {
+    if (i >= static_cast<size_t>(PySequence_Fast_GET_SIZE(fast.ptr())))
+      throw Error(std::string(name) + " shrank while it was read");
+    const auto end = py::reinterpret_borrow<py::object>(
+        PySequence_Fast_GET_ITEM(fast.ptr(), static_cast<Py_ssize_t>(i)));
+    const Py_ssize_t value = PyNumber_AsSsize_t(end.ptr(), PyExc_OverflowError);
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    if (value < 0)
+      throw py::value_error(std::string(name) + "[" + std::to_string(i) + "] is " +
+                            std::to_string(value) + ": positions count from 0");
+    ends.push_back(static_cast<size_t>(value));
+  }
+  return ends;
+}
+
+// --- stage -------------------------------------------------------------------------------------
+
+class ReleaseGilIf {
+ public:
+  explicit ReleaseGilIf(bool release) {
+    if (release) release_.emplace();
+  }
+
+ private:
+  std::optional<py::gil_scoped_release> release_;
+};
+
+// Says once, for a pool, that and why its memory is pageable.
+void warn_if_pageable(StagingPool& pool) {
+  const std::string why = pool.core().why_pageable();
+  if (why.empty() || pool.warned_pageable) return;
+  pool.warned_pageable = true;
+  const std::string text = "pystage stages in pageable memory: " + why +
+                           ". Ids stay correct; transfers are slower and may block the host";
+  const py::object category = py::module_::import("pystage.errors").attr("PageableMemoryWarning");
+  if (PyErr_WarnEx(category.ptr(), text.c_str(), 1) != 0) throw py::error_already_set();
+}
+
+std::shared_ptr<Lease> acquire(StagingPool& pool, size_t bytes) {
+  if (auto lease = pool.core().try_acquire(bytes)) return lease;
+  std::shared_ptr<Lease> lease;
+  {
+    py::gil_scoped_release release;  // this pins memory, or waits
+    lease = pool.core().acquire(bytes);
+  }
+  warn_if_pageable(pool);
+  return lease;
+}
+
+StagedTokens stage(const std::shared_ptr<StagingPool>& self, const py::object& token_ids,
+                   const py::object& starts, const py::object& stops,
+                   const std::optional<int64_t>& vocab_size) {
+  Pool& pool = self->core();
+  if (vocab_size && *vocab_size < 1)
+    throw py::value_error("vocab_size is " + std::to_string(*vocab_size) + ", not positive");
+  const py::object requests = as_fast_sequence(token_ids, "token_ids");
+  const size_t count = static_cast<size_t>(PySequence_Fast_GET_SIZE(requests.ptr()));
+  // Read before any buffer is exported: reading them may run Python code.
+  std::vector<size_t> first, last;
+  if (!starts.is_none()) first = read_ends(starts, "starts", count);
+  if (!stops.is_none()) last = read_ends(stops, "stops", count);
+  Parts parts(count);
+  size_t total = 0;
+  for (size_t i = 0; i < count; ++i) {
+    if (i >= static_cast<size_t>(PySequence_Fast_GET_SIZE(requests.ptr())))
+      throw Error("token_ids shrank while it was read");
+    parts.add(PySequence_Fast_GET_ITEM(requests.ptr(), static_cast<Py_ssize_t>(i)));
+    const size_t length = parts[i].count;
+    const size_t start = first.empty() ? 0 : first[i];
+    const size_t stop = last.empty() ? length : last[i];
+    if (start > stop || stop > length)
+      throw py::value_error(where(i) + " has " + std::to_string(length) + " ids, but [" +
+                            std::to_string(start) + ", " + std::to_string(stop) +
+                            ") was asked for");
+    if (start != 0 || stop != length) parts.narrow(i, start, stop);
+    total += parts[i].count;
+  }
+
+  const bool release_gil = !parts.has_lists() && total >= kReleaseGil;
+  auto run = [&](void* dst, IntType wire, const Bounds* bounds) {
+    const ReleaseGilIf release(release_gil);
+    return gather(parts.data(), parts.size(), dst, wire, bounds);
+  };
+  auto out_of_vocab = [&](const Violation& v) {
+    return vocab_size && (v.value < 0 || v.value >= *vocab_size);
+  };
+  auto raise_out_of_vocab = [&](const Violation& v) {
+    ++pool.counters().range_errors;
+    throw TokenRangeError(v.request, v.position, v.value, *vocab_size);
+  };
+  const std::optional<Bounds> vocab_bounds =
+      vocab_size ? std::optional<Bounds>({0, *vocab_size - 1}) : std::nullopt;
+  const bool vocab_fits = vocab_size && *vocab_size - 1 <= kInt32Bounds.hi;
+  const Bounds narrow_bounds = vocab_fits ? *vocab_bounds : kInt32Bounds;
+  auto staged = [&](StagedTokens tokens) {
+    pool.counters().stages += 1;
+    pool.counters().tokens += total;
+    if (self->options().eager) tokens.start_eager();
+    return tokens;
+  };
+
+  if (total == 0) {
+    pool.check_usable();
+    return staged({self, nullptr, IntType::kInt32, 0, true});
+  }
+  // int32 first; ids that do not fit are rare, and gathered again as int64. A wide wire is checked
+  // against int32 as well: it decides whether int32 output can be had.
+  bool fits_int32 = true;
+  if (self->options().narrow_wire) {
+    auto lease = acquire(*self, total * sizeof(int32_t));
+    if (lease) {
+      const auto violation = run(lease->data(), IntType::kInt32, &narrow_bounds);
+      if (!violation) return staged({self, std::move(lease), IntType::kInt32, total, true});
+      if (out_of_vocab(*violation)) raise_out_of_vocab(*violation);
+      fits_int32 = false;
+    }
+  }
+  std::shared_ptr<Lease> lease = acquire(*self, total * sizeof(int64_t));
+  at::Tensor fallback;
+  void* dst;
+  if (lease) {
+    dst = lease->data();
+  } else {
+    ++pool.counters().fallbacks;
+    fallback = fallback_memory(self->device(), total);
+    dst = fallback.mutable_data_ptr();
+  }
+  if (fits_int32) {
+    const auto violation = run(dst, IntType::kInt64, &narrow_bounds);
+    if (violation && out_of_vocab(*violation)) raise_out_of_vocab(*violation);
+    fits_int32 = !violation;
+  }
+  if (!fits_int32) {
+    const auto violation =
+        run(dst, IntType::kInt64, vocab_bounds ? &*vocab_bounds : nullptr);
+    if (violation) raise_out_of_vocab(*violation);
+  }
+  if (lease) return staged({self, std::move(lease), IntType::kInt64, total, fits_int32});
+  return staged({self, std::move(fallback), fits_int32});
+}
+
+// --- resolve -----------------------------------------------------------------------------------
+
+py::object resolve(StagedTokens& self, const py::object& out, const py::object& dtype,
+                   bool blocking) {
+  std::optional<at::Tensor> out_tensor;
+  if (!out.is_none()) {
+    if (!THPVariable_Check(out.ptr()))
+      throw py::type_error("out is a " + type_name(out.ptr()) + ", not a tensor");
+    out_tensor = THPVariable_Unpack(out.ptr());
+  }
+  at::ScalarType scalar_type = at::kLong;
+  if (!dtype.is_none()) {
+    if (!THPDtype_Check(dtype.ptr()))
+      throw py::type_error("dtype is a " + type_name(dtype.ptr()) + ", not a torch.dtype");
+    scalar_type = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
+  }
+  Resolved resolved;
+  {
+    const ReleaseGilIf release(self.is_fallback());  // a pageable copy waits for the stream
+    resolved = self.resolve(out_tensor, scalar_type);
+  }
+  if (resolved.fence) {
+    // A reader on the CPU has no stream to be ordered on, so the host device's ids are waited for;
+    // not while a test holds the stream.
+    const StagingPool& pool = self.pool();
+    const bool host = pool.device().is_cpu();
+    if (host ? !host_stream_held(pool.current_stream()) : blocking) {
+      py::gil_scoped_release release;
+      pool.core().device().synchronize(resolved.fence);
+    }
+  }
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(resolved.ids)));
+}
+
+py::dict stats(const StagingPool& pool) {
+  const PoolStats s = pool.core().stats();
+  py::dict d;
+#define PYSTAGE_STAT(name) d[#name] = s.name
+  PYSTAGE_STAT(capacity_bytes);
+  PYSTAGE_STAT(reserved_bytes);
+  PYSTAGE_STAT(in_use_bytes);
+  PYSTAGE_STAT(high_water_bytes);
+  PYSTAGE_STAT(pageable_bytes);
+  PYSTAGE_STAT(leased_slots);
+  PYSTAGE_STAT(in_flight_slots);
+  PYSTAGE_STAT(quarantined_slots);
+  PYSTAGE_STAT(stages);
+  PYSTAGE_STAT(tokens);
+  PYSTAGE_STAT(wire_bytes);
+  PYSTAGE_STAT(waits);
+  PYSTAGE_STAT(wait_seconds);
+  PYSTAGE_STAT(exhausted);
+  PYSTAGE_STAT(fallbacks);
+  PYSTAGE_STAT(allocations);
+  PYSTAGE_STAT(frees);
+  PYSTAGE_STAT(range_errors);
+  PYSTAGE_STAT(kernel_transfers);
+  PYSTAGE_STAT(copy_engine_transfers);
+  PYSTAGE_STAT(eager_transfers);
+  PYSTAGE_STAT(fallback_transfers);
+#undef PYSTAGE_STAT
+  return d;
+}
+
+// --- tests' hold -------------------------------------------------------------------------------
+
+// Keeps the calling thread's current stream of a pool, and the pool's eager stream, pending.
+class Hold {
+ public:
+  explicit Hold(const std::shared_ptr<StagingPool>& pool) : pool_(pool) {
+    Device& device = pool->core().device();
+    holds_.push_back(device.hold(pool->current_stream()));
+    if (pool->options().eager) holds_.push_back(device.hold(pool->eager_stream()));
+  }
+  ~Hold() { release(); }
+  Hold(const Hold&) = delete;
+  Hold& operator=(const Hold&) = delete;
+  void release() {
+    for (void* hold : holds_) pool_->core().device().release(hold);
+    holds_.clear();
+  }
+
+ private:
+  std::shared_ptr<StagingPool> pool_;
+  std::vector<void*> holds_;
+};
+
+template <typename E>
+void raise_as(const char* name, const E& error) {
+  PyErr_SetString(py::module_::import("pystage.errors").attr(name).ptr(), error.what());
+}
+
+void translate(std::exception_ptr pointer) {
+  if (!pointer) return;
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const TokenRangeError& e) {
+    const py::object type = py::module_::import("pystage.errors").attr("TokenRangeError");
+    const py::object error = type(e.what(), e.request, e.position, e.value, e.vocab_size);
+    PyErr_SetObject(type.ptr(), error.ptr());
+  } catch (const RequestTooLargeError& e) {
+    raise_as("RequestTooLargeError", e);
+  } catch (const PoolExhaustedError& e) {
+    raise_as("PoolExhaustedError", e);
+  } catch (const PoolClosedError& e) {
+    raise_as("PoolClosedError", e);
+  } catch (const ForkedProcessError& e) {
+    raise_as("ForkedProcessError", e);
+  } catch (const CaptureError& e) {
+    raise_as("CaptureError", e);
+  } catch (const DeviceError& e) {
+    raise_as("DeviceError", e);
+  } catch (const Error& e) {
+    raise_as("PystageError", e);
+  } catch (const c10::TypeError& e) {
+    PyErr_SetString(PyExc_TypeError, e.what_without_backtrace());
+  } catch (const c10::ValueError& e) {
+    PyErr_SetString(PyExc_ValueError, e.what_without_backtrace());
+  }
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled part of pystage; use the pystage package.";
+  py::register_exception_translator(translate);
+
+  py::class_<StagingPool, std::shared_ptr<StagingPool>>(m, "StagingPool")
+      .def(py::init([](const std::string& device, size_t capacity_bytes, size_t reserve_bytes,
+                       const std::string& at_capacity, double timeout_s, bool eager,
+                       bool copy_engine, bool narrow_wire) {
+             StagingOptions options;
+             options.pool.capacity_bytes = capacity_bytes;
+             options.pool.reserve_bytes = reserve_bytes;
+             options.pool.at_capacity = at_capacity == "wait"       ? AtCapacity::kWait
+                                        : at_capacity == "fallback" ? AtCapacity::kFallback
+                                                                    : AtCapacity::kRaise;
+             options.pool.timeout_s = timeout_s;
+             options.eager = eager;
+             options.copy_engine = copy_engine;
+             options.narrow_wire = narrow_wire;
+             std::shared_ptr<StagingPool> pool;
+             {
+               py::gil_scoped_release release;
+               pool = std::make_shared<StagingPool>(c10::Device(device), options);
+             }
+             warn_if_pageable(*pool);
+             return pool;
+           }),
+           py::kw_only(), py::arg("device"), py::arg("capacity_bytes"), py::arg("reserve_bytes"),
+           py::arg("at_capacity"), py::arg("timeout_s"), py::arg("eager"), py::arg("copy_engine"),
+           py::arg("narrow_wire"))
+      .def("stage", &stage, py::arg("token_ids"), py::arg("starts"), py::arg("stops"),
+           py::arg("vocab_size"))
+      .def("stats", &stats)
+      .def("trim", [](StagingPool& p) { return p.core().trim(); },
+           py::call_guard<py::gil_scoped_release>())
+      .def("close", [](StagingPool& p) { p.core().close(); },
+           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("closed", [](const StagingPool& p) { return p.core().closed(); })
+      .def_property_readonly("why_pageable",
+                             [](const StagingPool& p) { return p.core().why_pageable(); });
+
+  py::class_<StagedTokens>(m, "StagedTokens")
+      .def("__len__", &StagedTokens::count)
+      .def("slice", &StagedTokens::slice, py::arg("start"), py::arg("stop"))
+      .def("cpu", [](const StagedTokens& s) {
+        return py::reinterpret_steal<py::object>(THPVariable_Wrap(s.cpu()));
+      })
+      .def("resolve", &resolve, py::arg("out"), py::arg("dtype"), py::arg("blocking"))
+      .def_property_readonly("is_pinned", &StagedTokens::is_pinned)
+      .def_property_readonly("is_fallback", &StagedTokens::is_fallback)
+      .def_property_readonly("wire_bits", [](const StagedTokens& s) {
+        return 8 * size_of(s.wire());
+      });
+
+  py::class_<Hold>(m, "Hold")
+      .def(py::init<const std::shared_ptr<StagingPool>&>(), py::arg("pool"))
+      .def("release", &Hold::release);
+
+  m.attr("torch_version") = PYSTAGE_TORCH_VERSION;
+  m.def("size_class", &size_class, py::arg("bytes"));
+  m.def("host_stream", &host_current_stream_number);
+  m.def("set_host_stream", &host_set_current_stream, py::arg("number"));
+#ifdef PYSTAGE_WITH_CUDA
+  m.attr("cuda_runtime") = cuda_build().compiled_runtime;
+  m.attr("cuda_architectures") = cuda_build().architectures;
+  m.def("cuda_driver_version", &cuda_driver_version);
+#else
+  m.attr("cuda_runtime") = 0;
+  m.attr("cuda_architectures") = "";
+  m.def("cuda_driver_version", [] { return 0; });
+#endif
+}
+
+}  // namespace
+}  // namespace pystage

@@ -1,0 +1,268 @@
+#include "staging.h"
+
+#include <array>
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/CachingHostAllocator.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include "host_device.h"
+#ifdef PYSTAGE_WITH_CUDA
+#include "cuda_device.h"
+#endif
+
+namespace pystage {
+namespace {
+
+at::ScalarType scalar_type(IntType type) {
+  return type == IntType::kInt32 ? at::kInt : at::kLong;
+}
+
+IntType int_type(at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(dtype == at::kLong || dtype == at::kInt,
+                   "token ids are int64 or int32, not ", dtype);
+  return dtype == at::kInt ? IntType::kInt32 : IntType::kInt64;
+}
+
+Device& backend_of(c10::Device device) {
+  if (device.is_cpu()) return host_device();
+#ifdef PYSTAGE_WITH_CUDA
+  if (device.is_cuda()) return cuda_device(device.index());
+#endif
+  throw DeviceError("no pystage device for " + device.str() +
+                    (device.is_cuda() ? ": this build has no CUDA code; rebuild with "
+                                        "PYSTAGE_CUDA=1, or use device=\"cpu\""
+                                      : ": use \"cuda:N\" or \"cpu\""));
+}
+
+// Memory for ids on the current stream. Straight from the caching allocator: the dispatcher on the
+// way there costs as much as the allocation.
+at::Tensor empty_ids(c10::Device device, at::ScalarType dtype, size_t count) {
+  const int64_t size = static_cast<int64_t>(count);
+  if (device.is_cuda()) {
+    if (c10::Allocator* allocator = c10::GetAllocator(c10::DeviceType::CUDA))
+      return at::detail::empty_generic({size}, allocator,
+                                       c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype,
+                                       std::nullopt);
+  }
+  return at::empty({size}, at::TensorOptions().device(device).dtype(dtype));
+}
+
+void check_out(const at::Tensor& out, c10::Device device, size_t count) {
+  int_type(out.scalar_type());
+  TORCH_CHECK_VALUE(out.dim() == 1 && out.size(0) == static_cast<int64_t>(count),
+                    "out must have shape [", count, "], not ", out.sizes());
+  TORCH_CHECK_VALUE(out.is_contiguous(), "out must be contiguous");
+  TORCH_CHECK_VALUE(out.device() == device, "out is on ", out.device(), ", the ids are staged for ",
+                    device, ": use a pool of that device");
+}
+
+std::shared_ptr<void> owner_of(const at::Tensor& tensor) {
+  return std::make_shared<at::Tensor>(tensor);
+}
+
+}  // namespace
+
+// --- StagingPool -------------------------------------------------------------------------------
+
+StagingPool::StagingPool(c10::Device device, const StagingOptions& options)
+    : device_(device),
+      options_(options),
+      backend_(&backend_of(device)),
+      core_(Pool::create(*backend_, options.pool)) {
+  if (options_.eager && device_.is_cuda())
+    eager_stream_ = c10::impl::VirtualGuardImpl(device_.type())
+                        .getStreamFromGlobalPool(device_, /*isHighPriority=*/true);
+}
+
+StagingPool::~StagingPool() { Pool::drop(std::move(core_)); }
+
+StreamHandle StagingPool::current_stream() const {
+  if (device_.is_cpu()) return host_current_stream();
+  return c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).native_handle();
+}
+
+StreamHandle StagingPool::eager_stream() const {
+  if (device_.is_cpu()) return host_stream(kHostEagerStream);
+  return eager_stream_ ? eager_stream_->native_handle() : nullptr;
+}
+
+// --- StagedTokens ------------------------------------------------------------------------------
+
+StagedTokens::StagedTokens(std::shared_ptr<StagingPool> pool, at::Tensor fallback, bool fits_int32)
+    : pool_(std::move(pool)),
+      wire_(IntType::kInt64),
+      count_(static_cast<size_t>(fallback.numel())),
+      fits_int32_(fits_int32),
+      fallback_(std::move(fallback)) {}
+
+bool StagedTokens::is_pinned() const {
+  if (fallback_.defined()) return fallback_.is_pinned();
+  return lease_ && lease_->pinned();
+}
+
+StagedTokens StagedTokens::slice(size_t start, size_t stop) const {
+  StagedTokens part = *this;
+  part.offset_ += start;
+  part.count_ = stop - start;
+  part.eager_ = at::Tensor();  // whole batches only: a slice is transferred from the slot
+  part.eager_fence_ = nullptr;
+  if (fallback_.defined())
+    part.fallback_ = fallback_.slice(0, static_cast<int64_t>(start), static_cast<int64_t>(stop));
+  return part;
+}
+
+at::Tensor StagedTokens::cpu() const {
+  pool_->core().check_process();  // a child cannot read pinned memory of its parent
+  if (fallback_.defined()) return fallback_.clone();
+  at::Tensor ids = at::empty({static_cast<int64_t>(count_)}, at::kLong);
+  if (count_)
+    convert(lease_->data() + offset_ * size_of(wire_), wire_, ids.mutable_data_ptr(),
+            IntType::kInt64, count_);
+  return ids;
+}
+
+// Fills `out` from the slot, on `stream`, which is current.
+FenceHandle StagedTokens::transfer_to(const at::Tensor& out, StreamHandle stream) {
+  Transfer t;
+  t.src = lease_->data() + offset_ * size_of(wire_);
+  if (const char* device_data = lease_->device_data())
+    t.src_device = device_data + offset_ * size_of(wire_);
+  t.wire = wire_;
+  t.out = int_type(out.scalar_type());
+  t.count = count_;
+  const bool mapped = t.src_device != nullptr;
+  t.kind = mapped && !pool_->options_.copy_engine ? TransferKind::kKernel
+                                                  : TransferKind::kCopyEngine;
+  if (pool_->device_.is_cpu()) {
+    t.dst = out.mutable_data_ptr();
+    t.dst_owner = owner_of(out);
+    return lease_->launch_transfer(t, stream);
+  }
+  if (t.kind == TransferKind::kKernel || t.wire == t.out) {
+    t.dst = out.mutable_data_ptr();
+    return lease_->launch_transfer(t, stream);
+  }
+  // A copy engine cannot convert: copy as is, convert on the device.
+  const at::Tensor raw = empty_ids(out.device(), scalar_type(wire_), count_);
+  t.dst = raw.mutable_data_ptr();
+  t.out = wire_;
+  const FenceHandle fence = lease_->launch_transfer(t, stream);
+  out.copy_(raw);
+  pool_->backend_->record(fence, stream);  // whoever waits for the fence waits for `out`
+  return fence;
+}
+
+void StagedTokens::start_eager() {
+  if (!lease_) return;
+  const c10::OptionalDeviceGuard guard(pool_->device_.is_cuda()
+                                           ? std::optional<c10::Device>(pool_->device_)
+                                           : std::nullopt);
+  // Allocated on the stream that writes it: memory of the consumer's stream would be safe to write
+  // only behind everything that stream still has to do.
+  const c10::OptionalStreamGuard stream_guard(pool_->eager_stream_);
+  at::Tensor ids = empty_ids(pool_->device_, at::kLong, count_);
+  eager_fence_ = transfer_to(ids, pool_->eager_stream());
+  eager_ = std::move(ids);
+  ++pool_->core().counters().eager_transfers;
+}
+
+Resolved StagedTokens::resolve(const std::optional<at::Tensor>& out, at::ScalarType dtype) {
+  Pool& core = pool_->core();
+  core.check_process();
+  const c10::Device device = pool_->device_;
+  if (out) {
+    check_out(*out, device, count_);
+    dtype = out->scalar_type();
+  }
+  TORCH_CHECK_VALUE(int_type(dtype) == IntType::kInt64 || fits_int32_,
+                    "these ids do not all fit int32: resolve to int64");
+  const c10::OptionalDeviceGuard guard(device.is_cuda() ? std::optional<c10::Device>(device)
+                                                        : std::nullopt);
+  const StreamHandle stream = pool_->current_stream();
+  if (pool_->backend_->capturing(stream))
+    throw CaptureError(
+        "resolve() on a stream that captures a CUDA graph: every replay would read a slot that is "
+        "long reused; resolve before the capture, with out= into the graph's static input");
+
+  if (fallback_.defined()) {
+    at::Tensor ids = out ? *out : empty_ids(device, dtype, count_);
+    ids.copy_(fallback_, /*non_blocking=*/true);  // torch's host allocator guards its own block
+    ++core.counters().fallback_transfers;
+    return {ids};
+  }
+  if (eager_.defined() && !out && dtype == at::kLong) {
+    // Handed out once: a second caller gets a tensor of its own.
+    at::Tensor ids = std::move(eager_);
+    eager_ = at::Tensor();
+    pool_->backend_->wait(stream, eager_fence_);
+    if (device.is_cuda()) {
+      // The memory belongs to the pool's stream; keep it until the reader's stream is done too.
+      const c10::impl::VirtualGuardImpl impl(device.type());
+      impl.recordDataPtrOnStream(ids.storage().data_ptr(), impl.getStream(device));
+    }
+    return {ids, eager_fence_};
+  }
+  at::Tensor ids = out ? *out : empty_ids(device, dtype, count_);
+  if (!count_) return {ids};
+  return {ids, transfer_to(ids, stream)};
+}
+
+at::Tensor fallback_memory(c10::Device device, size_t count) {
+  const auto options = at::TensorOptions().dtype(at::kLong).device(at::kCPU);
+  const std::array<int64_t, 1> size{static_cast<int64_t>(count)};
+  if (!device.is_cuda()) return at::empty(size, options);
+  try {
+    return at::empty(size, options.pinned_memory(true));
+  } catch (const c10::Error&) {
+    // What kept the pool from pinning keeps torch from it too: pageable memory is slower, not wrong.
+    return at::empty(size, options);
+  }
+}
+
+// --- the op ------------------------------------------------------------------------------------
+
+void transfer_tensor(const at::Tensor& wire, const at::Tensor& out) {
+  const IntType from = int_type(wire.scalar_type());
+  TORCH_CHECK_VALUE(wire.dim() == 1, "wire must be 1-D, not ", wire.sizes());
+  check_out(out, out.device(), static_cast<size_t>(wire.numel()));
+  if (!wire.numel()) return;
+  const c10::Device device = out.device();
+  const at::Tensor src = wire.contiguous();
+  if (device.is_cpu()) {
+    TORCH_CHECK_VALUE(wire.is_cpu(), "wire is on ", wire.device(), ", out on the CPU");
+    convert(src.const_data_ptr(), from, out.mutable_data_ptr(), int_type(out.scalar_type()),
+            static_cast<size_t>(src.numel()));
+    return;
+  }
+  TORCH_CHECK_VALUE(wire.is_cpu() || wire.device() == device, "wire is on ", wire.device(),
+                    ", out on ", device);
+  Device& backend = backend_of(device);
+  const c10::DeviceGuard guard(device);
+  const c10::impl::VirtualGuardImpl impl(device.type());
+  const c10::Stream stream = impl.getStream(device);
+  Transfer t;
+  t.src = t.src_device = src.const_data_ptr();
+  t.wire = from;
+  t.dst = out.mutable_data_ptr();
+  t.out = int_type(out.scalar_type());
+  t.count = static_cast<size_t>(src.numel());
+  if (wire.is_cpu()) {
+    // Only memory that torch pinned can be fenced: its allocator then keeps the block until the
+    // stream is past this point. Anything else takes torch's own way.
+    const c10::DataPtr& data = src.storage().data_ptr();
+    at::HostAllocator* allocator = at::getHostAllocator(device.type());
+    const bool pinned = src.is_pinned();
+    if (pinned) backend.launch(t, stream.native_handle());
+    if (!pinned || !allocator->record_event(data.get(), data.get_context(), stream))
+      out.copy_(src, /*non_blocking=*/false);
+    return;
+  }
+  backend.launch(t, stream.native_handle());
+}
+
+}  // namespace pystage

@@ -1,0 +1,104 @@
+// The pool in torch's terms: devices, streams and tensors. Knows no Python.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Stream.h>
+
+#include <memory>
+#include <optional>
+
+#include "device.h"
+#include "gather.h"
+#include "pool.h"
+
+namespace pystage {
+
+struct StagingOptions {
+  PoolOptions pool;
+  bool eager = false;         // launch at stage time, on a stream of the pool's own
+  bool copy_engine = false;   // cudaMemcpyAsync instead of the kernel
+  bool narrow_wire = true;    // int32 on the wire where the ids fit
+};
+
+class StagedTokens;
+
+class StagingPool {
+ public:
+  StagingPool(c10::Device device, const StagingOptions& options);
+  ~StagingPool();
+  StagingPool(const StagingPool&) = delete;
+  StagingPool& operator=(const StagingPool&) = delete;
+
+  Pool& core() const { return *core_; }
+  c10::Device device() const { return device_; }
+  const StagingOptions& options() const { return options_; }
+
+  StreamHandle current_stream() const;
+  StreamHandle eager_stream() const;
+
+  bool warned_pageable = false;  // guarded by the GIL
+
+ private:
+  friend class StagedTokens;
+  c10::Device device_;
+  StagingOptions options_;
+  Device* backend_;
+  std::shared_ptr<Pool> core_;
+  std::optional<c10::Stream> eager_stream_;
+};
+
+// A tensor, and the fence after the work that fills it (null: nothing to wait for).
+struct Resolved {
+  at::Tensor ids;
+  FenceHandle fence = nullptr;
+};
+
+// Ids in a slot, or in a part of one. Copies share the lease.
+class StagedTokens {
+ public:
+  StagedTokens(std::shared_ptr<StagingPool> pool, std::shared_ptr<Lease> lease, IntType wire,
+               size_t count, bool fits_int32)
+      : pool_(std::move(pool)),
+        lease_(std::move(lease)),
+        wire_(wire),
+        count_(count),
+        fits_int32_(fits_int32) {}
+  // Ids that found no slot, in memory of torch's own.
+  StagedTokens(std::shared_ptr<StagingPool> pool, at::Tensor fallback, bool fits_int32);
+
+  size_t count() const { return count_; }
+  IntType wire() const { return wire_; }
+  bool is_pinned() const;
+  bool is_fallback() const { return fallback_.defined(); }
+  StagingPool& pool() const { return *pool_; }
+
+  StagedTokens slice(size_t start, size_t stop) const;
+  // int64 on the CPU, in memory of its own.
+  at::Tensor cpu() const;
+  // Launches the transfer on the pool's stream into device memory that resolve() then hands out.
+  void start_eager();
+  // Ids on the device, ordered on the current stream: in `out` where given, else in a new tensor
+  // of `dtype`. Does not wait.
+  Resolved resolve(const std::optional<at::Tensor>& out, at::ScalarType dtype);
+
+ private:
+  FenceHandle transfer_to(const at::Tensor& out, StreamHandle stream);
+
+  std::shared_ptr<StagingPool> pool_;
+  std::shared_ptr<Lease> lease_;
+  IntType wire_;
+  size_t offset_ = 0;
+  size_t count_;
+  bool fits_int32_;
+  at::Tensor fallback_;
+  at::Tensor eager_;
+  FenceHandle eager_fence_ = nullptr;
+};
+
+// Memory for ids that found no slot: pinned by torch where it can be, else pageable.
+at::Tensor fallback_memory(c10::Device device, size_t count);
+
+// The op: ids in any CPU or device tensor, to int64 or int32 on the device of `out`.
+void transfer_tensor(const at::Tensor& wire, const at::Tensor& out);
+
+}  // namespace pystage

@@ -1,0 +1,52 @@
+"""Prefill token ids from the host to the GPU: gathered once into bounded pinned memory, made
+``input_ids`` by one small kernel on the stream that needs them.
+
+The public surface is what this file names.
+"""
+
+from __future__ import annotations
+
+import torch  # noqa: F401  (before the extension: it resolves its symbols against torch's)
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"pystage's extension does not load ({error}). It is built for one torch: after installing "
+        "another, rebuild with: pip install --no-build-isolation ."
+    ) from error
+
+from . import ops
+from ._build import BuildInfo, __version__, build_info
+from .errors import (
+    CaptureError,
+    DeviceError,
+    ForkedProcessError,
+    PageableMemoryWarning,
+    PoolClosedError,
+    PoolExhaustedError,
+    PystageError,
+    RequestTooLargeError,
+    TokenRangeError,
+)
+from .pool import StagedTokens, StagingPool, StagingStats, resolve
+
+__all__ = [
+    "BuildInfo",
+    "CaptureError",
+    "DeviceError",
+    "ForkedProcessError",
+    "PageableMemoryWarning",
+    "PoolClosedError",
+    "PoolExhaustedError",
+    "PystageError",
+    "RequestTooLargeError",
+    "StagedTokens",
+    "StagingPool",
+    "StagingStats",
+    "TokenRangeError",
+    "__version__",
+    "build_info",
+    "ops",
+    "resolve",
+]

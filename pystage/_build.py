@@ -1,0 +1,52 @@
+"""What this installation is: versions and the build of the extension."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+
+from . import _C
+
+__version__ = metadata.version("pystage-h2d")
+
+
+def _dotted(version: int) -> str | None:
+    return f"{version // 1000}.{version % 1000 // 10}" if version else None
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """What the extension was built with, and what it runs with.
+
+    Attributes:
+        version: of pystage.
+        cuda: whether the extension has CUDA code.
+        cuda_runtime: CUDA version it was compiled with, None without CUDA code.
+        cuda_architectures: what its kernels were compiled for; ``+PTX`` covers later ones.
+        cuda_driver: newest CUDA version the driver supports, None without a driver.
+        torch_built: torch version it was built against.
+        torch: torch version it runs with.
+    """
+
+    version: str
+    cuda: bool
+    cuda_runtime: str | None
+    cuda_architectures: tuple[str, ...]
+    cuda_driver: str | None
+    torch_built: str
+    torch: str
+
+
+def build_info() -> BuildInfo:
+    """Describes the build. Starts no CUDA context and works without a driver."""
+    return BuildInfo(
+        version=__version__,
+        cuda=_C.cuda_runtime > 0,
+        cuda_runtime=_dotted(_C.cuda_runtime),
+        cuda_architectures=tuple(_C.cuda_architectures.split()),
+        cuda_driver=_dotted(_C.cuda_driver_version()),
+        torch_built=_C.torch_version,
+        torch=str(torch.__version__),
+    )

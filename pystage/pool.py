@@ -1,0 +1,578 @@
+"""The staging pool and what it hands out. The design note stands in ``csrc/pool.h``."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from types import TracebackType
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import _C
+from .errors import PoolExhaustedError
+
+AtCapacity = Literal["wait", "fallback", "raise"]
+Issue = Literal["deferred", "eager"]
+TransferKind = Literal["kernel", "copy_engine"]
+Wire = Literal["auto", "int64"]
+
+
+@dataclass(frozen=True)
+class StagingStats:
+    """A pool's figures at one moment. Sizes in bytes; counts since the pool was made.
+
+    Attributes:
+        capacity_bytes: the cap on ``reserved_bytes``.
+        reserved_bytes: memory held from the device, all waste included.
+        in_use_bytes: of it, in slots that are leased, in flight or quarantined.
+        high_water_bytes: the most ``in_use_bytes`` ever was.
+        pageable_bytes: of ``reserved_bytes``, what should have been pinned and could not be. The
+            host device pins nothing and has none.
+        leased_slots: slots that staged tokens hold.
+        in_flight_slots: slots whose staged tokens are gone and that a stream still reads.
+        quarantined_slots: slots never used again, because a device call failed at a point after
+            which nobody can tell when they are read last.
+        stages: batches staged.
+        tokens: ids in them.
+        wire_bytes: bytes transferred from slots to the device.
+        waits: stages that waited for a slot.
+        wait_seconds: time they waited in all.
+        exhausted: times :class:`PoolExhaustedError` was raised.
+        fallbacks: stages that left the pool for torch's own allocator.
+        allocations: pieces of memory taken from the device (pinned, where it can be).
+        frees: pieces given back.
+        range_errors: times :class:`TokenRangeError` was raised.
+        kernel_transfers: transfers by a kernel (on the host device: by a worker thread).
+        copy_engine_transfers: transfers by ``cudaMemcpyAsync``.
+        eager_transfers: of these two, launched at stage time.
+        fallback_transfers: copies out of torch's own memory, after a fallback.
+    """
+
+    capacity_bytes: int
+    reserved_bytes: int
+    in_use_bytes: int
+    high_water_bytes: int
+    pageable_bytes: int
+    leased_slots: int
+    in_flight_slots: int
+    quarantined_slots: int
+    stages: int
+    tokens: int
+    wire_bytes: int
+    waits: int
+    wait_seconds: float
+    exhausted: int
+    fallbacks: int
+    allocations: int
+    frees: int
+    range_errors: int
+    kernel_transfers: int
+    copy_engine_transfers: int
+    eager_transfers: int
+    fallback_transfers: int
+
+
+class StagingPool:
+    """Bounded pinned memory that token ids are gathered into, and transferred from.
+
+    Thread-safe. Any number of pools may serve one device. After warm-up no call allocates or frees
+    pinned memory. A slot is handed out again only when the tokens staged in it are gone and every
+    stream that reads it is done; one stuck stream never keeps the slots of others.
+
+    A slot takes at most 12.5 % more than its ids (from 512 bytes on; below, at most 63 bytes more),
+    and that waste is within the capacity.
+
+    Args:
+        device: ``"cuda:N"``, or ``"cpu"`` for the host device. None: the current accelerator, or
+            ``"cpu"`` where there is none.
+        capacity_bytes: hard cap on the memory held, rounded down to whole pages.
+        at_capacity: what :meth:`stage` does when no slot is free at the cap. ``"wait"``: waits up
+            to ``timeout_s``, without the GIL, then raises. ``"fallback"``: stages in memory of
+            torch's own (pinned where torch can), outside the cap, and counts it. ``"raise"``:
+            raises at once.
+        timeout_s: seconds to wait for a slot, and in :meth:`close` for transfers.
+        issue: ``"deferred"``: the transfer is launched by ``resolve``, on the stream current
+            there. ``"eager"``: it is launched by :meth:`stage`, on a high-priority stream of the
+            pool's own, and ``resolve`` makes the current stream wait for it.
+        transfer: ``"kernel"``: a kernel reads the mapped slot, past any queue of the copy engine.
+            ``"copy_engine"``: ``cudaMemcpyAsync``, for comparison; used anyway where the device
+            cannot map host memory.
+        wire: ``"auto"``: ids cross the bus as int32 where a batch's all fit, else as int64.
+            ``"int64"``: always as int64. A copy engine cannot widen, so it costs a second kernel
+            under ``"auto"``.
+        reserve_bytes: pinned at construction, so that no first call pays for it; default 8 MiB, at
+            most the capacity.
+
+    Raises:
+        ValueError: an argument out of range.
+        DeviceError: no such device, no driver, or a failed device call.
+
+    Where pinned memory cannot be had (memlock limit, WSL, Confidential Computing, or
+    ``PYSTAGE_DISABLE_PINNED=1``), the pool works in pageable memory, counts it, and warns once with
+    the reason (:class:`PageableMemoryWarning`).
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str | None = None,
+        capacity_bytes: int = 64 << 20,
+        *,
+        at_capacity: AtCapacity = "wait",
+        timeout_s: float = 1.0,
+        issue: Issue = "deferred",
+        transfer: TransferKind = "kernel",
+        wire: Wire = "auto",
+        reserve_bytes: int | None = None,
+    ) -> None:
+        _require("at_capacity", at_capacity, ("wait", "fallback", "raise"))
+        _require("issue", issue, ("deferred", "eager"))
+        _require("transfer", transfer, ("kernel", "copy_engine"))
+        _require("wire", wire, ("auto", "int64"))
+        if capacity_bytes < 4096:
+            raise ValueError(f"capacity_bytes is {capacity_bytes}; it takes at least a page (4096)")
+        if reserve_bytes is None:
+            reserve_bytes = min(capacity_bytes, 8 << 20)
+        if not 0 <= reserve_bytes <= capacity_bytes:
+            raise ValueError(f"reserve_bytes is {reserve_bytes}, outside [0, {capacity_bytes}]")
+        if not 0 <= timeout_s <= 1e6:  # also refuses NaN
+            raise ValueError(f"timeout_s is {timeout_s}; it is seconds, from 0 on")
+        self._device = _pick_device(device)
+        if self._device.type == "cuda" and _C.cuda_runtime:
+            torch.cuda.init()  # torch's allocator and streams, before ours use them
+            if self._device.index >= torch.cuda.device_count():
+                raise ValueError(
+                    f"{self._device} does not exist: this process sees "
+                    f"{torch.cuda.device_count()} CUDA devices"
+                )
+        self._pool = _C.StagingPool(
+            device=str(self._device),
+            capacity_bytes=capacity_bytes,
+            reserve_bytes=reserve_bytes,
+            at_capacity=at_capacity,
+            timeout_s=timeout_s,
+            eager=issue == "eager",
+            copy_engine=transfer == "copy_engine",
+            narrow_wire=wire == "auto",
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """The device that ids are staged for."""
+        return self._device
+
+    @property
+    def closed(self) -> bool:
+        """True after :meth:`close`."""
+        return self._pool.closed
+
+    @property
+    def why_pageable(self) -> str:
+        """Why memory could not be pinned; empty if it could, or on the host device."""
+        return self._pool.why_pageable
+
+    def stage(
+        self,
+        token_ids: Sequence[Any],
+        starts: Sequence[int] | None = None,
+        stops: Sequence[int] | None = None,
+        vocab_size: int | None = None,
+    ) -> StagedTokens:
+        """Gathers ragged token ids into one slot, in request order.
+
+        Args:
+            token_ids: a sequence of requests. A request is a list or tuple of ints, an
+                ``array('i')`` or ``array('q')``, or a 1-D int32 or int64 NumPy array (strided
+                too), CPU tensor or other buffer. Kinds may be mixed; empty requests are fine.
+            starts: first id to take of each request; default 0. The ids before it are not touched.
+            stops: one past the last id to take of each; default its length.
+            vocab_size: if given, each id must lie in ``[0, vocab_size)``. The check is part of the
+                copy. Without it any int64 passes (multimodal pad values exceed the vocabulary).
+
+        Returns:
+            The ids, as a 1-D int64 CPU tensor to its readers. No buffer stays exported: an
+            ``array`` can grow again at once. From 64 Ki ids on, and while waiting, the GIL is
+            released; buffers must then not be changed or grown by another thread.
+
+        Raises:
+            TokenRangeError: an id outside the vocabulary; nothing is staged.
+            PoolExhaustedError: no slot within the policy; its ``stats`` has the pool's figures.
+            RequestTooLargeError: the batch exceeds the capacity.
+            PoolClosedError, ForkedProcessError, DeviceError: as they say.
+            TypeError, ValueError: no such ids, or ``starts`` and ``stops`` that do not fit them.
+        """
+        try:
+            return StagedTokens(self, self._pool.stage(token_ids, starts, stops, vocab_size))
+        except PoolExhaustedError as error:
+            error.stats = self.stats()
+            raise
+
+    def stats(self) -> StagingStats:
+        """The pool's figures now."""
+        return StagingStats(**self._pool.stats())
+
+    def trim(self) -> int:
+        """Gives memory without a slot in use back to the device; returns the bytes.
+
+        Unpinning stalls the device: call it when traffic is low.
+        """
+        return self._pool.trim()
+
+    def close(self) -> None:
+        """Stops handing out slots and frees the memory.
+
+        Waits up to ``timeout_s`` for transfers in flight. Tokens still staged stay valid, and what
+        they hold is freed after them. Closing twice is fine.
+        """
+        self._pool.close()
+
+    def __enter__(self) -> StagingPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"StagingPool(device={str(self._device)!r})"
+
+
+class StagedTokens:
+    """Token ids in a slot of a pool: a 1-D int64 CPU tensor as far as readers can tell.
+
+    It is no ``torch.Tensor`` (making one costs as much as staging) but stands in for one: torch
+    functions and tensor methods take it, and read a copy of the ids. It is read-only.
+
+    While it lives, or any slice of it, its slot is not handed out again; after that, not before
+    every stream that reads it is done. So every way to a device is safe: ``.to``, ``.cuda``,
+    ``device_tensor.copy_(staged)``, also of a slice. Each reads the slot on the current stream.
+    """
+
+    __slots__ = ("__weakref__", "_pool", "_tokens")
+
+    def __init__(self, pool: StagingPool, tokens: _C.StagedTokens) -> None:
+        self._pool = pool
+        self._tokens = tokens
+
+    # --- as a tensor tells of itself
+
+    dtype = torch.int64
+    layout = torch.strided
+    device = torch.device("cpu")
+    ndim = 1
+    is_cpu = True
+    is_cuda = False
+    requires_grad = False
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[n]``."""
+        return torch.Size((len(self._tokens),))
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """As ``Tensor.size``."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """1."""
+        return 1
+
+    def numel(self) -> int:
+        """The number of ids."""
+        return len(self._tokens)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def is_pinned(self, device: torch.device | str | None = None) -> bool:
+        """Whether the ids lie in pinned memory. False on the host device."""
+        return self._tokens.is_pinned
+
+    def is_contiguous(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def pool(self) -> StagingPool:
+        """The pool they are staged in."""
+        return self._pool
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """Their type in the slot and on the bus: ``torch.int32`` where all fit."""
+        return torch.int32 if self._tokens.wire_bits == 32 else torch.int64
+
+    # --- to a device
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As ``Tensor.to``; always a new tensor.
+
+        To the pool's device: by the pool's transfer, ordered on the current stream, without
+        waiting if ``non_blocking``. Elsewhere to the CPU, or to a dtype: a copy on the host.
+
+        Raises:
+            ValueError: another device than the pool's, or int32 asked of ids that do not fit.
+            CaptureError, ForkedProcessError, DeviceError: as :func:`resolve`.
+        """
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        here = self._pool._device
+        if device is None or (device.type == "cpu" and here.type != "cpu"):
+            return self.cpu() if dtype is None else self.cpu().to(dtype)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device != here:
+            self._wrong_device(device)
+        if dtype is None or dtype is torch.int64 or dtype is torch.int32:
+            return self._resolve(None, dtype, not non_blocking)
+        return self._resolve(None, torch.int64, not non_blocking).to(dtype)
+
+    def cuda(
+        self, device: torch.device | int | str | None = None, non_blocking: bool = False
+    ) -> Tensor:
+        """As ``Tensor.cuda``."""
+        if device is None:
+            device = "cuda"
+        elif isinstance(device, int):
+            device = torch.device("cuda", device)
+        return self.to(device, non_blocking=non_blocking)
+
+    def _resolve(
+        self, out: Tensor | None, dtype: torch.dtype | None, blocking: bool = False
+    ) -> Tensor:
+        return self._tokens.resolve(out, dtype, blocking)
+
+    def _copy_into(self, out: Tensor, non_blocking: bool) -> Tensor:
+        """``out.copy_(self)``."""
+        here = self._pool._device
+        if out.device == here and here.type != "cpu":
+            plain = out.dtype in (torch.int32, torch.int64) and out.is_contiguous()
+            if plain and out.shape == self.shape:
+                return self._resolve(out, None, not non_blocking)
+            return out.copy_(self._resolve(None, torch.int64), non_blocking)
+        if out.device.type != "cpu":
+            self._wrong_device(out.device)
+        return out.copy_(self.cpu())
+
+    def _wrong_device(self, device: torch.device) -> NoReturn:
+        raise ValueError(
+            f"these ids are staged for {self._pool._device}, not {device}: stage them in a pool of "
+            "that device, or copy them with .cpu() first"
+        )
+
+    # --- on the host
+
+    def cpu(self) -> Tensor:
+        """A plain int64 CPU tensor with a copy of the ids, in memory of its own."""
+        return self._tokens.cpu()
+
+    def pin_memory(self) -> StagedTokens:
+        """Itself: pinned already, where it can be."""
+        return self
+
+    def contiguous(self) -> StagedTokens:
+        """Itself."""
+        return self
+
+    def detach(self) -> StagedTokens:
+        """Itself: nothing to detach from."""
+        return self
+
+    def __getitem__(self, key: Any) -> Any:
+        """A slice of step 1 shares the slot; anything else is a copy, as ``cpu()[key]``."""
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            if step == 1:
+                return StagedTokens(self._pool, self._tokens.slice(start, max(start, stop)))
+        elif isinstance(key, int) and not isinstance(key, bool):
+            size = len(self)
+            if not -size <= key < size:
+                raise IndexError(f"index {key} is out of bounds for {size} staged ids")
+            at = key % size
+            return self._tokens.slice(at, at + 1).cpu()[0]
+        return self.cpu()[key]
+
+    def __setitem__(self, key: Any, value: Any) -> NoReturn:
+        _read_only("__setitem__")
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.cpu())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        ids = self.cpu().numpy()
+        return ids if dtype is None else ids.astype(dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("staged tokens belong to a pool of this process: pickle .cpu() instead")
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.cpu()
+
+    def __repr__(self) -> str:
+        return f"StagedTokens({self.cpu()!r}, pool={self._pool!r})"
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a tensor has, of a copy of the ids."""
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name.endswith("_"):
+            _read_only(name)
+        if name in _OF_STORAGE:
+            raise TypeError(
+                f"{name} of staged tokens would outlive what guards their slot: use .cpu().{name}"
+            )
+        return getattr(self.cpu(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Routes to a device go through the pool; any other function reads copies."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if args and isinstance(args[0], StagedTokens):
+            if name in ("to", "cuda", "is_pinned") and hasattr(Tensor, name):
+                return getattr(args[0], name)(*args[1:], **kwargs)
+            if (name.endswith("_") and not name.endswith("__")) or name in _MUTATING_DUNDERS:
+                _read_only(name)
+        if isinstance(kwargs.get("out"), StagedTokens):
+            _read_only(f"{name}(out=)")
+        if func is Tensor.copy_:
+            source, non_blocking = _copy_arguments(*args, **kwargs)
+            return source._copy_into(args[0], non_blocking)
+        ops = torch.ops.pystage
+        if func in (ops.transfer, ops.transfer.default):
+            return _op_transfer(*args, **kwargs)
+        if func in (ops.transfer_out, ops.transfer_out.default):
+            return _op_transfer_out(*args, **kwargs)
+        args, kwargs = pytree.tree_map_only(StagedTokens, StagedTokens.cpu, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def resolve(
+    staged: StagedTokens, out: Tensor | None = None, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Staged ids as a tensor on the pool's device, ordered on the current stream.
+
+    Returns at once on CUDA: whatever the current stream runs next sees the ids. On the host device
+    it waits, since a CPU reader has no stream to be ordered on. May be called again; the ids stay
+    staged until ``staged`` is gone.
+
+    Args:
+        staged: what :meth:`StagingPool.stage` returned, or a slice of it.
+        out: int64 or int32 [n], contiguous, on the pool's device, to be written on the current
+            stream. Memory of another stream must be kept alive as for ``Tensor.copy_``.
+        dtype: of the result without ``out``: ``torch.int64`` or ``torch.int32``.
+
+    Returns:
+        ``out``, or a new tensor that belongs to the current stream (of an eager pool: to the
+        pool's stream, recorded on the current one).
+
+    Raises:
+        ValueError: ``out`` does not fit, or int32 asked of ids that do not fit it.
+        TypeError: another dtype, or something not staged.
+        CaptureError: the current stream captures a CUDA graph.
+        ForkedProcessError: in a child of the process that staged them.
+        DeviceError: a device call failed.
+    """
+    if not isinstance(staged, StagedTokens):
+        raise TypeError(f"resolve takes StagedTokens, not {type(staged).__name__}")
+    return staged._resolve(out, None if out is not None else dtype)
+
+
+_OF_STORAGE = frozenset(
+    ["data_ptr", "storage", "untyped_storage", "set_", "data", "share_memory_", "record_stream"]
+)
+_MUTATING_DUNDERS = frozenset(
+    ["__setitem__", "__iadd__", "__isub__", "__imul__", "__ifloordiv__", "__imod__", "__iand__"]
+    + ["__ior__", "__ixor__", "__ilshift__", "__irshift__", "__itruediv__", "__ipow__"]
+)
+
+
+def _read_only(name: str) -> NoReturn:
+    raise TypeError(f"staged tokens are read-only, so no {name}: change a .cpu() copy, then stage")
+
+
+def _copy_arguments(
+    self: Tensor, src: StagedTokens, non_blocking: bool = False
+) -> tuple[StagedTokens, bool]:
+    return src, non_blocking
+
+
+def _op_transfer(
+    wire: StagedTokens, *, dtype: torch.dtype = torch.int64, device: torch.device | None = None
+) -> Tensor:
+    return wire.to(device or "cpu", dtype, non_blocking=True)
+
+
+def _op_transfer_out(wire: StagedTokens, out: Tensor) -> None:
+    wire._copy_into(out, non_blocking=True)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    function = getattr(Tensor, name)
+
+    @wraps(function)
+    def method(self: StagedTokens, *args: Any) -> Any:
+        args = tuple(a.cpu() if isinstance(a, StagedTokens) else a for a in args)
+        return function(self.cpu(), *args)
+
+    return method
+
+
+for _name in (
+    "add sub mul floordiv truediv mod pow and or xor lshift rshift radd rsub rmul rfloordiv"
+    " rtruediv rmod rpow eq ne lt le gt ge neg invert abs bool int float index contains"
+).split():
+    setattr(StagedTokens, f"__{_name}__", _operator(f"__{_name}__"))
+StagedTokens.__hash__ = object.__hash__  # type: ignore[method-assign, assignment]
+
+
+def _require(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it is one of {', '.join(map(repr, allowed))}")
+
+
+def _pick_device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        found = torch.accelerator.current_accelerator(check_available=True)
+        device = torch.device("cpu") if found is None else found
+    device = torch.device(device)
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.index is None:
+        index = torch.cuda.current_device() if device.type == "cuda" else 0
+        device = torch.device(device.type, index)
+    return device
+
+
+def _ranged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.nvtx.range_push(name)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.cuda.nvtx.range_pop()
+
+    return method
+
+
+if os.environ.get("PYSTAGE_NVTX", "0") not in ("", "0"):
+    if torch.version.cuda is None:
+        warnings.warn("PYSTAGE_NVTX is set, but this torch has no NVTX", stacklevel=2)
+    else:
+        StagingPool.stage = _ranged("pystage.stage", StagingPool.stage)  # type: ignore[method-assign]
+        StagedTokens._resolve = _ranged("pystage.resolve", StagedTokens._resolve)  # type: ignore[method-assign]
