@@ -1,0 +1,248 @@
+"""Length traces of LLM services, and the prefill batches that chunked prefill makes of them.
+
+A trace carries lengths, not ids: :func:`with_token_ids` draws ids for it. Requests are taken in the
+order of the file; arrival times are not used.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+import numpy as np
+
+AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+MOONCAKE_COLUMNS = ("timestamp_ms", "input_length", "output_length", "reused_prefix_blocks")
+MOONCAKE_BLOCK_TOKENS = 512
+LONGEST_REQUEST_TOKENS = 1 << 24
+DEFAULT_CHUNK_TOKENS = 8192
+DEFAULT_MAX_REQUESTS = 1024
+DEFAULT_VOCAB_SIZE = 128_256
+
+
+class TraceError(ValueError):
+    """A trace cannot be read; the message names the file and, for a bad row, the line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request of a trace.
+
+    Attributes:
+        length: ids of the whole prompt, in tokens; at least 1.
+        history: of these, how many at its start are in the KV cache already and not prefilled, in
+            tokens. Less than ``length``: the last token's logits have to be computed.
+
+    Raises:
+        ValueError: lengths out of these bounds.
+    """
+
+    length: int
+    history: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.length <= LONGEST_REQUEST_TOKENS:
+            raise ValueError(
+                f"a request of {self.length} tokens, outside [1, {LONGEST_REQUEST_TOKENS}]"
+            )
+        if not 0 <= self.history < self.length:
+            raise ValueError(f"a history of {self.history} tokens, outside [0, {self.length})")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One prefill batch, as three lists of one entry for each request in it.
+
+    Attributes:
+        requests: index of each request, counted along the trace from 0.
+        starts: its first token in this batch, as :meth:`pystage.StagingPool.stage` takes it.
+        stops: one past its last token in this batch.
+    """
+
+    requests: list[int]
+    starts: list[int]
+    stops: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the batch."""
+        return sum(self.stops) - sum(self.starts)
+
+
+def read_trace(path: str | os.PathLike[str]) -> list[Request]:
+    """Reads a CSV file with the columns of the Azure or of the Mooncake trace.
+
+    Azure: ``TIMESTAMP,ContextTokens,GeneratedTokens``. Mooncake:
+    ``timestamp_ms,input_length,output_length,reused_prefix_blocks``, where the prefix is history,
+    in blocks of 512 tokens. Other columns beside these are ignored.
+
+    Raises:
+        TraceError: other columns, no requests, or a bad row.
+        OSError: the file cannot be read.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as lines:
+            return parse_trace(lines, os.fspath(path))
+    except UnicodeDecodeError as error:
+        raise TraceError(f"{os.fspath(path)}: not a CSV file in UTF-8 ({error})") from error
+
+
+def sample_trace() -> list[Request]:
+    """The trace that comes with pystage: 1,000 requests of the Azure conversation trace of 2023."""
+    name = "azure-conv-sample.csv"
+    text = (resources.files("pystage") / "data" / name).read_text(encoding="utf-8")
+    return parse_trace(text.splitlines(), name)
+
+
+def parse_trace(lines: Iterable[str], name: str) -> list[Request]:
+    """Reads a trace from lines of CSV; ``name`` stands for it in errors.
+
+    Raises:
+        TraceError: as :func:`read_trace`.
+    """
+    reader = csv.DictReader(lines)
+    try:
+        header = reader.fieldnames or ()
+        if not header:
+            raise TraceError(f"{name}: empty; expected {_expected_columns()}")
+        if set(AZURE_COLUMNS) <= set(header):
+            parse_row = _azure_request
+        elif set(MOONCAKE_COLUMNS) <= set(header):
+            parse_row = _mooncake_request
+        else:
+            raise TraceError(
+                f"{name}: its columns are {','.join(header)}; expected {_expected_columns()}"
+            )
+        requests = []
+        for row in reader:
+            try:
+                _require_whole(row, len(header))
+                requests.append(parse_row(row))
+            except ValueError as error:
+                raise TraceError(f"{name}, line {reader.line_num}: {error}") from error
+    except csv.Error as error:
+        raise TraceError(f"{name}, after line {reader.line_num}: {error}") from error
+    if not requests:
+        raise TraceError(f"{name}: no requests below the header")
+    return requests
+
+
+def prefill_batches(
+    requests: Iterable[Request],
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    max_requests: int = DEFAULT_MAX_REQUESTS,
+) -> Iterator[Batch]:
+    """Prefill batches under a budget, first come, first served, as chunked prefill makes them.
+
+    A batch takes requests until it has ``chunk_tokens`` tokens or ``max_requests`` requests. A
+    request that does not fit is cut there, and its rest comes first in the next batch. No limit of
+    KV memory, and no rounding to its pages.
+
+    Args:
+        requests: as they come, endless if need be; read as batches are asked for.
+        chunk_tokens: tokens a batch has at most.
+        max_requests: requests a batch has at most.
+
+    Raises:
+        ValueError: a budget below 1.
+    """
+    if chunk_tokens < 1 or max_requests < 1:
+        raise ValueError(f"no batch fits {chunk_tokens} tokens and {max_requests} requests")
+    return _fill_batches(requests, chunk_tokens, max_requests)
+
+
+def with_token_ids(
+    batches: Iterable[Batch],
+    requests: Sequence[Request],
+    vocab_size: int = DEFAULT_VOCAB_SIZE,
+    seed: int = 0,
+) -> Iterator[tuple[Batch, list[array[int]]]]:
+    """Adds the ids of each request in a batch: whole requests, history and later chunks included.
+
+    A request's ids are drawn when its first batch comes, and dropped after its last one, so only
+    those of requests in flight are in memory.
+
+    Args:
+        batches: of ``requests``, from :func:`prefill_batches`.
+        requests: the trace. An index past its end counts on from the first request, so that
+            ``prefill_batches(itertools.cycle(requests))`` fits too.
+        vocab_size: ids are uniform in ``[0, vocab_size)``.
+        seed: with the request's index, decides its ids, whatever the batches are.
+
+    Yields:
+        Each batch, with one ``array('q')`` for each entry of ``batch.requests``.
+    """
+    lengths = [request.length for request in requests]
+    live: dict[int, array[int]] = {}
+    for batch in batches:
+        for index in batch.requests:
+            if index not in live:
+                length = lengths[index % len(lengths)]
+                live[index] = draw_ids(length, vocab_size, (seed, index))
+        yield batch, [live[index] for index in batch.requests]
+        for index, stop in zip(batch.requests, batch.stops, strict=True):
+            if stop == len(live[index]):
+                del live[index]
+
+
+def draw_ids(length: int, vocab_size: int, seed: int | Sequence[int]) -> array[int]:
+    """``length`` ids, uniform in ``[0, vocab_size)``, the same for the same seed."""
+    drawn = np.random.default_rng(seed).integers(0, vocab_size, length, dtype=np.int64)
+    ids = array("q")
+    ids.frombytes(drawn.tobytes())
+    return ids
+
+
+def _fill_batches(
+    requests: Iterable[Request], chunk_tokens: int, max_requests: int
+) -> Iterator[Batch]:
+    batch, room = Batch([], [], []), chunk_tokens
+    for index, request in enumerate(requests):
+        start = request.history
+        while start < request.length:
+            stop = min(request.length, start + room)
+            batch.requests.append(index)
+            batch.starts.append(start)
+            batch.stops.append(stop)
+            room -= stop - start
+            start = stop
+            if room == 0 or len(batch.requests) == max_requests:
+                yield batch
+                batch, room = Batch([], [], []), chunk_tokens
+    if batch.requests:
+        yield batch
+
+
+def _azure_request(row: Mapping[str, str]) -> Request:
+    return Request(_count(row, "ContextTokens"))
+
+
+def _mooncake_request(row: Mapping[str, str]) -> Request:
+    length = _count(row, "input_length")
+    blocks = _count(row, "reused_prefix_blocks")
+    # The last block of a prompt may be part filled, and the trace counts it as a whole one.
+    if blocks * MOONCAKE_BLOCK_TOKENS >= length + MOONCAKE_BLOCK_TOKENS:
+        raise ValueError(
+            f"reused_prefix_blocks is {blocks}: more than a prompt of {length} tokens has"
+        )
+    return Request(length, max(0, min(blocks * MOONCAKE_BLOCK_TOKENS, length - 1)))
+
+
+def _count(row: Mapping[str, str], column: str) -> int:
+    text = row[column].strip()
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise ValueError(f"{column} is {text[:40]!r}, not a count of tokens")
+    return int(text)
+
+
+def _require_whole(row: Mapping[str | None, str | None], columns: int) -> None:
+    if None in row or None in row.values():
+        raise ValueError(f"not {columns} fields, as the header has")
+
+
+def _expected_columns() -> str:
+    return f"{','.join(AZURE_COLUMNS)} (Azure) or {','.join(MOONCAKE_COLUMNS)} (Mooncake)"
