@@ -157,7 +157,13 @@ class Build(BuildExtension):
 sanitize = os.environ.get("PYSTAGE_SANITIZE", "")
 if sanitize not in ("", "address", "thread"):
     sys.exit(f"PYSTAGE_SANITIZE is {sanitize!r}; it is address or thread")
-compile_args = ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-interference-size"]
+compile_args = [
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-interference-size",
+]
 compile_args += ["-O0", "-g"] if DEBUG else ["-O3", "-g0"]
 link_args: list[str] = []
 if sanitize:

@@ -554,7 +554,7 @@ void Pool::raise_exhausted(size_t bytes, double waited_s) {
       "at_capacity=\"fallback\"");
 }
 
-PoolStats Pool::stats() const {
+PoolStats Pool::stats() {
   check_process();
   PoolStats s;
   s.stages = counters_.stages;
@@ -567,6 +567,7 @@ PoolStats Pool::stats() const {
   s.eager_transfers = counters_.eager_transfers;
   s.fallback_transfers = counters_.fallback_transfers;
   Lock lock(mutex_);
+  reap(lock);
   s.capacity_bytes = options_.capacity_bytes;
   s.reserved_bytes = reserved_bytes_;
   s.in_use_bytes = in_use_bytes_;

@@ -193,7 +193,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   // The owner is gone: as close(), without waiting.
   static void drop(std::shared_ptr<Pool> pool) noexcept;
 
-  PoolStats stats() const;
+  PoolStats stats();
   PoolCounters& counters() { return counters_; }
   Device& device() const { return device_; }
   const PoolOptions& options() const { return options_; }

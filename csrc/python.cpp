@@ -351,8 +351,9 @@ StagedTokens stage(const std::shared_ptr<StagingPool>& self, const py::object& t
   };
   const std::optional<Bounds> vocab_bounds =
       vocab_size ? std::optional<Bounds>({0, *vocab_size - 1}) : std::nullopt;
-  const bool vocab_fits = vocab_size && *vocab_size - 1 <= kInt32Bounds.hi;
-  const Bounds narrow_bounds = vocab_fits ? *vocab_bounds : kInt32Bounds;
+  // Within both the vocabulary and int32: the first id outside is the first outside either.
+  const Bounds narrow_bounds =
+      vocab_size ? Bounds{0, std::min(*vocab_size - 1, kInt32Bounds.hi)} : kInt32Bounds;
   auto staged = [&](StagedTokens tokens) {
     pool.counters().stages += 1;
     pool.counters().tokens += total;
@@ -469,23 +470,36 @@ py::dict stats(const StagingPool& pool) {
 // Keeps the calling thread's current stream of a pool, and the pool's eager stream, pending.
 class Hold {
  public:
-  explicit Hold(const std::shared_ptr<StagingPool>& pool) : pool_(pool) {
-    Device& device = pool->core().device();
-    holds_.push_back(device.hold(pool->current_stream()));
-    if (pool->options().eager) holds_.push_back(device.hold(pool->eager_stream()));
+  explicit Hold(const StagingPool& pool) : device_(pool.core().device()) {
+    holds_.push_back(device_.hold(pool.current_stream()));
+    if (pool.options().eager) holds_.push_back(device_.hold(pool.eager_stream()));
   }
   ~Hold() { release(); }
   Hold(const Hold&) = delete;
   Hold& operator=(const Hold&) = delete;
   void release() {
-    for (void* hold : holds_) pool_->core().device().release(hold);
+    for (void* hold : holds_) device_.release(hold);
     holds_.clear();
   }
 
  private:
-  std::shared_ptr<StagingPool> pool_;
+  Device& device_;  // not the pool: a test may drop it
   std::vector<void*> holds_;
 };
+
+// Waits until the current stream, and the pool's eager stream, have done what was put on them.
+void synchronize(const StagingPool& pool) {
+  Device& device = pool.core().device();
+  std::vector<StreamHandle> streams{pool.current_stream()};
+  if (pool.options().eager) streams.push_back(pool.eager_stream());
+  const py::gil_scoped_release release;
+  const FenceHandle fence = device.create_fence();
+  for (const StreamHandle stream : streams) {
+    device.record(fence, stream);
+    device.synchronize(fence);
+  }
+  device.destroy_fence(fence);
+}
 
 template <typename E>
 void raise_as(const char* name, const E& error) {
@@ -575,9 +589,10 @@ PYBIND11_MODULE(_C, m) {
       });
 
   py::class_<Hold>(m, "Hold")
-      .def(py::init<const std::shared_ptr<StagingPool>&>(), py::arg("pool"))
+      .def(py::init<const StagingPool&>(), py::arg("pool"))
       .def("release", &Hold::release);
 
+  m.def("synchronize", &synchronize, py::arg("pool"));
   m.attr("torch_version") = PYSTAGE_TORCH_VERSION;
   m.def("size_class", &size_class, py::arg("bytes"));
   m.def("host_stream", &host_current_stream_number);

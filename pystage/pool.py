@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import _C
-from .errors import PoolExhaustedError
+from .errors import DeviceError, PoolExhaustedError
 
 AtCapacity = Literal["wait", "fallback", "raise"]
 Issue = Literal["deferred", "eager"]
@@ -144,12 +144,13 @@ class StagingPool:
             raise ValueError(f"timeout_s is {timeout_s}; it is seconds, from 0 on")
         self._device = _pick_device(device)
         if self._device.type == "cuda" and _C.cuda_runtime:
-            torch.cuda.init()  # torch's allocator and streams, before ours use them
-            if self._device.index >= torch.cuda.device_count():
-                raise ValueError(
-                    f"{self._device} does not exist: this process sees "
-                    f"{torch.cuda.device_count()} CUDA devices"
+            count = torch.cuda.device_count()
+            if self._device.index >= count:
+                raise DeviceError(
+                    f"{self._device} does not exist: this process sees {count} CUDA devices"
+                    + ("" if count else " (no driver?); use device='cpu'")
                 )
+            torch.cuda.init()  # torch's allocator and streams, before ours use them
         self._pool = _C.StagingPool(
             device=str(self._device),
             capacity_bytes=capacity_bytes,
@@ -250,7 +251,8 @@ class StagedTokens:
     """Token ids in a slot of a pool: a 1-D int64 CPU tensor as far as readers can tell.
 
     It is no ``torch.Tensor`` (making one costs as much as staging) but stands in for one: torch
-    functions and tensor methods take it, and read a copy of the ids. It is read-only.
+    functions and tensor methods take it, and read a copy of the ids. It is read-only. Where torch
+    wants a tensor proper (as an index: ``table[staged]``), pass ``.cpu()``.
 
     While it lives, or any slice of it, its slot is not handed out again; after that, not before
     every stream that reads it is done. So every way to a device is safe: ``.to``, ``.cuda``,
@@ -323,6 +325,9 @@ class StagedTokens:
             ValueError: another device than the pool's, or int32 asked of ids that do not fit.
             CaptureError, ForkedProcessError, DeviceError: as :func:`resolve`.
         """
+        kwargs.pop("copy", None)  # it always is one; the parser below takes no such argument
+        if args:
+            args = args[: 2 if isinstance(args[0], (torch.dtype, Tensor)) else 3]
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         here = self._pool._device
         if device is None or (device.type == "cpu" and here.type != "cpu"):
@@ -443,8 +448,6 @@ class StagedTokens:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if args and isinstance(args[0], StagedTokens):
-            if name in ("to", "cuda", "is_pinned") and hasattr(Tensor, name):
-                return getattr(args[0], name)(*args[1:], **kwargs)
             if (name.endswith("_") and not name.endswith("__")) or name in _MUTATING_DUNDERS:
                 _read_only(name)
         if isinstance(kwargs.get("out"), StagedTokens):
@@ -532,10 +535,7 @@ def _operator(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in (
-    "add sub mul floordiv truediv mod pow and or xor lshift rshift radd rsub rmul rfloordiv"
-    " rtruediv rmod rpow eq ne lt le gt ge neg invert abs bool int float index contains"
-).split():
+for _name in ["add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "radd", "rsub", "rmul", "rfloordiv", "rtruediv", "rmod", "rpow", "eq", "ne", "lt", "le", "gt", "ge", "neg", "invert", "abs", "bool", "int", "float", "index", "contains"]:
     setattr(StagedTokens, f"__{_name}__", _operator(f"__{_name}__"))
 StagedTokens.__hash__ = object.__hash__  # type: ignore[method-assign, assignment]
 
@@ -553,7 +553,7 @@ def _pick_device(device: torch.device | str | None) -> torch.device:
     if device.type == "cpu":
         return torch.device("cpu")
     if device.index is None:
-        index = torch.cuda.current_device() if device.type == "cuda" else 0
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
         device = torch.device(device.type, index)
     return device
 

@@ -24,6 +24,11 @@ def hold_transfers(pool: StagingPool) -> Iterator[None]:
         hold.release()
 
 
+def synchronize(pool: StagingPool) -> None:
+    """Waits until the current stream, and the pool's eager stream, are done with all put on them."""
+    _C.synchronize(pool._pool)
+
+
 @contextmanager
 def host_stream(number: int) -> Iterator[None]:
     """Makes stream ``number`` (0 to 63) of the host device current for this thread."""

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Builds, tests and measures on a machine with a GPU, in one call, with the packages already there.
+#   bench/gpu.sh [build] [test] [stress] [sanitize] [bench] [demo]     default: all of them
+# Results go to ${OUT:-bench/results}. Give the commit as PYSTAGE_COMMIT where git is not.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-bench/results}
+python=${PYTHON:-python3}
+parts=${*:-build test stress sanitize bench demo}
+failed=0
+step() {  # step NAME COMMAND...: runs it, says how it went and how long it took
+  local name=$1 start=$SECONDS; shift
+  "$@" > "$out/$name.log" 2>&1; local rc=$?
+  echo "== $name: rc $rc, $((SECONDS - start)) s"
+  [ $rc -eq 0 ] || { failed=1; tail -n "${TAIL:-40}" "$out/$name.log"; }
+}
+for part in $parts; do
+  case $part in
+    build) step build "$python" -m pip install --no-build-isolation --no-deps --no-index -e . ;;
+    test) PYSTAGE_TEST_SCALE=0.1 step test "$python" -m pytest -q -p no:cacheprovider
+          tail -n 3 "$out/test.log" ;;
+    stress) step stress "$python" -m pytest -q -p no:cacheprovider tests/test_races.py -k stress
+            tail -n 1 "$out/stress.log" ;;
+    sanitize)
+      for tool in memcheck racecheck; do
+        PYSTAGE_TEST_SCALE=0.005 step "$tool" compute-sanitizer --tool $tool --error-exitcode 99 \
+          --target-processes all "$python" -m pytest -q -p no:cacheprovider -m gpu \
+          tests/test_races.py tests/test_staged_tokens.py tests/test_stage.py -k "not every_kind"
+        grep -E "ERROR SUMMARY|RACECHECK SUMMARY|passed|failed" "$out/$tool.log" | tail -n 4
+      done ;;
+    bench) step bench "$python" bench/staging.py --out "$out/staging.json"; cat "$out/bench.log" ;;
+    demo) step demo "$python" -m pystage demo --json "$out/demo.json"; tail -n 45 "$out/demo.log" ;;
+  esac
+done
+exit $failed

@@ -1,0 +1,374 @@
+"""Staging and transfer against torch's own ways, in one run: python bench/staging.py
+
+Every call is given ids it has not seen for a while (inputs rotate), contenders run in turn, host
+times are taken around the calls alone and stream times between device events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from array import array
+from collections.abc import Callable
+from itertools import cycle, islice
+from typing import Any
+
+import numpy as np
+import torch
+from common import VOCAB, host_time, random_ids, summary, write_result
+from rich.console import Console
+from rich.table import Table
+
+import pystage
+from pystage.trace import prefill_batches, sample_trace, with_token_ids
+
+Batch = list[array[int]]
+INPUTS = 64  # batches that a contender's inputs rotate through
+
+
+def sglang_idiom(batch: Batch, device: torch.device) -> torch.Tensor:
+    """What SGLang 0.5.23 does: concatenate, pin, copy."""
+    flat = torch.from_numpy(np.concatenate(batch))
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    return flat.to(device, non_blocking=True)
+
+
+def torch_tensor(ids: list[int], device: torch.device) -> torch.Tensor:
+    """The plain way from a list."""
+    return torch.tensor(ids, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def host_times(device: torch.device, samples: int) -> dict[str, Any]:
+    rng = random.Random(1)
+    pool = pystage.StagingPool(device)
+    settle = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    result: dict[str, Any] = {}
+
+    def ours(batch: Any, **kwargs: Any) -> torch.Tensor:
+        return pystage.resolve(pool.stage(batch, **kwargs))
+
+    for requests, length in ((1, 128), (1, 8192), (8, 1024), (64, 128), (1, 16384), (1, 131072)):
+        count = INPUTS if requests * length <= 16384 else 8
+        inputs = [[random_ids(length, rng) for _ in range(requests)] for _ in range(count)]
+        result[f"{requests} x {length} array"] = host_time(
+            {
+                "pystage": lambda i, b=inputs: ours(b[i % len(b)]),
+                "pystage, vocab checked": lambda i, b=inputs: ours(b[i % len(b)], vocab_size=VOCAB),
+                "concatenate + pin + to": lambda i, b=inputs: sglang_idiom(b[i % len(b)], device),
+            },
+            samples,
+            50,
+            settle,
+        )
+    lists = [random_ids(8192, rng).tolist() for _ in range(INPUTS)]
+    result["1 x 8192 list"] = host_time(
+        {
+            "pystage": lambda i: ours([lists[i % INPUTS]]),
+            "torch.tensor + pin + to": lambda i: torch_tensor(lists[i % INPUTS], device),
+        },
+        samples,
+        20,
+        settle,
+    )
+    plain = [[random_ids(8192, rng)] for _ in range(8)]
+    history = [[random_ids(131072 + 8192, rng)] for _ in range(8)]
+    result["1 x 8192 behind 131072"] = host_time(
+        {
+            "no history": lambda i: ours(plain[i % 8]),
+            "history, by starts": lambda i: ours(history[i % 8], starts=[131072]),
+        },
+        samples,
+        50,
+        settle,
+    )
+    # Where the time goes: the two calls apart.
+    parts = [[random_ids(8192, rng)] for _ in range(INPUTS)]
+    held: list[Any] = [None]
+
+    def stage_only(i: int) -> None:
+        held[0] = pool.stage(parts[i % INPUTS])
+
+    def resolve_only(i: int) -> torch.Tensor:
+        return pystage.resolve(held[0])
+
+    result["1 x 8192, calls apart"] = host_time(
+        {"stage": stage_only, "resolve": resolve_only}, samples, 50, settle
+    )
+    pool.close()
+    return result
+
+
+def stream_times(device: torch.device, samples: int) -> dict[str, Any]:
+    """Microseconds a transfer adds to the compute stream, between small kernels."""
+    rng = random.Random(2)
+    scratch = torch.zeros(32, device=device)
+    result: dict[str, Any] = {}
+    for count in (128, 1024, 8192, 16384, 131072, 1048576):
+        repeats = 16 if count <= 131072 else 4
+        batch = [random_ids(count, rng)]
+        pinned = torch.from_numpy(np.array(batch[0])).pin_memory()
+        out = torch.empty(count, dtype=torch.int64, device=device)
+        pool = pystage.StagingPool(device, 256 << 20, reserve_bytes=64 << 20)
+        eager = pystage.StagingPool(device, 256 << 20, reserve_bytes=64 << 20, issue="eager")
+        engine = pystage.StagingPool(
+            device, 256 << 20, reserve_bytes=64 << 20, transfer="copy_engine", wire="int64"
+        )
+        contenders: dict[str, Callable[[], Any]] = {
+            "nothing": lambda: None,
+            "empty kernel": lambda: scratch.add_(0),
+            "cudaMemcpyAsync": lambda: out.copy_(pinned, non_blocking=True),
+            "deferred": lambda: pystage.resolve(pool.stage(batch), out=out),
+            "copy engine": lambda: pystage.resolve(engine.stage(batch), out=out),
+        }
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        times["eager"] = []
+
+        def run(call: Callable[[int], Any], repeats: int = repeats) -> float:
+            torch.cuda.synchronize()
+            torch.cuda._sleep(20_000_000)  # 10 ms: all is queued before the first event
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for r in range(repeats):
+                scratch.add_(1)
+                call(r)
+            end.record()
+            torch.cuda.synchronize()
+            return begin.elapsed_time(end) * 1e3 / repeats
+
+        def run_eager() -> float:
+            staged = [eager.stage(batch) for _ in range(repeats)]
+            return run(lambda r: pystage.resolve(staged[r]))
+
+        for i in range(samples + 3):
+            row = {name: run(lambda _, c=call: c()) for name, call in contenders.items()}
+            row["eager"] = run_eager()
+            if i >= 3:
+                for name, value in row.items():
+                    times[name].append(value - row["nothing"])
+        result[str(count)] = {n: summary(v) for n, v in times.items() if n != "nothing"}
+        for p in (pool, eager, engine):
+            p.close()
+    return result
+
+
+def busy_times(device: torch.device, samples: int) -> dict[str, Any]:
+    """Microseconds added between matrix products that keep the GPU busy, 8,192 ids."""
+    rng = random.Random(3)
+    a, b = (torch.randn(4096, 4096, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = torch.empty_like(a)
+    repeats = 16
+    batch = [random_ids(8192, rng)]
+    pinned = torch.from_numpy(np.array(batch[0])).pin_memory()
+    out = torch.empty(8192, dtype=torch.int64, device=device)
+    pool = pystage.StagingPool(device)
+    eager = pystage.StagingPool(device, issue="eager")
+
+    def run(call: Callable[[int], Any]) -> float:
+        torch.cuda.synchronize()
+        torch.cuda._sleep(4_000_000)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for r in range(repeats):
+            torch.mm(a, b, out=product)
+            call(r)
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) * 1e3 / repeats
+
+    contenders: dict[str, Callable[[int], Any]] = {
+        "nothing": lambda r: None,
+        "cudaMemcpyAsync": lambda r: out.copy_(pinned, non_blocking=True),
+        "deferred": lambda r: pystage.resolve(pool.stage(batch), out=out),
+    }
+    times: dict[str, list[float]] = {name: [] for name in [*contenders, "nothing again", "eager"]}
+    for i in range(samples + 3):
+        row = {name: run(call) for name, call in contenders.items()}
+        staged = [eager.stage(batch) for _ in range(repeats)]
+        row["eager"] = run(lambda r, s=staged: pystage.resolve(s[r]))
+        row["nothing again"] = run(contenders["nothing"])
+        if i >= 3:
+            base = (row["nothing"] + row["nothing again"]) / 2
+            for name, value in row.items():
+                times[name].append(value - base)
+    for p in (pool, eager):
+        p.close()
+    return {name: summary(values) for name, values in times.items()}
+
+
+def behind_copies(device: torch.device, samples: int) -> dict[str, Any]:
+    """Microseconds from the call to ids on the device, behind 2 x 256 MiB of other H2D copies."""
+    rng = random.Random(4)
+    batch = [random_ids(8192, rng)]
+    pinned = torch.from_numpy(np.array(batch[0])).pin_memory()
+    out = torch.empty(8192, dtype=torch.int64, device=device)
+    host = torch.empty(256 << 20, dtype=torch.uint8).pin_memory()
+    gpu = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+    side = torch.cuda.Stream()
+    done = torch.cuda.Event()
+    pool = pystage.StagingPool(device)
+    staged = pool.stage(batch)
+    calls: dict[str, Callable[[], Any]] = {
+        "cudaMemcpyAsync": lambda: out.copy_(pinned, non_blocking=True),
+        "deferred": lambda: pystage.resolve(staged, out=out),
+    }
+    result: dict[str, Any] = {}
+    for bulk in (False, True):
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for i in range(samples + 3):
+            for name, call in calls.items():
+                torch.cuda.synchronize()
+                if bulk:
+                    with torch.cuda.stream(side):
+                        gpu.copy_(host, non_blocking=True)
+                        gpu.copy_(host, non_blocking=True)
+                start = time.perf_counter_ns()
+                call()
+                done.record()
+                while not done.query():
+                    pass
+                if i >= 3:
+                    times[name].append((time.perf_counter_ns() - start) / 1e3)
+        result["behind 2 x 256 MiB H2D" if bulk else "idle"] = {
+            name: summary(values) for name, values in times.items()
+        }
+    pool.close()
+    return result
+
+
+def trace_allocations(device: torch.device, batches: int) -> dict[str, Any]:
+    """Pinned allocations over trace batches, after as many again as warm-up."""
+    pool = pystage.StagingPool(device)
+    requests = sample_trace()
+    warm = batches // 10
+    sizes: set[int] = set()
+    start = pool.stats()
+    endless = with_token_ids(prefill_batches(cycle(requests)), requests, VOCAB)
+    for done, (batch, ids) in enumerate(islice(endless, warm + batches)):
+        if done == warm:
+            start = pool.stats()
+        pystage.resolve(pool.stage(ids, batch.starts, batch.stops, VOCAB))
+        sizes.add(batch.tokens)
+    end = pool.stats()
+    pool.close()
+    return {
+        "batches": batches,
+        "warm-up batches": warm,
+        "distinct batch sizes": len(sizes),
+        "allocations": end.allocations - start.allocations,
+        "frees": end.frees - start.frees,
+        "reserved bytes": end.reserved_bytes,
+        "high-water bytes": end.high_water_bytes,
+        "wire bytes per id": round(end.wire_bytes / end.tokens, 3),
+    }
+
+
+def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was promised, what was measured."""
+    host, rows = result["host"], []
+
+    def p50(cell: str, name: str) -> float:
+        return float(host[cell][name]["p50"])
+
+    def row(measure: str, target: str, value: float, ok: bool, unit: str) -> None:
+        rows.append(
+            {"measure": measure, "target": target, "value": round(value, 3), "unit": unit, "ok": ok}
+        )
+
+    a, idiom = p50("1 x 8192 array", "pystage"), p50("1 x 8192 array", "concatenate + pin + to")
+    row("stage + resolve, 1 x 8,192 array", "<= 15", a, a <= 15, "us")
+    row("  against concatenate + pin + to", ">= 2", idiom / a, idiom / a >= 2, "x")
+    a, idiom = p50("1 x 8192 list", "pystage"), p50("1 x 8192 list", "torch.tensor + pin + to")
+    row("stage + resolve, 1 x 8,192 list", "<= 30", a, a <= 30, "us")
+    row("  against torch.tensor(pin) + to", ">= 30", idiom / a, idiom / a >= 30, "x")
+    a, idiom = p50("64 x 128 array", "pystage"), p50("64 x 128 array", "concatenate + pin + to")
+    row("64 x 128 array against the same", ">= 3", idiom / a, idiom / a >= 3, "x")
+    cell = host["1 x 8192 behind 131072"]
+    ratio = cell["history, by starts"]["p50"] / cell["no history"]["p50"]
+    row("8,192 behind 131,072 of history", "<= 1.2", ratio, ratio <= 1.2, "x")
+    if "stream" in result:
+        for count, limit in (("8192", 0.45), ("1048576", 0.60)):
+            s = result["stream"][count]
+            ratio = s["deferred"]["p50"] / s["cudaMemcpyAsync"]["p50"]
+            row(
+                f"compute stream, deferred, {int(count):,}, of cudaMemcpyAsync",
+                f"<= {limit:.0%}", 100 * ratio, ratio <= limit, "%",
+            )  # fmt: skip
+        value = result["busy"]["eager"]["p50"]
+        row("compute stream, eager, GPU busy", "<= 1", value, value <= 1, "us")
+    value = result["trace"]["allocations"]
+    row(
+        f"pinned allocations, {result['trace']['batches']:,} trace batches",
+        "0",
+        value,
+        value == 0,
+        "",
+    )
+    return rows
+
+
+def show(result: dict[str, Any]) -> None:
+    console = Console(width=110)
+    for title, cells in (
+        ("Host time, us", result["host"]),
+        ("Added to the compute stream, us", result.get("stream", {})),
+        ("Added between 4096^3 products, us", {"8192": result["busy"]} if "busy" in result else {}),
+        ("Call to ids on the device, us", result.get("latency", {})),
+    ):
+        if not cells:
+            continue
+        table = Table("", "", *(["p50", "p90", "p99", "max"]), title=title)
+        for cell, contenders in cells.items():
+            for name, s in contenders.items():
+                table.add_row(cell, name, *(f"{s[k]:,.1f}" for k in ("p50", "p90", "p99", "max")))
+            table.add_section()
+        console.print(table)
+    table = Table("measure", "target", "measured", "", title=f"Targets, {result['device_name']}")
+    for r in result["targets"]:
+        table.add_row(
+            r["measure"], r["target"], f"{r['value']:,.2f} {r['unit']}", "yes" if r["ok"] else "NO"
+        )
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default=None)
+    parser.add_argument(
+        "--samples", type=int, default=1000, help="of each host time (default 1000)"
+    )
+    parser.add_argument("--quick", action="store_true", help="few samples, a look only")
+    parser.add_argument("--out", help="JSON file; default bench/results/staging-<device>.json")
+    args = parser.parse_args()
+    samples = 50 if args.quick else args.samples
+    pool = pystage.StagingPool(args.device)
+    device = pool.device
+    pool.close()
+    console = Console()
+    result: dict[str, Any] = {
+        "device_name": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else "host device",
+    }
+    steps: list[tuple[str, Callable[[], Any]]] = [("host", lambda: host_times(device, samples))]
+    if device.type == "cuda":
+        steps += [
+            ("stream", lambda: stream_times(device, max(10, samples // 20))),
+            ("busy", lambda: busy_times(device, max(10, samples // 20))),
+            ("latency", lambda: behind_copies(device, max(10, samples // 10))),
+        ]
+    steps.append(("trace", lambda: trace_allocations(device, 500 if args.quick else 10_000)))
+    for name, step in steps:
+        with console.status(f"{name} ..."):
+            start = time.perf_counter()
+            result[name] = step()
+        console.print(f"{name}: {time.perf_counter() - start:.1f} s")
+    result["targets"] = targets(result)
+    show(result)
+    name = "staging-" + result["device_name"].lower().replace(" ", "-")
+    console.print("written:", str(write_result(name, result, args.out)))
+
+
+if __name__ == "__main__":
+    main()

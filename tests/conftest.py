@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import pystage
+
+settings.register_profile(
+    "pystage", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("pystage")
+
+HAVE_GPU = torch.cuda.is_available() and pystage.build_info().cuda
+# A sanitizer slows everything by an order of magnitude: PYSTAGE_TEST_SCALE=0.05 shortens stresses.
+SCALE = float(os.environ.get("PYSTAGE_TEST_SCALE", "1"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAVE_GPU:
+        skip = pytest.mark.skip(reason="needs a CUDA device and a build with CUDA code")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def pool(device: str) -> Iterator[pystage.StagingPool]:
+    with pystage.StagingPool(device, 1 << 20) as pool:
+        yield pool
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def ids(*values: int) -> array[int]:
+    return array("q", values)
+
+
+def run_of(start: int, count: int) -> array[int]:
+    return array("q", range(start, start + count))

@@ -1,0 +1,247 @@
+"""Staged tokens stand in for a 1-D int64 CPU tensor."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import pickle
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import pystage
+
+from .conftest import run_of
+
+VALUES = [5, 1, 4, 1, 5, 9, 2, 6]
+PLAIN = torch.tensor(VALUES)
+
+
+@pytest.fixture
+def staged(pool: pystage.StagingPool) -> pystage.StagedTokens:
+    return pool.stage([VALUES])
+
+
+def test_tells_what_a_tensor_tells(staged: pystage.StagedTokens) -> None:
+    for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu"):
+        assert getattr(staged, name) == getattr(PLAIN, name)
+    for name in ("size", "dim", "numel", "stride", "element_size", "is_floating_point", "nelement"):
+        assert getattr(staged, name)() == getattr(PLAIN, name)()
+    assert staged.size(0) == len(staged) == 8
+    assert staged.is_contiguous() and not staged.requires_grad
+    assert staged.is_pinned() == (staged.pool.device.type == "cuda")
+    assert "5, 1, 4" in repr(staged)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda t: t.tolist(),
+        lambda t: t.numpy().tolist(),
+        lambda t: np.asarray(t).tolist(),
+        lambda t: np.asarray(t, dtype=np.int32).tolist(),
+        lambda t: list(t),
+        lambda t: [int(v) for v in t],
+        lambda t: t.sum(),
+        lambda t: torch.sum(t),
+        lambda t: torch.cat([t, PLAIN, t]),
+        lambda t: torch.stack([t, t]),
+        lambda t: torch.where(t > 3, t, -t),
+        lambda t: torch.equal(t, PLAIN),
+        lambda t: torch.as_tensor(np.asarray(t)),
+        lambda t: torch.nn.functional.one_hot(t),
+        lambda t: torch.zeros(10).index_fill(0, t, 1.0),
+        lambda t: torch.split(t, 3),
+        lambda t: t.split([3, 5]),
+        lambda t: t.view(2, 4),
+        lambda t: t.unsqueeze(0),
+        lambda t: t.clone(),
+        lambda t: t.long(),
+        lambda t: t.int(),
+        lambda t: t.float(),
+        lambda t: t.to(torch.int64),
+        lambda t: t.to(torch.int32),
+        lambda t: t.to(PLAIN.float()),
+        lambda t: t.cpu(),
+        lambda t: t.contiguous().detach().sum(),
+        lambda t: t + 1,
+        lambda t: 1 - t,
+        lambda t: t * t,
+        lambda t: t // 2,
+        lambda t: -t,
+        lambda t: t == 1,
+        lambda t: t != PLAIN,
+        lambda t: t < 5,
+        lambda t: t[3],
+        lambda t: t[-1],
+        lambda t: t[2:5].tolist(),
+        lambda t: t[-3:].tolist(),
+        lambda t: t[5:2].tolist(),
+        lambda t: t[2:7][1:3].tolist(),
+        lambda t: t[2:7][-1],
+        lambda t: t[::3],
+        lambda t: t[[0, 2]],
+        lambda t: t[t > 2],
+        lambda t: t[None],
+        lambda t: t[...],
+        lambda t: t[True],
+        lambda t: 9 in t,
+        lambda t: t.max().item(),
+        lambda t: copy.deepcopy(t),
+        lambda t: torch.empty(8).copy_(t),
+        lambda t: torch.empty(2, 8, dtype=torch.int32).copy_(t),
+        lambda t: torch.cat([t, PLAIN], out=torch.empty(0, dtype=torch.int64)),
+    ],
+)
+def test_reads_as_the_tensor_reads(staged: pystage.StagedTokens, read: Any) -> None:
+    got, expected = read(staged), read(PLAIN)
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(b, torch.Tensor):
+            return type(a) is torch.Tensor and a.dtype == b.dtype and torch.equal(a, b)
+        if isinstance(b, (tuple, list)):
+            return len(a) == len(b) and all(map(same, a, b))
+        return bool(a == b)
+
+    assert same(got, expected)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda t: t.add_(1),
+        lambda t: t.fill_(0),
+        lambda t: t.copy_(PLAIN),
+        lambda t: operator.setitem(t, 0, 1),
+        lambda t: operator.setitem(t[2:], 0, 1),
+        lambda t: torch.add(PLAIN, 1, out=t),
+        lambda t: t.data_ptr(),
+        lambda t: t.untyped_storage(),
+        lambda t: pickle.dumps(t),
+    ],
+)
+def test_is_read_only(staged: pystage.StagedTokens, write: Any) -> None:
+    with pytest.raises(TypeError, match=r"read-only|outlive|pickle"):
+        write(staged)
+    assert staged.tolist() == VALUES
+    assert staged.to(staged.pool.device).tolist() == VALUES
+
+
+def test_errors_of_readers(staged: pystage.StagedTokens) -> None:
+    for index in (8, -9):
+        with pytest.raises(IndexError, match="out of bounds"):
+            staged[index]
+    with pytest.raises(AttributeError, match="no attribute 'spam'"):
+        _ = staged.spam
+    with pytest.raises(TypeError, match="resolve takes StagedTokens"):
+        pystage.resolve(PLAIN)  # type: ignore[arg-type]
+
+
+# --- to a device
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        lambda t, d: t.to(d),
+        lambda t, d: t.to(d, non_blocking=True),
+        lambda t, d: t.to(device=d, dtype=torch.int64),
+        lambda t, d: t.to(d, torch.int64, True, True),
+        lambda t, d: t.to(torch.zeros(1, dtype=torch.int64, device=d)),
+        lambda t, d: t.cuda() if d != "cpu" else t.to(d),
+        lambda t, d: t.cuda(0, non_blocking=True) if d != "cpu" else t.to(d),
+        lambda t, d: torch.empty(t.shape, dtype=torch.int64, device=d).copy_(t),
+        lambda t, d: torch.empty(t.shape, dtype=torch.int64, device=d).copy_(t, non_blocking=True),
+        lambda t, d: (
+            torch.empty(16, dtype=torch.int64, device=d)[::2].copy_(t) if len(t) == 8 else t.to(d)
+        ),
+        lambda t, d: torch.empty(1, len(t), dtype=torch.int64, device=d).copy_(t)[0],
+        lambda t, d: pystage.resolve(t),
+        lambda t, d: pystage.resolve(t, out=torch.empty(t.shape, dtype=torch.int64, device=d)),
+        lambda t, d: torch.ops.pystage.transfer(t, device=torch.device(d)),
+        lambda t, d: pystage.ops.transfer(t, device=d),
+    ],
+)
+def test_every_route_to_the_device(staged: pystage.StagedTokens, device: str, route: Any) -> None:
+    for part, expected in ((staged, VALUES), (staged[3:], VALUES[3:]), (staged[1:6][1:3], [4, 1])):
+        ids = route(part, device)
+        assert type(ids) is torch.Tensor
+        assert (ids.dtype, ids.device) == (torch.int64, torch.device(device))
+        assert ids.tolist() == expected
+    # All of them by the pool: nothing went round the fences.
+    stats = staged.pool.stats()
+    if device != "cpu":
+        assert stats.kernel_transfers == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.int16])
+def test_routes_to_other_dtypes(staged: pystage.StagedTokens, device: str, dtype: Any) -> None:
+    for ids in (
+        staged.to(device, dtype),
+        torch.empty(8, dtype=dtype, device=device).copy_(staged),
+    ):
+        assert ids.dtype == dtype and ids.device.type == staged.pool.device.type
+        assert ids.tolist() == VALUES
+
+
+def test_out_must_fit(pool: pystage.StagingPool, device: str) -> None:
+    staged = pool.stage([VALUES])
+
+    def empty(*shape: int, dtype: Any = torch.int64) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    for out, error, says in (
+        (empty(7), ValueError, "shape"),
+        (empty(8, 1), ValueError, "shape"),
+        (empty(16)[::2], ValueError, "contiguous"),
+        (empty(8, dtype=torch.float32), TypeError, "int64 or int32"),
+        (torch.empty(8, dtype=torch.int64, device="meta"), ValueError, "is on meta"),
+        (VALUES, TypeError, "not a tensor"),
+    ):
+        with pytest.raises(error, match=says):
+            pystage.resolve(staged, out=out)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="int64 or int32"):
+        pystage.resolve(staged, dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"not a torch\.dtype"):
+        pystage.resolve(staged, dtype=int)  # type: ignore[arg-type]
+    out = empty(10)[1:9]  # not aligned to a vector
+    assert pystage.resolve(staged, out=out).tolist() == VALUES
+    out = empty(8, dtype=torch.int32)
+    assert pystage.resolve(staged, out=out) is out and out.tolist() == VALUES
+
+
+def test_another_device_is_an_error(pool: pystage.StagingPool) -> None:
+    staged = pool.stage([VALUES])
+    other = "meta" if pool.device.type == "cpu" else "cuda:1"
+    with pytest.raises(ValueError, match="staged for"):
+        staged.to(other)
+    with pytest.raises(ValueError, match="staged for"):
+        torch.empty(8, dtype=torch.int64, device="meta").copy_(staged)
+
+
+# --- the lease
+
+
+def test_slices_hold_the_slot(pool: pystage.StagingPool) -> None:
+    staged = pool.stage([run_of(0, 1000)])
+    part = staged[10:20]
+    copies = [staged.cpu(), staged[5], staged[::2]]
+    del staged
+    assert pool.stats().leased_slots == 1
+    inner = part[2:4]
+    del part
+    assert pool.stats().leased_slots == 1
+    assert inner.tolist() == [12, 13]
+    del inner
+    assert pool.stats().leased_slots == 0
+    assert copies[0][999] == 999
+
+
+def test_references(staged: pystage.StagedTokens) -> None:
+    assert weakref.ref(staged)() is staged
+    assert hash(staged) != hash(staged[:])
+    assert staged in {staged: 1}
+    assert staged.pin_memory() is staged
