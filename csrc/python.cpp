@@ -97,7 +97,7 @@ bool read_list(const Part& part, Out* dst, const Bounds& bounds) {
     const size_t stop =
         size < part.first ? 0 : std::min(part.count, size - part.first);
     for (; i < stop; ++i) {
-      if (i + 8 < stop) __builtin_prefetch(items[i + 8]);  // the ints lie scattered
+      if (i + 32 < stop) __builtin_prefetch(items[i + 32]);  // the ints lie scattered
       int64_t value;
       if (!compact_int(items[i], &value)) break;
       ok &= value >= bounds.lo && value <= bounds.hi;
@@ -159,10 +159,10 @@ class Parts {
       part.read_id = read_id;
       owners_.push_back(py::reinterpret_borrow<py::object>(object));
       has_lists_ = true;
+    } else if (PyObject_CheckBuffer(object)) {  // before tensors: the look at those is slow
+      add_buffer(part, object);
     } else if (THPVariable_Check(object)) {
       add_tensor(part, object);
-    } else if (PyObject_CheckBuffer(object)) {
-      add_buffer(part, object);
     } else if (PyIndex_Check(object)) {
       throw py::type_error(where(part.request) +
                            " is an int: token_ids is a sequence of sequences, so wrap a single "
@@ -211,16 +211,16 @@ class Parts {
   }
 
   void add_buffer(Part& part, PyObject* object) {
-    Py_buffer view;
-    if (PyObject_GetBuffer(object, &view, PyBUF_STRIDES | PyBUF_FORMAT) != 0)
+    Py_buffer& view = views_.emplace_back();
+    if (PyObject_GetBuffer(object, &view, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
+      views_.pop_back();  // the others are released with this, whatever happens below
       throw py::error_already_set();
-    views_.push_back(view);  // released with this, whatever happens below
-    const std::string name = where(part.request);
+    }
     if (view.ndim != 1)
-      throw py::value_error(name + " has " + std::to_string(view.ndim) +
+      throw py::value_error(where(part.request) + " has " + std::to_string(view.ndim) +
                             " dimensions: a request is 1-D");
     if (!int_format(view, &part.type))
-      throw py::type_error(name + " (" + type_name(object) + ") holds items of format '" +
+      throw py::type_error(where(part.request) + " (" + type_name(object) + ") holds items of format '" +
                            (view.format ? view.format : "B") + "' and " +
                            std::to_string(view.itemsize) +
                            " bytes: ids are native int32 or int64, so convert them first");
