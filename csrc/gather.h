@@ -9,7 +9,7 @@
 
 namespace pystage {
 
-// Ids must lie in [lo, hi]. The folded check needs lo <= 0 <= hi and lo >= -2^31.
+// Ids must lie in [lo, hi]. The folded check needs lo <= 0 <= hi and hi - lo < 2^63.
 struct Bounds {
   int64_t lo;
   int64_t hi;

@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <thread>
 
 namespace pystage {
@@ -51,8 +52,10 @@ uint64_t fork_generation() { return g_fork_generation.load(std::memory_order_rel
 
 size_t size_class(size_t bytes) {
   size_t power = kMinSlot;
-  while (power * 2 <= bytes) power *= 2;
-  return round_up(std::max(bytes, kMinSlot), std::max(kMinSlot, power / 8));
+  while (power <= bytes / 2) power *= 2;
+  const size_t step = std::max(kMinSlot, power / 8);
+  if (bytes > SIZE_MAX - step) return bytes;  // rounding up would wrap; nothing is this large
+  return round_up(std::max(bytes, kMinSlot), step);
 }
 
 // --- Lease -------------------------------------------------------------------------------------
@@ -101,7 +104,7 @@ std::shared_ptr<Pool> Pool::create(Device& device, const PoolOptions& options) {
   std::shared_ptr<Pool> pool(new Pool(device, options));
   Lock lock(pool->mutex_);
   const size_t reserve =
-      std::min(round_up(options.reserve_bytes, kPage), pool->options_.capacity_bytes);
+      round_up(std::min(options.reserve_bytes, pool->options_.capacity_bytes), kPage);
   if (reserve) pool->allocate_segment(lock, reserve);
   return pool;
 }
@@ -231,7 +234,8 @@ std::shared_ptr<Lease> Pool::try_acquire(size_t bytes) {
   check_open();
   reap(lock);
   check_open();
-  Slot* slot = take(std::min(size_class(bytes), std::max(bytes, options_.capacity_bytes)));
+  if (bytes > options_.capacity_bytes) return nullptr;
+  Slot* slot = take(std::min(size_class(bytes), options_.capacity_bytes));
   return slot ? make_lease(slot) : nullptr;
 }
 
@@ -261,6 +265,7 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes) {
     reap(lock);
     if (closed_) {
       count_wait();
+      finish_if_closed(lock);  // close() came while grow() held no lock: its segment is new
       check_open();
     }
     if (Slot* slot = take(need)) {
@@ -268,9 +273,15 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes) {
       return make_lease(slot);
     }
     if (grow(lock, need)) continue;
-    if (options_.at_capacity == AtCapacity::kFallback) return nullptr;
     const double so_far = waited();
-    if (options_.at_capacity == AtCapacity::kRaise || so_far >= options_.timeout_s) {
+    const bool give_up = options_.at_capacity != AtCapacity::kWait || so_far >= options_.timeout_s;
+    if (give_up && reaping_) {
+      // Another thread is looking through the queues: what it finds may be enough.
+      slot_freed_.wait_for(lock, std::chrono::microseconds(20));
+      continue;
+    }
+    if (options_.at_capacity == AtCapacity::kFallback) return nullptr;
+    if (give_up) {
       count_wait();
       raise_exhausted(bytes, waiting ? so_far : 0);
     }
@@ -585,6 +596,7 @@ PoolStats Pool::stats() {
 }
 
 std::string Pool::why_pageable() const {
+  check_process();
   Lock lock(mutex_);
   return why_pageable_;
 }

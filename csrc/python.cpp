@@ -23,6 +23,8 @@ constexpr Bounds kInt32Bounds{std::numeric_limits<int32_t>::min(),
                               std::numeric_limits<int32_t>::max()};
 // Gathers at least this large (some 20 us) let other Python threads run meanwhile.
 constexpr size_t kReleaseGil = size_t{64} << 10;
+// No memory holds more ids; a view of stride 0 may count more, and its bytes would wrap.
+constexpr size_t kMaxIds = std::numeric_limits<size_t>::max() / 16;
 
 std::string where(size_t request) { return "token_ids[" + std::to_string(request) + "]"; }
 std::string where(size_t request, size_t position) {
@@ -335,6 +337,8 @@ StagedTokens stage(const std::shared_ptr<StagingPool>& self, const py::object& t
                             ") was asked for");
     if (start != 0 || stop != length) parts.narrow(i, start, stop);
     total += parts[i].count;
+    if (total > kMaxIds)
+      throw RequestTooLargeError("a batch of " + std::to_string(total) + " ids can never fit");
   }
 
   const bool release_gil = !parts.has_lists() && total >= kReleaseGil;
