@@ -203,7 +203,10 @@ class CudaDevice final : public Device {
           cudaHostAlloc(&host, bytes, cudaHostAllocPortable | cudaHostAllocMapped);
       if (error == cudaSuccess) {
         void* device = nullptr;
-        if (can_map_) PYSTAGE_CUDA(cudaHostGetDevicePointer(&device, host, 0));
+        if (can_map_ && cudaHostGetDevicePointer(&device, host, 0) != cudaSuccess) {
+          cudaGetLastError();
+          device = nullptr;  // not for a kernel, then: the copy engine takes it
+        }
         return {static_cast<char*>(host), static_cast<const char*>(device), bytes, true};
       }
       cudaGetLastError();

@@ -253,27 +253,27 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes) {
                                "; raise capacity_bytes, stage less at once, or use "
                                "at_capacity=\"fallback\"");
   }
-  const auto start = Clock::now();
-  auto waited = [&] { return std::chrono::duration<double>(Clock::now() - start).count(); };
+  struct Wait {  // counted however it ends
+    ~Wait() {
+      if (waiting) total += seconds();
+    }
+    double seconds() const {
+      return std::chrono::duration<double>(Clock::now() - start).count();
+    }
+    double& total;
+    Clock::time_point start = Clock::now();
+    bool waiting = false;
+  } wait{wait_seconds_};
   auto pause = std::chrono::microseconds(20);
-  bool waiting = false;
-  // Whatever way this ends, the time spent waiting is counted.
-  auto count_wait = [&] {
-    if (waiting) wait_seconds_ += waited();
-  };
   for (;;) {
     reap(lock);
     if (closed_) {
-      count_wait();
       finish_if_closed(lock);  // close() came while grow() held no lock: its segment is new
       check_open();
     }
-    if (Slot* slot = take(need)) {
-      count_wait();
-      return make_lease(slot);
-    }
+    if (Slot* slot = take(need)) return make_lease(slot);
     if (grow(lock, need)) continue;
-    const double so_far = waited();
+    const double so_far = wait.seconds();
     const bool give_up = options_.at_capacity != AtCapacity::kWait || so_far >= options_.timeout_s;
     if (give_up && reaping_) {
       // Another thread is looking through the queues: what it finds may be enough.
@@ -281,12 +281,9 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes) {
       continue;
     }
     if (options_.at_capacity == AtCapacity::kFallback) return nullptr;
-    if (give_up) {
-      count_wait();
-      raise_exhausted(bytes, waiting ? so_far : 0);
-    }
-    if (!waiting) ++waits_;
-    waiting = true;
+    if (give_up) raise_exhausted(bytes, wait.waiting ? so_far : 0);
+    if (!wait.waiting) ++waits_;
+    wait.waiting = true;
     // The end of a lease notifies; the end of a transfer does not, so look again and again.
     const auto left = std::chrono::duration<double>(options_.timeout_s - so_far);
     slot_freed_.wait_for(lock, std::min<std::chrono::duration<double>>(pause, left));
@@ -420,17 +417,18 @@ void Pool::end_lease(Lease& lease) noexcept {
 void Pool::reap(Lock& lock) {
   if (reaping_ || !in_flight_slots_) return;
   reaping_ = true;
+  struct Done {  // also when a query throws
+    ~Done() {
+      if (!lock.owns_lock()) lock.lock();
+      reaping = false;
+    }
+    Lock& lock;
+    bool& reaping;
+  } done_reaping{lock, reaping_};
   for (size_t q = 0; q < queues_.size();) {
     while (Reader* reader = queues_[q].head) {
-      bool done = false;
       lock.unlock();
-      try {
-        done = device_.query(reader->fence);
-      } catch (...) {
-        lock.lock();
-        reaping_ = false;
-        throw;
-      }
+      const bool done = device_.query(reader->fence);
       lock.lock();
       if (!done) break;
       queues_[q].head = reader->next;
@@ -448,7 +446,6 @@ void Pool::reap(Lock& lock) {
       queues_.pop_back();
     }
   }
-  reaping_ = false;
 }
 
 // --- Pool: segments ----------------------------------------------------------------------------
@@ -495,7 +492,7 @@ void Pool::allocate_segment(Lock& lock, size_t bytes) {
   slot_freed_.notify_all();
 }
 
-// Other sizes have left idle segments that use up the capacity: gives back enough of them.
+// Other sizes have left idle segments that use up the capacity: gives them back, if that helps.
 bool Pool::release_idle_for(Lock& lock, size_t need) {
   size_t room = options_.capacity_bytes - reserved_bytes_;
   for (const Segment& segment : segments_)
@@ -578,7 +575,11 @@ PoolStats Pool::stats() {
   s.eager_transfers = counters_.eager_transfers;
   s.fallback_transfers = counters_.fallback_transfers;
   Lock lock(mutex_);
-  reap(lock);
+  try {
+    reap(lock);
+  } catch (const DeviceError&) {
+    // Figures must be had of a pool whose device is lost: its slots are in flight for good.
+  }
   s.capacity_bytes = options_.capacity_bytes;
   s.reserved_bytes = reserved_bytes_;
   s.in_use_bytes = in_use_bytes_;

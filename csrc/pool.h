@@ -174,6 +174,7 @@ class Lease {
 
 class Pool : public std::enable_shared_from_this<Pool> {
  public:
+  // The owner must end with close() or drop(): slots in flight keep the pool alive only then.
   static std::shared_ptr<Pool> create(Device& device, const PoolOptions& options);
   ~Pool();
   Pool(const Pool&) = delete;

@@ -61,8 +61,10 @@ void check_out(const at::Tensor& out, c10::Device device, size_t count) {
                     device, ": use a pool of that device");
 }
 
+// The storage, not the tensor: a worker thread lets go of it, and the end of a tensor may need the
+// GIL, which is not to be had while the interpreter shuts down.
 std::shared_ptr<void> owner_of(const at::Tensor& tensor) {
-  return std::make_shared<at::Tensor>(tensor);
+  return std::make_shared<c10::Storage>(tensor.storage());
 }
 
 }  // namespace
