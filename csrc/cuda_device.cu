@@ -5,8 +5,6 @@
 // queues there behind whatever KV-cache traffic was issued before it, on any stream, and handing
 // the stream over to the engine and back costs about 8 us. A kernel that loads from mapped memory
 // does neither, and can widen int32 to int64 on the way, which halves the bytes on the bus.
-#include "cuda_device.h"
-
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -17,6 +15,7 @@
 #include <mutex>
 #include <vector>
 
+#include "cuda_device.h"
 #include "errors.h"
 
 namespace pystage {
@@ -25,18 +24,18 @@ namespace {
 [[noreturn]] void raise_cuda(cudaError_t error, const char* call, const std::string& device) {
   cudaGetLastError();  // the error is reported here; do not leave it for somebody else's check
   std::string message = std::string(call) + " failed: " + cudaGetErrorName(error) + " (" +
-                        std::to_string(static_cast<int>(error)) + "): " +
-                        cudaGetErrorString(error) + " [" + device + "]";
+                        std::to_string(static_cast<int>(error)) +
+                        "): " + cudaGetErrorString(error) + " [" + device + "]";
   if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice)
     message += "; install a driver for CUDA " + std::to_string(CUDART_VERSION / 1000) +
                " or use device=\"cpu\"";
   throw DeviceError(message);
 }
 
-#define PYSTAGE_CUDA(call)                                                 \
-  do {                                                                     \
-    const cudaError_t error_ = (call);                                     \
-    if (error_ != cudaSuccess) raise_cuda(error_, #call, this->name());    \
+#define PYSTAGE_CUDA(call)                                              \
+  do {                                                                  \
+    const cudaError_t error_ = (call);                                  \
+    if (error_ != cudaSuccess) raise_cuda(error_, #call, this->name()); \
   } while (0)
 
 // --- kernels -----------------------------------------------------------------------------------
@@ -169,16 +168,15 @@ class CudaDevice final : public Device {
     PYSTAGE_CUDA(cudaFree(nullptr));  // makes the context
     PYSTAGE_CUDA(cudaDeviceGetAttribute(&can_map_, cudaDevAttrCanMapHostMemory, index_));
     int can_register = 0;
-    PYSTAGE_CUDA(
-        cudaDeviceGetAttribute(&can_register, cudaDevAttrHostRegisterSupported, index_));
+    PYSTAGE_CUDA(cudaDeviceGetAttribute(&can_register, cudaDevAttrHostRegisterSupported, index_));
     const char* disabled = std::getenv("PYSTAGE_DISABLE_PINNED");
     if (disabled && *disabled && *disabled != '0')
       why_pageable_ = "PYSTAGE_DISABLE_PINNED is set";
     else if (!can_register)
       // Under Confidential Computing the device cannot read the host's memory: what is called
       // pinned there is copied through a bounce buffer, synchronously.
-      why_pageable_ = name_ +
-                      " does not support registering host memory (as under Confidential Computing)";
+      why_pageable_ =
+          name_ + " does not support registering host memory (as under Confidential Computing)";
     // Loads the kernels now: with lazy loading the first launch would wait for a busy device.
     std::vector<const void*> kernels;
     load_kernels<int32_t, int32_t>(kernels);
@@ -241,8 +239,8 @@ class CudaDevice final : public Device {
     if (t.kind == TransferKind::kCopyEngine) {
       if (t.wire != t.out)
         throw DeviceError("a copy engine cannot convert between int32 and int64 [" + name_ + "]");
-      PYSTAGE_CUDA(cudaMemcpyAsync(t.dst, t.src, t.count * size_of(t.wire), cudaMemcpyHostToDevice,
-                                   s));
+      PYSTAGE_CUDA(
+          cudaMemcpyAsync(t.dst, t.src, t.count * size_of(t.wire), cudaMemcpyHostToDevice, s));
       return;
     }
     const bool wide_in = t.wire == IntType::kInt64, wide_out = t.out == IntType::kInt64;
@@ -285,8 +283,8 @@ class CudaDevice final : public Device {
     PYSTAGE_CUDA(cudaEventSynchronize(static_cast<cudaEvent_t>(fence)));
   }
   void wait(StreamHandle stream, FenceHandle fence) override {
-    PYSTAGE_CUDA(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream),
-                                     static_cast<cudaEvent_t>(fence), 0));
+    PYSTAGE_CUDA(
+        cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), static_cast<cudaEvent_t>(fence), 0));
   }
   bool capturing(StreamHandle stream) override {
     cudaStreamCaptureStatus status;
@@ -345,14 +343,5 @@ Device& cuda_device(int index) {
 }
 
 CudaBuild cuda_build() { return {CUDART_VERSION, PYSTAGE_CUDA_ARCHS}; }
-
-int cuda_driver_version() {
-  int version = 0;
-  if (cudaDriverGetVersion(&version) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  return version;
-}
 
 }  // namespace pystage

@@ -11,12 +11,9 @@ namespace pystage {
 Device& cuda_device(int index);
 
 struct CudaBuild {
-  int compiled_runtime;        // CUDART_VERSION
-  const char* architectures;   // what the kernels were compiled for
+  int compiled_runtime;       // CUDART_VERSION
+  const char* architectures;  // what the kernels were compiled for
 };
 CudaBuild cuda_build();
-
-// The driver's CUDA version, 0 without a driver. Creates no context.
-int cuda_driver_version();
 
 }  // namespace pystage

@@ -51,7 +51,9 @@ using FencePtr = std::shared_ptr<HostFence>;  // shared with the points still qu
 // Runs tasks one after another on its own thread.
 class HostStream {
  public:
-  HostStream() { std::thread([this] { run(); }).detach(); }
+  HostStream() {
+    std::thread([this] { run(); }).detach();
+  }
 
   void put(std::function<void()> task) {
     {
@@ -63,7 +65,8 @@ class HostStream {
   void hold() {
     std::lock_guard<std::mutex> guard(mutex_);
     ++holds_;
-    held_until_ = std::chrono::steady_clock::now() + std::chrono::seconds(Device::kHoldLimitSeconds);
+    held_until_ =
+        std::chrono::steady_clock::now() + std::chrono::seconds(Device::kHoldLimitSeconds);
   }
   void release() {
     {
@@ -119,8 +122,7 @@ class HostDevice final : public Device {
   void free(const HostMemory& memory) noexcept override { std::free(memory.host); }
 
   void launch(const Transfer& t, StreamHandle stream) override {
-    static_cast<HostStream*>(stream)->put(
-        [t] { convert(t.src, t.wire, t.dst, t.out, t.count); });
+    static_cast<HostStream*>(stream)->put([t] { convert(t.src, t.wire, t.dst, t.out, t.count); });
   }
 
   FenceHandle create_fence() override { return new FencePtr(std::make_shared<HostFence>()); }

@@ -10,9 +10,8 @@ namespace {
 
 at::Tensor transfer(const at::Tensor& wire, at::ScalarType dtype,
                     std::optional<at::Device> device) {
-  at::Tensor out =
-      at::empty({wire.numel()},
-                at::TensorOptions().dtype(dtype).device(device.value_or(wire.device())));
+  at::Tensor out = at::empty(
+      {wire.numel()}, at::TensorOptions().dtype(dtype).device(device.value_or(wire.device())));
   transfer_tensor(wire, out);
   return out;
 }

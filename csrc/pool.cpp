@@ -9,8 +9,8 @@
 namespace pystage {
 namespace {
 
-constexpr size_t kMinSlot = 64;        // a cache line: slots of two threads share none
-constexpr size_t kPage = 4096;         // granularity of segments
+constexpr size_t kMinSlot = 64;            // a cache line: slots of two threads share none
+constexpr size_t kPage = 4096;             // granularity of segments
 constexpr size_t kGrow = size_t{1} << 20;  // the largest step that pins in well under 1 ms
 
 size_t round_up(size_t value, size_t multiple) {
@@ -43,8 +43,7 @@ void after_fork_in_child() {
   g_orphans.store(nullptr, std::memory_order_release);  // the parent's; its mutex may be locked
 }
 
-[[maybe_unused]] const int g_fork_handler =
-    pthread_atfork(nullptr, nullptr, after_fork_in_child);
+[[maybe_unused]] const int g_fork_handler = pthread_atfork(nullptr, nullptr, after_fork_in_child);
 
 }  // namespace
 
@@ -173,9 +172,8 @@ void Pool::close() {
     Lock lock(mutex_);
     closed_ = true;
     slot_freed_.notify_all();
-    const auto deadline =
-        Clock::now() + std::chrono::duration_cast<Clock::duration>(
-                           std::chrono::duration<double>(options_.timeout_s));
+    const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                                             std::chrono::duration<double>(options_.timeout_s));
     auto pause = std::chrono::microseconds(20);
     try {
       for (reap(lock); in_flight_slots_ && Clock::now() < deadline; reap(lock)) {
@@ -257,9 +255,7 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes) {
     ~Wait() {
       if (waiting) total += seconds();
     }
-    double seconds() const {
-      return std::chrono::duration<double>(Clock::now() - start).count();
-    }
+    double seconds() const { return std::chrono::duration<double>(Clock::now() - start).count(); }
     double& total;
     Clock::time_point start = Clock::now();
     bool waiting = false;
@@ -398,9 +394,8 @@ void Pool::end_lease(Lease& lease) noexcept {
       next = reader->next;
       reader->next = nullptr;
       ++slot->pending;
-      auto queue = std::find_if(queues_.begin(), queues_.end(), [&](const StreamQueue& q) {
-        return q.stream == reader->stream;
-      });
+      auto queue = std::find_if(queues_.begin(), queues_.end(),
+                                [&](const StreamQueue& q) { return q.stream == reader->stream; });
       if (queue == queues_.end()) {
         queues_.push_back({reader->stream, reader, reader});
       } else {
@@ -548,8 +543,7 @@ std::string Pool::figures() const {
   return "capacity " + std::to_string(options_.capacity_bytes) + " bytes, reserved " +
          std::to_string(reserved_bytes_) + ", in use " + std::to_string(in_use_bytes_) + " (" +
          std::to_string(leased_slots_) + " slots leased, " + std::to_string(in_flight_slots_) +
-         " in flight, " + std::to_string(quarantined_slots_) + " quarantined) on " +
-         device_.name();
+         " in flight, " + std::to_string(quarantined_slots_) + " quarantined) on " + device_.name();
 }
 
 void Pool::raise_exhausted(size_t bytes, double waited_s) {

@@ -1,7 +1,5 @@
 #include "staging.h"
 
-#include <array>
-
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/CachingHostAllocator.h>
 #include <ATen/ops/empty.h>
@@ -9,6 +7,8 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <array>
 
 #include "host_device.h"
 #ifdef PYSTAGE_WITH_CUDA
@@ -18,13 +18,20 @@
 namespace pystage {
 namespace {
 
-at::ScalarType scalar_type(IntType type) {
-  return type == IntType::kInt32 ? at::kInt : at::kLong;
+at::ScalarType scalar_type(IntType type) { return type == IntType::kInt32 ? at::kInt : at::kLong; }
+
+// Messages are put together from strings: where the extension was linked with a C++ library of its
+// own, a stream's number formatting meets the facets of torch's and crashes.
+std::string shape_of(const at::Tensor& tensor) {
+  std::string text = "[";
+  for (const int64_t size : tensor.sizes())
+    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + "]";
 }
 
 IntType int_type(at::ScalarType dtype) {
   TORCH_CHECK_TYPE(dtype == at::kLong || dtype == at::kInt,
-                   "token ids are int64 or int32, not ", dtype);
+                   std::string("token ids are int64 or int32, not ") + c10::toString(dtype));
   return dtype == at::kInt ? IntType::kInt32 : IntType::kInt64;
 }
 
@@ -45,9 +52,8 @@ at::Tensor empty_ids(c10::Device device, at::ScalarType dtype, size_t count) {
   const int64_t size = static_cast<int64_t>(count);
   if (device.is_cuda()) {
     if (c10::Allocator* allocator = c10::GetAllocator(c10::DeviceType::CUDA))
-      return at::detail::empty_generic({size}, allocator,
-                                       c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype,
-                                       std::nullopt);
+      return at::detail::empty_generic(
+          {size}, allocator, c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype, std::nullopt);
   }
   return at::empty({size}, at::TensorOptions().device(device).dtype(dtype));
 }
@@ -55,10 +61,11 @@ at::Tensor empty_ids(c10::Device device, at::ScalarType dtype, size_t count) {
 void check_out(const at::Tensor& out, c10::Device device, size_t count) {
   int_type(out.scalar_type());
   TORCH_CHECK_VALUE(out.dim() == 1 && out.size(0) == static_cast<int64_t>(count),
-                    "out must have shape [", count, "], not ", out.sizes());
+                    "out must have shape [" + std::to_string(count) + "], not " + shape_of(out));
   TORCH_CHECK_VALUE(out.is_contiguous(), "out must be contiguous");
-  TORCH_CHECK_VALUE(out.device() == device, "out is on ", out.device(), ", the ids are staged for ",
-                    device, ": use a pool of that device");
+  TORCH_CHECK_VALUE(out.device() == device, "out is on " + out.device().str() +
+                                                ", the ids are staged for " + device.str() +
+                                                ": use a pool of that device");
 }
 
 // The storage, not the tensor: a worker thread lets go of it, and the end of a tensor may need the
@@ -138,8 +145,8 @@ FenceHandle StagedTokens::transfer_to(const at::Tensor& out, StreamHandle stream
   t.out = int_type(out.scalar_type());
   t.count = count_;
   const bool mapped = t.src_device != nullptr;
-  t.kind = mapped && !pool_->options_.copy_engine ? TransferKind::kKernel
-                                                  : TransferKind::kCopyEngine;
+  t.kind =
+      mapped && !pool_->options_.copy_engine ? TransferKind::kKernel : TransferKind::kCopyEngine;
   if (pool_->device_.is_cpu()) {
     t.dst = out.mutable_data_ptr();
     t.dst_owner = owner_of(out);
@@ -161,9 +168,8 @@ FenceHandle StagedTokens::transfer_to(const at::Tensor& out, StreamHandle stream
 
 void StagedTokens::start_eager() {
   if (!lease_) return;
-  const c10::OptionalDeviceGuard guard(pool_->device_.is_cuda()
-                                           ? std::optional<c10::Device>(pool_->device_)
-                                           : std::nullopt);
+  const c10::OptionalDeviceGuard guard(
+      pool_->device_.is_cuda() ? std::optional<c10::Device>(pool_->device_) : std::nullopt);
   // Allocated on the stream that writes it: memory of the consumer's stream would be safe to write
   // only behind everything that stream still has to do.
   const c10::OptionalStreamGuard stream_guard(pool_->eager_stream_);
@@ -221,7 +227,8 @@ at::Tensor fallback_memory(c10::Device device, size_t count) {
   try {
     return at::empty(size, options.pinned_memory(true));
   } catch (const c10::Error&) {
-    // What kept the pool from pinning keeps torch from it too: pageable memory is slower, not wrong.
+    // What kept the pool from pinning keeps torch from it too: pageable memory is slower, not
+    // wrong.
     return at::empty(size, options);
   }
 }
@@ -230,19 +237,19 @@ at::Tensor fallback_memory(c10::Device device, size_t count) {
 
 void transfer_tensor(const at::Tensor& wire, const at::Tensor& out) {
   const IntType from = int_type(wire.scalar_type());
-  TORCH_CHECK_VALUE(wire.dim() == 1, "wire must be 1-D, not ", wire.sizes());
+  TORCH_CHECK_VALUE(wire.dim() == 1, "wire must be 1-D, not " + shape_of(wire));
   check_out(out, out.device(), static_cast<size_t>(wire.numel()));
   if (!wire.numel()) return;
   const c10::Device device = out.device();
   const at::Tensor src = wire.contiguous();
   if (device.is_cpu()) {
-    TORCH_CHECK_VALUE(wire.is_cpu(), "wire is on ", wire.device(), ", out on the CPU");
+    TORCH_CHECK_VALUE(wire.is_cpu(), "wire is on " + wire.device().str() + ", out on the CPU");
     convert(src.const_data_ptr(), from, out.mutable_data_ptr(), int_type(out.scalar_type()),
             static_cast<size_t>(src.numel()));
     return;
   }
-  TORCH_CHECK_VALUE(wire.is_cpu() || wire.device() == device, "wire is on ", wire.device(),
-                    ", out on ", device);
+  TORCH_CHECK_VALUE(wire.is_cpu() || wire.device() == device,
+                    "wire is on " + wire.device().str() + ", out on " + device.str());
   Device& backend = backend_of(device);
   const c10::DeviceGuard guard(device);
   const c10::impl::VirtualGuardImpl impl(device.type());

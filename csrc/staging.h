@@ -15,9 +15,9 @@ namespace pystage {
 
 struct StagingOptions {
   PoolOptions pool;
-  bool eager = false;         // launch at stage time, on a stream of the pool's own
-  bool copy_engine = false;   // cudaMemcpyAsync instead of the kernel
-  bool narrow_wire = true;    // int32 on the wire where the ids fit
+  bool eager = false;        // launch at stage time, on a stream of the pool's own
+  bool copy_engine = false;  // cudaMemcpyAsync instead of the kernel
+  bool narrow_wire = true;   // int32 on the wire where the ids fit
 };
 
 class StagedTokens;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -39,6 +40,17 @@ class BuildInfo:
     torch: str
 
 
+def _driver_version() -> int:
+    """Asked of the driver itself: through the runtime, the question would initialise CUDA, and a
+    child forked later could not use the GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    version = ctypes.c_int(0)
+    return version.value if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else 0
+
+
 def build_info() -> BuildInfo:
     """Describes the build. Starts no CUDA context and works without a driver."""
     return BuildInfo(
@@ -46,7 +58,7 @@ def build_info() -> BuildInfo:
         cuda=_C.cuda_runtime > 0,
         cuda_runtime=_dotted(_C.cuda_runtime),
         cuda_architectures=tuple(_C.cuda_architectures.split()),
-        cuda_driver=_dotted(_C.cuda_driver_version()),
+        cuda_driver=_dotted(_driver_version()),
         torch_built=_C.torch_version,
         torch=str(torch.__version__),
     )

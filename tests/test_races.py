@@ -43,22 +43,28 @@ def test_no_slot_is_rewritten_before_its_readers_are_done(
     count, slots = 1024, 16
     with pystage.StagingPool(device, slots * 4 * count, at_capacity="raise", **variant) as pool:
         outs = []
+
+        def transfer(i: int) -> None:
+            staged = pool.stage([run_of(i * count, count)])
+            out = torch.full((count,), -1, dtype=torch.int64, device=device)
+            if how == "whole":
+                out = staged.to(device, non_blocking=True)
+            elif how == "slice":
+                out = staged[1:].to(device, non_blocking=True)
+            elif how == "copy_":
+                out.copy_(staged, non_blocking=True)
+            elif how == "slice copy_":
+                out[1:].copy_(staged[1:], non_blocking=True)
+            else:
+                pystage.resolve(staged, out=out)
+            outs.append(out)
+
+        transfer(0)  # loads torch's kernels: that would wait for a held stream
+        outs.clear()
+        synchronize(pool)
         with hold_transfers(pool):
             for i in range(slots):
-                staged = pool.stage([run_of(i * count, count)])
-                out = torch.full((count,), -1, dtype=torch.int64, device=device)
-                if how == "whole":
-                    out = staged.to(device, non_blocking=True)
-                elif how == "slice":
-                    out = staged[1:].to(device, non_blocking=True)
-                elif how == "copy_":
-                    out.copy_(staged, non_blocking=True)
-                elif how == "slice copy_":
-                    out[1:].copy_(staged[1:], non_blocking=True)
-                else:
-                    pystage.resolve(staged, out=out)
-                outs.append(out)
-                del staged
+                transfer(i)
             # On the host a copy into a tensor of the same device is done at once.
             in_flight = device != "cpu" or "copy_" not in how or "issue" in variant
             assert pool.stats().in_flight_slots == (slots if in_flight else 0)
@@ -127,6 +133,8 @@ def test_a_lease_outlives_its_transfers(device: str) -> None:
 
 def test_results_dropped_while_pending(device: str, variant: dict[str, Any]) -> None:
     with pystage.StagingPool(device, 1 << 20, **variant) as pool:
+        pystage.resolve(pool.stage([[1]]))  # loads torch's kernels, as above
+        synchronize(pool)
         with hold_transfers(pool):
             for i in range(50):
                 pystage.resolve(pool.stage([run_of(i, 500)]))  # nobody keeps the result
