@@ -100,101 +100,102 @@ def host_times(device: torch.device, samples: int) -> dict[str, Any]:
     return result
 
 
-def stream_times(device: torch.device, samples: int) -> dict[str, Any]:
-    """Microseconds a transfer adds to the compute stream, between small kernels."""
-    rng = random.Random(2)
-    scratch = torch.zeros(32, device=device)
-    result: dict[str, Any] = {}
-    for count in (128, 1024, 8192, 16384, 131072, 1048576):
-        repeats = 16 if count <= 131072 else 4
-        batch = [random_ids(count, rng)]
-        pinned = torch.from_numpy(np.array(batch[0])).pin_memory()
-        out = torch.empty(count, dtype=torch.int64, device=device)
-        pool = pystage.StagingPool(device, 256 << 20, reserve_bytes=64 << 20)
-        eager = pystage.StagingPool(device, 256 << 20, reserve_bytes=64 << 20, issue="eager")
-        engine = pystage.StagingPool(
-            device, 256 << 20, reserve_bytes=64 << 20, transfer="copy_engine", wire="int64"
-        )
-        contenders: dict[str, Callable[[], Any]] = {
-            "nothing": lambda: None,
-            "empty kernel": lambda: scratch.add_(0),
-            "cudaMemcpyAsync": lambda: out.copy_(pinned, non_blocking=True),
-            "deferred": lambda: pystage.resolve(pool.stage(batch), out=out),
-            "copy engine": lambda: pystage.resolve(engine.stage(batch), out=out),
-        }
-        times: dict[str, list[float]] = {name: [] for name in contenders}
-        times["eager"] = []
+class Between:
+    """Microseconds that calls add to the current stream, between kernels of a given kind.
 
-        def run(call: Callable[[int], Any], repeats: int = repeats) -> float:
-            torch.cuda.synchronize()
-            torch.cuda._sleep(20_000_000)  # 10 ms: all is queued before the first event
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for r in range(repeats):
-                scratch.add_(1)
-                call(r)
-            end.record()
-            torch.cuda.synchronize()
-            return begin.elapsed_time(end) * 1e3 / repeats
+    The stream is kept busy while everything is queued, so that the device never waits for the host,
+    then a number of kernels run with the call between them. What they take without is subtracted.
+    """
 
-        def run_eager() -> float:
-            staged = [eager.stage(batch) for _ in range(repeats)]
-            return run(lambda r: pystage.resolve(staged[r]))
+    def __init__(self, kernel: Callable[[], Any], repeats: int, sleep_cycles: int) -> None:
+        self.kernel, self.repeats, self.sleep_cycles = kernel, repeats, sleep_cycles
 
-        for i in range(samples + 3):
-            row = {name: run(lambda _, c=call: c()) for name, call in contenders.items()}
-            row["eager"] = run_eager()
-            if i >= 3:
-                for name, value in row.items():
-                    times[name].append(value - row["nothing"])
-        result[str(count)] = {n: summary(v) for n, v in times.items() if n != "nothing"}
-        for p in (pool, eager, engine):
-            p.close()
-    return result
-
-
-def busy_times(device: torch.device, samples: int) -> dict[str, Any]:
-    """Microseconds added between matrix products that keep the GPU busy, 8,192 ids."""
-    rng = random.Random(3)
-    a, b = (torch.randn(4096, 4096, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product = torch.empty_like(a)
-    repeats = 16
-    batch = [random_ids(8192, rng)]
-    pinned = torch.from_numpy(np.array(batch[0])).pin_memory()
-    out = torch.empty(8192, dtype=torch.int64, device=device)
-    pool = pystage.StagingPool(device)
-    eager = pystage.StagingPool(device, issue="eager")
-
-    def run(call: Callable[[int], Any]) -> float:
+    def run(self, call: Callable[[int], Any]) -> float:
         torch.cuda.synchronize()
-        torch.cuda._sleep(4_000_000)
+        torch.cuda._sleep(self.sleep_cycles)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for r in range(repeats):
-            torch.mm(a, b, out=product)
+        for r in range(self.repeats):
+            self.kernel()
             call(r)
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end) * 1e3 / repeats
+        return float(begin.elapsed_time(end)) * 1e3 / self.repeats
 
+    def compare(
+        self, contenders: dict[str, Callable[[int], Any]], eager: EagerCall, samples: int
+    ) -> dict[str, dict[str, float]]:
+        times: dict[str, list[float]] = {n: [] for n in [*contenders, "eager", "nothing"]}
+        for i in range(samples + 3):
+            row = {name: self.run(call) for name, call in contenders.items()}
+            eager.stage(self.repeats)
+            row["eager"] = self.run(eager.resolve)
+            row["nothing"], base = (self.run(lambda r: None) for _ in range(2))
+            if i >= 3:
+                for name, value in row.items():
+                    times[name].append(value - base)
+        return {name: summary(values) for name, values in times.items()}
+
+
+class EagerCall:
+    """Resolves what was staged, and transferred, before."""
+
+    def __init__(self, pool: pystage.StagingPool, batch: Batch) -> None:
+        self.pool, self.batch = pool, batch
+        self.staged: list[pystage.StagedTokens] = []
+
+    def stage(self, count: int) -> None:
+        self.staged = [self.pool.stage(self.batch) for _ in range(count)]
+
+    def resolve(self, index: int) -> torch.Tensor:
+        return pystage.resolve(self.staged[index])
+
+
+def between(
+    device: torch.device, count: int, samples: int, kernel: Callable[[], Any], cycles: int
+) -> dict[str, Any]:
+    """All contenders between kernels, for batches of ``count`` ids."""
+    batch = [random_ids(count, random.Random(2))]
+    pinned = torch.from_numpy(np.array(batch[0])).pin_memory()
+    out = torch.empty(count, dtype=torch.int64, device=device)
+    scratch = torch.zeros(32, device=device)
+    variants: list[dict[str, Any]] = [
+        {},
+        {"issue": "eager"},
+        {"transfer": "copy_engine", "wire": "int64"},
+    ]
+    pools = [
+        pystage.StagingPool(device, 256 << 20, reserve_bytes=64 << 20, **kwargs)
+        for kwargs in variants
+    ]
+    deferred, eager, engine = pools
     contenders: dict[str, Callable[[int], Any]] = {
-        "nothing": lambda r: None,
+        "empty kernel": lambda r: scratch.add_(0),
         "cudaMemcpyAsync": lambda r: out.copy_(pinned, non_blocking=True),
-        "deferred": lambda r: pystage.resolve(pool.stage(batch), out=out),
+        "deferred": lambda r: pystage.resolve(deferred.stage(batch), out=out),
+        "copy engine": lambda r: pystage.resolve(engine.stage(batch), out=out),
     }
-    times: dict[str, list[float]] = {name: [] for name in [*contenders, "nothing again", "eager"]}
-    for i in range(samples + 3):
-        row = {name: run(call) for name, call in contenders.items()}
-        staged = [eager.stage(batch) for _ in range(repeats)]
-        row["eager"] = run(lambda r, s=staged: pystage.resolve(s[r]))
-        row["nothing again"] = run(contenders["nothing"])
-        if i >= 3:
-            base = (row["nothing"] + row["nothing again"]) / 2
-            for name, value in row.items():
-                times[name].append(value - base)
-    for p in (pool, eager):
-        p.close()
-    return {name: summary(values) for name, values in times.items()}
+    timer = Between(kernel, 16 if count <= 131072 else 4, cycles)
+    result = timer.compare(contenders, EagerCall(eager, batch), samples)
+    for pool in pools:
+        pool.close()
+    return result
+
+
+def stream_times(device: torch.device, samples: int) -> dict[str, Any]:
+    """Added to the compute stream, between small kernels on an otherwise idle GPU."""
+    scratch = torch.zeros(32, device=device)
+    return {
+        str(count): between(device, count, samples, lambda: scratch.add_(1), 20_000_000)
+        for count in (128, 1024, 8192, 16384, 131072, 1048576)
+    }
+
+
+def busy_times(device: torch.device, samples: int) -> dict[str, Any]:
+    """Added between matrix products that keep the whole GPU busy, 8,192 ids."""
+    a, b = (torch.randn(4096, 4096, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = torch.empty_like(a)
+    return between(device, 8192, samples, lambda: torch.mm(a, b, out=product), 4_000_000)
 
 
 def behind_copies(device: torch.device, samples: int) -> dict[str, Any]:

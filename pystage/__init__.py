@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch  # noqa: F401  (before the extension: it resolves its symbols against torch's)
 
 try:
-    from . import _C
+    from . import _C  # noqa: F401
 except ImportError as error:
     raise ImportError(
         f"pystage's extension does not load ({error}). It is built for one torch: after installing "

@@ -447,9 +447,9 @@ class StagedTokens:
         """Routes to a device go through the pool; any other function reads copies."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if args and isinstance(args[0], StagedTokens):
-            if (name.endswith("_") and not name.endswith("__")) or name in _MUTATING_DUNDERS:
-                _read_only(name)
+        in_place = (name.endswith("_") and not name.endswith("__")) or name in _MUTATING_DUNDERS
+        if in_place and args and isinstance(args[0], StagedTokens):
+            _read_only(name)
         if isinstance(kwargs.get("out"), StagedTokens):
             _read_only(f"{name}(out=)")
         if func is Tensor.copy_:
@@ -498,10 +498,8 @@ def resolve(
 _OF_STORAGE = frozenset(
     ["data_ptr", "storage", "untyped_storage", "set_", "data", "share_memory_", "record_stream"]
 )
-_MUTATING_DUNDERS = frozenset(
-    ["__setitem__", "__iadd__", "__isub__", "__imul__", "__ifloordiv__", "__imod__", "__iand__"]
-    + ["__ior__", "__ixor__", "__ilshift__", "__irshift__", "__itruediv__", "__ipow__"]
-)
+_IN_PLACE = "add sub mul floordiv truediv mod pow and or xor lshift rshift"
+_MUTATING_DUNDERS = frozenset(["__setitem__", *(f"__i{name}__" for name in _IN_PLACE.split())])
 
 
 def _read_only(name: str) -> NoReturn:
@@ -535,7 +533,11 @@ def _operator(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in ["add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "radd", "rsub", "rmul", "rfloordiv", "rtruediv", "rmod", "rpow", "eq", "ne", "lt", "le", "gt", "ge", "neg", "invert", "abs", "bool", "int", "float", "index", "contains"]:
+_OPERATORS = """
+    add sub mul floordiv truediv mod pow and or xor lshift rshift radd rsub rmul rfloordiv rtruediv
+    rmod rpow eq ne lt le gt ge neg invert abs bool int float index contains
+"""
+for _name in _OPERATORS.split():
     setattr(StagedTokens, f"__{_name}__", _operator(f"__{_name}__"))
 StagedTokens.__hash__ = object.__hash__  # type: ignore[method-assign, assignment]
 

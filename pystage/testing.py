@@ -25,7 +25,7 @@ def hold_transfers(pool: StagingPool) -> Iterator[None]:
 
 
 def synchronize(pool: StagingPool) -> None:
-    """Waits until the current stream, and the pool's eager stream, are done with all put on them."""
+    """Waits until the current stream, and the pool's eager stream, have done all put on them."""
     _C.synchronize(pool._pool)
 
 

@@ -273,7 +273,8 @@ def test_dropped_pool_with_work_pending(device: str) -> None:
         del pool, staged
         # Memory freed now would be handed to these, and written.
         others = [pystage.StagingPool(device, 1 << 16, at_capacity="raise") for _ in range(4)]
-        staged = [other.stage([run_of(0, 1 << 14)]) for other in others]
+        for other in others:
+            other.stage([run_of(0, 1 << 14)])
     synchronize(others[0])
     assert ids.tolist() == list(range(3, 1003))
     for other in others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -12,13 +13,12 @@ import pystage
 
 
 def run(code: str, *arguments: str, **env: str) -> str:
-    import os
-
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments],
         capture_output=True,
         text=True,
         timeout=120,
+        check=False,
         env={**os.environ, **env},
     )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Who may touch a slot, and when: work is held pending, slots are fought over, outputs are right."""
+"""Who may touch a slot, and when: work is held pending, slots are fought over."""
 
 from __future__ import annotations
 

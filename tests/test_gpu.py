@@ -1,0 +1,139 @@
+"""What only a GPU shows: captures, several devices, ranges in a profile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pystage
+from pystage.testing import hold_transfers
+
+from .conftest import run_of
+from .test_process import run
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def pool() -> pystage.StagingPool:
+    return pystage.StagingPool("cuda:0", 1 << 20)
+
+
+def test_capture_is_refused_and_nothing_is_lost(pool: pystage.StagingPool) -> None:
+    staged = pool.stage([run_of(0, 100)])
+    static = torch.zeros(100, dtype=torch.int64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in (staged.cuda, lambda: pystage.resolve(staged, out=static)):
+            with pytest.raises(pystage.CaptureError, match="static input"):
+                call()
+        doubled = static * 2
+    # As the error says: into the static input, before the replay.
+    for start in (0, 7):
+        pystage.resolve(pool.stage([run_of(start, 100)]), out=static)
+        graph.replay()
+        assert doubled.tolist() == [2 * i for i in range(start, start + 100)]
+    assert pool.stats().quarantined_slots == 0
+    assert staged.tolist() == list(range(100))
+
+
+def test_stages_while_another_stream_captures() -> None:
+    """Events are queried and memory is pinned without spoiling a capture of this thread."""
+    static = torch.zeros(10, device="cuda")
+    outs = [torch.zeros(100_000, dtype=torch.int64, device="cuda") for _ in range(2)]
+    side = torch.cuda.Stream()
+    with pystage.StagingPool("cuda:0", 4 << 20, reserve_bytes=4096) as pool:
+        pystage.resolve(pool.stage([run_of(0, 100)]))  # in flight or done: to be looked at
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            static.add_(1)
+            staged = [pool.stage([run_of(i, 100_000)]) for i in range(2)]  # grows the pool
+            with torch.cuda.stream(side):
+                for s, out in zip(staged, outs, strict=True):
+                    pystage.resolve(s, out=out)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert static[0].item() == 1
+        assert [out[-1].item() for out in outs] == [99_999, 100_000]
+
+
+def test_current_stream_is_the_one(pool: pystage.StagingPool) -> None:
+    """resolve follows torch's current stream, and that of the pool's device alone."""
+    side = torch.cuda.Stream()
+    pystage.resolve(pool.stage([[1]]))
+    with torch.cuda.stream(side), hold_transfers(pool):
+        held = pystage.resolve(pool.stage([run_of(0, 10)]))
+        done = torch.cuda.Event()
+        done.record()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert pystage.resolve(pool.stage([run_of(5, 10)])).tolist() == list(range(5, 15))
+        assert not done.query()
+    side.synchronize()
+    assert held.tolist() == list(range(10))
+
+
+def test_kernels_at_every_length_and_alignment(pool: pystage.StagingPool) -> None:
+    for values in (list(range(1100)), [2**40 + i for i in range(1100)]):
+        staged = pool.stage([values])
+        for start in range(5):
+            for count in [*range(12), 255, 256, 257, 1023, 1024, 1025]:
+                out = torch.full((1200,), -7, dtype=torch.int64, device="cuda")
+                for offset in (0, 1):
+                    view = out[100 + offset : 100 + offset + count]
+                    pystage.resolve(staged[start : start + count], out=view)
+                    assert view.tolist() == values[start : start + count]
+                    assert out[:100].eq(-7).all() and out[101 + count :].eq(-7).all()
+                    out.fill_(-7)
+
+
+def test_large_batches_fill_the_grid() -> None:
+    with pystage.StagingPool("cuda:0", 64 << 20) as pool:
+        for count in (1 << 18, (1 << 18) + 1, (1 << 20) + 3, 3_000_001):
+            ids = torch.randint(0, 128_256, (count,))
+            staged = pool.stage([ids])
+            assert torch.equal(pystage.resolve(staged).cpu(), ids)
+            narrow = pystage.resolve(staged, dtype=torch.int32)
+            assert torch.equal(narrow.cpu(), ids.int())
+            wide = pool.stage([ids + 2**33])
+            assert torch.equal(pystage.resolve(wide).cpu(), ids + 2**33)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_pools_of_two_devices() -> None:
+    with pystage.StagingPool("cuda:0") as a, pystage.StagingPool("cuda:1") as b:
+        for pool in (a, b, a, b):
+            staged = pool.stage([run_of(0, 5000)])
+            for current in (0, 1):
+                with torch.cuda.device(current):
+                    ids = pystage.resolve(staged)
+                    assert ids.device == pool.device
+                    assert torch.cuda.current_device() == current
+                    assert ids[-1].item() == 4999
+        with pytest.raises(ValueError, match=r"staged for cuda:0, not cuda:1"):
+            a.stage([[1]]).to("cuda:1")
+        with pytest.raises(ValueError, match=r"staged for cuda:0, not cuda:1"):
+            torch.zeros(1, dtype=torch.int64, device="cuda:1").copy_(a.stage([[1]]))
+
+
+RANGES = """
+import torch, pystage
+names = []
+push = torch.cuda.nvtx.range_push
+torch.cuda.nvtx.range_push = lambda name: (names.append(name), push(name))
+pool = pystage.StagingPool("cuda:0")
+pystage.resolve(pool.stage([[1]]))
+pool.stage([[1]]).cuda()
+try:
+    pool.stage([["x"]])
+except TypeError:
+    pass
+assert torch.cuda.nvtx.range_pop() < 0   # all closed, also after an error
+print(names)
+"""
+
+
+def test_nvtx_ranges_when_asked_for() -> None:
+    out = run(RANGES, PYSTAGE_NVTX="1", PYTHONWARNINGS="ignore")
+    both = ["pystage.stage", "pystage.resolve"]
+    assert out.strip() == str([*both, *both, "pystage.stage"])
+    assert run(RANGES, PYSTAGE_NVTX="0", PYTHONWARNINGS="ignore").strip() == "[]"
