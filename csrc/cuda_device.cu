@@ -286,6 +286,11 @@ class CudaDevice final : public Device {
     PYSTAGE_CUDA(
         cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), static_cast<cudaEvent_t>(fence), 0));
   }
+  uint64_t stream_id(StreamHandle stream) override {
+    unsigned long long id = 0;
+    PYSTAGE_CUDA(cudaStreamGetId(static_cast<cudaStream_t>(stream), &id));
+    return id;
+  }
   bool capturing(StreamHandle stream) override {
     cudaStreamCaptureStatus status;
     PYSTAGE_CUDA(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));

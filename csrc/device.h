@@ -66,6 +66,10 @@ class Device {
   virtual void synchronize(FenceHandle fence) = 0;                // the calling thread waits
   virtual void wait(StreamHandle stream, FenceHandle fence) = 0;  // the stream waits
 
+  // Tells streams apart, in a way that a handle cannot: a handle may be used again after its stream
+  // was destroyed, and CUDA's per-thread default stream has one for all threads.
+  virtual uint64_t stream_id(StreamHandle stream) = 0;
+
   // True while the stream records a graph instead of running.
   virtual bool capturing(StreamHandle stream) = 0;
 

@@ -63,9 +63,10 @@ Lease::~Lease() { pool_->end_lease(*this); }
 
 FenceHandle Lease::launch_transfer(const Transfer& transfer, StreamHandle stream) {
   pool_->check_process();
+  const uint64_t id = pool_->device_.stream_id(stream);
   std::lock_guard<std::mutex> guard(mutex_);
   Reader* reader = readers_;
-  while (reader && reader->stream != stream) reader = reader->next;
+  while (reader && reader->stream != id) reader = reader->next;
   const bool is_new = reader == nullptr;
   if (is_new) reader = pool_->take_reader();
   try {
@@ -78,13 +79,15 @@ FenceHandle Lease::launch_transfer(const Transfer& transfer, StreamHandle stream
     throw;
   }
   if (is_new) {
-    reader->stream = stream;
+    reader->stream = id;
     reader->slot = slot_;
     reader->next = readers_;
     readers_ = reader;
   }
   try {
+    reader->before = pool_->draw_ticket();
     pool_->device_.record(reader->fence, stream);
+    reader->after = pool_->draw_ticket();
   } catch (...) {
     quarantined_ = true;
     throw;
@@ -230,10 +233,14 @@ std::shared_ptr<Lease> Pool::try_acquire(size_t bytes) {
   reap_orphans();
   Lock lock(mutex_);
   check_open();
-  reap(lock);
-  check_open();
   if (bytes > options_.capacity_bytes) return nullptr;
-  Slot* slot = take(std::min(size_class(bytes), options_.capacity_bytes));
+  const size_t need = std::min(size_class(bytes), options_.capacity_bytes);
+  Slot* slot = worth_reaping() ? nullptr : take(need);
+  if (!slot) {
+    reap(lock);
+    check_open();
+    slot = take(need);
+  }
   return slot ? make_lease(slot) : nullptr;
 }
 
@@ -390,6 +397,7 @@ void Pool::end_lease(Lease& lease) noexcept {
   } else {
     slot->state = Slot::State::kInFlight;
     ++in_flight_slots_;
+    in_flight_bytes_ += slot->bytes;
     for (Reader *reader = lease.readers_, *next; reader; reader = next) {
       next = reader->next;
       reader->next = nullptr;
@@ -408,6 +416,17 @@ void Pool::end_lease(Lease& lease) noexcept {
   finish_if_closed(lock);
 }
 
+// Takes a reader whose fence is done off its slot, and frees the slot if it was the last.
+void Pool::retire(Reader* reader) {
+  Slot* slot = reader->slot;
+  reader->next = nullptr;
+  spare_readers_.push_back(reader);
+  if (--slot->pending > 0) return;
+  --in_flight_slots_;
+  in_flight_bytes_ -= slot->bytes;
+  give(slot);
+}
+
 // Frees the slots in flight whose fences are done. Drops the lock around each query.
 void Pool::reap(Lock& lock) {
   if (reaping_ || !in_flight_slots_) return;
@@ -421,17 +440,23 @@ void Pool::reap(Lock& lock) {
     bool& reaping;
   } done_reaping{lock, reaping_};
   for (size_t q = 0; q < queues_.size();) {
-    while (Reader* reader = queues_[q].head) {
+    bool newest = true;  // first ask the newest fence, which vouches for most of the others
+    while (queues_[q].head) {
+      Reader* asked = newest ? queues_[q].tail : queues_[q].head;
+      newest = false;
       lock.unlock();
-      const bool done = device_.query(reader->fence);
+      const bool done = device_.query(asked->fence);
       lock.lock();
-      if (!done) break;
-      queues_[q].head = reader->next;
-      reader->next = nullptr;
-      spare_readers_.push_back(reader);
-      if (--reader->slot->pending == 0) {
-        --in_flight_slots_;
-        give(reader->slot);
+      if (!done) {
+        if (asked == queues_[q].head) break;
+        continue;
+      }
+      Reader* reader = queues_[q].head;
+      while (reader && (reader == asked || reader->after < asked->before)) {
+        const bool last = reader == asked;
+        queues_[q].head = reader->next;
+        retire(reader);
+        reader = last ? nullptr : queues_[q].head;
       }
     }
     if (queues_[q].head) {

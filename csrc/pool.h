@@ -25,7 +25,9 @@
 // 3. Slots in flight wait in one queue per stream. A fence that is not done stops the look through
 //    its own queue only, so a stuck stream keeps its own slots and no others. Order within a
 //    queue is the order of the leases' ends, not of the fences; that can delay a slot behind
-//    another of the same stream, never free it early.
+//    another of the same stream, never free it early. A fence that is done vouches for another of
+//    its stream only if that one's record() had returned before its own record() began: tickets
+//    drawn before and after each record() tell.
 // 4. Device calls are made without the pool's mutex (a launch or a query may take long, an
 //    allocation takes milliseconds). One thread at a time looks through the queues; launches on
 //    one lease are serialised by that lease's own mutex.
@@ -116,10 +118,12 @@ struct Slot;
 
 // A stream that reads a slot, and the fence after its last transfer. Kept for reuse with its fence.
 struct Reader {
-  StreamHandle stream = nullptr;
+  uint64_t stream = 0;  // Device::stream_id
   FenceHandle fence = nullptr;
   Slot* slot = nullptr;
   Reader* next = nullptr;  // of the slot while leased, of the stream's queue while in flight
+  uint64_t before = 0;     // tickets drawn around the last record()
+  uint64_t after = 0;
 };
 
 // A range of a segment, free or not.
@@ -221,7 +225,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   using FreeSlots = std::set<Slot*, BySizeThenAddress>;
 
   struct StreamQueue {
-    StreamHandle stream;
+    uint64_t stream;  // Device::stream_id
     Reader* head;
     Reader* tail;
   };
@@ -230,6 +234,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
 
   bool forked() const;
   void check_open() const;
+  uint64_t draw_ticket() { return tickets_.fetch_add(1); }
   Slot* take(size_t bytes);
   void give(Slot* slot);
   bool release_idle_for(Lock& lock, size_t bytes);
@@ -237,7 +242,13 @@ class Pool : public std::enable_shared_from_this<Pool> {
   void allocate_segment(Lock& lock, size_t bytes);
   std::vector<HostMemory> detach_idle_segments();
   void free_segments(Lock& lock, const std::vector<HostMemory>& memory);
+  // Free slots are handed out without a look at those in flight, until these are so many that
+  // they push the rest out of the CPU's cache. One query then serves them all.
+  bool worth_reaping() const {
+    return in_flight_slots_ >= 4 || in_flight_bytes_ >= size_t{256} << 10;
+  }
   void reap(Lock& lock);
+  void retire(Reader* reader);
   void end_lease(Lease& lease) noexcept;
   void finish_if_closed(Lock& lock) noexcept;
   std::shared_ptr<Lease> make_lease(Slot* slot);
@@ -251,6 +262,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   PoolOptions options_;
   const uint64_t fork_generation_;
   PoolCounters counters_;
+  std::atomic<uint64_t> tickets_{1};
 
   mutable std::mutex mutex_;  // guards everything below; never held during a device call
   std::condition_variable slot_freed_;
@@ -270,6 +282,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   size_t reserved_bytes_ = 0;  // counts an allocation from before it is made
   size_t pageable_bytes_ = 0;
   size_t in_use_bytes_ = 0;
+  size_t in_flight_bytes_ = 0;
   size_t high_water_bytes_ = 0;
   size_t leased_slots_ = 0;
   size_t in_flight_slots_ = 0;

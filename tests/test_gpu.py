@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 import pystage
-from pystage.testing import hold_transfers
+from pystage.testing import hold_transfers, synchronize
 
 from .conftest import run_of
 from .test_process import run
@@ -70,6 +72,31 @@ def test_current_stream_is_the_one(pool: pystage.StagingPool) -> None:
         assert not done.query()
     side.synchronize()
     assert held.tolist() == list(range(10))
+
+
+def test_one_handle_for_the_default_streams_of_all_threads() -> None:
+    """CUDA's per-thread default stream: a done fence of one thread tells nothing of another's."""
+    with pystage.StagingPool("cuda:0", 2 * 4096, at_capacity="raise") as pool:
+        outs = [torch.zeros(1000, dtype=torch.int64, device="cuda") for _ in range(2)]
+        torch.cuda.synchronize()
+
+        def work() -> None:
+            with torch.cuda.stream(torch.cuda.ExternalStream(2)):
+                pystage.resolve(pool.stage([run_of(1, 1000)]), out=outs[1])
+                synchronize(pool)
+
+        with torch.cuda.stream(torch.cuda.ExternalStream(2)), hold_transfers(pool):
+            pystage.resolve(pool.stage([run_of(0, 1000)]), out=outs[0])
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            kept = pool.stage([run_of(5, 1000)])  # takes the slot of the thread that is done
+            assert pool.stats().in_flight_slots == 1
+            with pytest.raises(pystage.PoolExhaustedError):
+                pool.stage([[1]])
+        torch.cuda.synchronize()
+        assert [out[0].item() for out in outs] == [0, 1]
+        assert kept[0] == 5
 
 
 def test_kernels_at_every_length_and_alignment(pool: pystage.StagingPool) -> None:

@@ -79,6 +79,7 @@ class CountingDevice final : public Device {
   }
   void synchronize(FenceHandle fence) override { host_device().synchronize(fence); }
   void wait(StreamHandle stream, FenceHandle fence) override { host_device().wait(stream, fence); }
+  uint64_t stream_id(StreamHandle stream) override { return host_device().stream_id(stream); }
   bool capturing(StreamHandle stream) override { return host_device().capturing(stream); }
   void* hold(StreamHandle stream) override { return host_device().hold(stream); }
   void release(void* hold) noexcept override { host_device().release(hold); }

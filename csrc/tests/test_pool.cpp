@@ -557,6 +557,43 @@ TEST_CASE("transfers on one stream share a fence, which covers the last of them"
   CHECK(device.fences == 1);
 }
 
+TEST_CASE("leases that end in another order than their transfers") {
+  CountingDevice& device = new_device();
+  Owner pool(device, whole(4 * 4096));
+  LeasePtr early = pool->acquire(4096), late = pool->acquire(4096);
+  const char* held_data = late->data();
+  const Output first = stage_and_launch(*early, host_stream(1));
+  drain(host_stream(1));
+  Held held(host_stream(1));
+  const Output second = stage_and_launch(*late, host_stream(1));
+  late.reset();  // ahead of the other in the stream's queue
+  early.reset();
+  for (const LeasePtr& lease : acquire_all(*pool, 4096)) {
+    CHECK(lease->data() != held_data);
+    write(*lease, fresh_ids(512));
+  }
+  held.release();
+  drain(host_stream(1));
+  CHECK(acquire_all(*pool, 4096).size() == 4);
+  CHECK(first.arrived());
+  CHECK(second.arrived());
+}
+
+TEST_CASE("the newest fence of a stream vouches for those before it") {
+  CountingDevice& device = new_device();
+  Owner pool(device, whole(8 * 4096));
+  std::vector<LeasePtr> leases = acquire_all(*pool, 4096);
+  REQUIRE(leases.size() == 8);
+  for (const LeasePtr& lease : leases) stage_and_launch(*lease, host_stream(1));
+  leases.clear();
+  drain(host_stream(1));
+  int queries = 0;
+  device.on_query = [&] { ++queries; };
+  CHECK(pool->stats().in_flight_slots == 0);
+  CHECK(queries == 1);
+  device.on_query = nullptr;
+}
+
 TEST_CASE("a lease keeps its slot after its transfers, and its fence can be waited for") {
   CountingDevice& device = new_device();
   Owner pool(device, whole(4096));
