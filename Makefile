@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEVICE ?=
+TORCH ?= torch>=2.11
+EXTRAS ?= test,cli
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -14,8 +16,8 @@ endif
 STAMP := build/.installed-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: help demo test build clean
-help:  ## what there is
+.PHONY: help demo test cpp-test bench report build clean
+help:  ## what there is (the default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 build: $(STAMP)  ## set up the environment and build the extension into it
@@ -23,13 +25,13 @@ build: $(STAMP)  ## set up the environment and build the extension into it
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip 'setuptools>=77' wheel
-	$(VENV)/bin/python -m pip install 'torch>=2.11' ninja pybind11 numpy
+	$(VENV)/bin/python -m pip install '$(TORCH)' ninja pybind11 numpy
 
 $(STAMP): $(SOURCES) $(if $(strip $(VENV)),$(VENV)/bin/python)
 ifeq ($(strip $(VENV)),)
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
 else
-	$(PY) -m pip install --quiet --no-build-isolation -e '.[test,cli]'
+	$(PY) -m pip install --quiet --no-build-isolation -e '.[$(EXTRAS)]'
 endif
 	@mkdir -p $(@D) && touch $@
 
@@ -38,6 +40,15 @@ demo: build  ## replay a serving trace through the pool
 
 test: build  ## the test suite
 	$(PY) -m pytest -q
+
+cpp-test:  ## the C++ tests of pool and gather; they need doctest
+	$(MAKE) -C csrc/tests
+
+bench:  ## measure on this machine's device; results go to bench/results
+	$(PY) bench/staging.py $(if $(DEVICE),--device $(DEVICE))
+
+report:  ## put the figures of bench/results into the README, and draw them
+	$(PY) bench/report.py
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info pystage/*.so

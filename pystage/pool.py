@@ -492,7 +492,7 @@ def resolve(
     """
     if not isinstance(staged, StagedTokens):
         raise TypeError(f"resolve takes StagedTokens, not {type(staged).__name__}")
-    return staged._resolve(out, None if out is not None else dtype)
+    return staged._resolve(out, dtype if out is None else None)
 
 
 _OF_STORAGE = frozenset(
