@@ -105,8 +105,9 @@ def target_table(result: dict[str, Any]) -> str:
 
 def source(result: dict[str, Any]) -> str:
     return (
-        f"{result['device']}, {result['cores']}-core VM ({result['cpu']}), driver {result['driver']}, "
-        f"torch {result['torch']}, {result['date'][:10]}, commit `{result['commit'][:9]}`: "
+        f"{result['device']}, {result['cores']}-core VM ({result['cpu']}), "
+        f"driver {result['driver']}, torch {result['torch']}, {result['date'][:10]}, "
+        f"commit `{result['commit'][:9]}`: "
         f"`{result['command']}`, `bench/results/{RESULT.name}`."
     )
 
