@@ -1,0 +1,130 @@
+"""setup.py: what it builds, and how it says that it cannot."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+import torch
+
+SETUP = Path(__file__).resolve().parent.parent / "setup.py"
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The globals of setup.py's functions, without the build."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(setuptools, "setup", lambda **kwargs: calls.append(kwargs))
+    for name in ("PYSTAGE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "PYSTAGE_SANITIZE"):
+        monkeypatch.delenv(name, raising=False)
+    namespace = runpy.run_path(str(SETUP))
+    assert len(calls) == 1 and calls[0]["ext_modules"][0].name == "pystage._C"
+    return namespace["cuda_toolkit"].__globals__  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like a toolkit of CUDA 13.0."""
+    for name in ("bin", "include"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "include/cuda_runtime.h").touch()
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        'case $1 in --version) echo "Cuda compilation tools, release 13.0, V13.0.88";;\n'
+        "*) printf 'compute_80\\ncompute_86\\ncompute_90\\n';; esac\n"
+    )
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_without_torch_it_names_the_command() -> None:
+    code = (
+        "import runpy, sys; sys.modules['torch'] = None; "
+        f"sys.argv = ['setup.py', '--version']; runpy.run_path({str(SETUP)!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert "pip install --no-build-isolation ." in done.stderr
+    assert "torch>=2.11" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mode", "torch_cuda", "expected"),
+    [
+        ("auto", None, False),
+        ("auto", "13.1", True),
+        ("0", "13.0", False),
+        ("1", None, True),
+        ("1", "13.0", True),
+    ],
+)
+def test_when_cuda_code_is_built(
+    build: dict[str, Any],
+    toolkit: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    torch_cuda: str | None,
+    expected: bool,
+) -> None:
+    monkeypatch.setenv("PYSTAGE_CUDA", mode)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    assert build["cuda_toolkit"]() == (toolkit if expected else None)
+
+
+@pytest.mark.parametrize("mode", ["auto", "1"])
+def test_another_major_version_is_an_error(
+    build: dict[str, Any], toolkit: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("PYSTAGE_CUDA", mode)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    with pytest.raises(
+        SystemExit, match=r"CUDA 12\.8, but the toolkit .* is 13\.0.*PYSTAGE_CUDA=0"
+    ):
+        build["cuda_toolkit"]()
+
+
+def test_no_toolkit(build: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(build, "find_toolkit", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert build["cuda_toolkit"]() is None
+    monkeypatch.setenv("PYSTAGE_CUDA", "1")
+    with pytest.raises(SystemExit, match="CUDA_HOME"):
+        build["cuda_toolkit"]()
+    monkeypatch.setenv("PYSTAGE_CUDA", "yes")
+    with pytest.raises(SystemExit, match="auto, 0 or 1"):
+        build["cuda_toolkit"]()
+
+
+def test_a_wrapper_is_no_toolkit(
+    build: dict[str, Any], toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (toolkit / "include/cuda_runtime.h").unlink()
+    assert build["find_toolkit"]() != toolkit
+
+
+def test_architectures(
+    build: dict[str, Any], toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags, names = build["architectures"](toolkit)
+    assert names == "8.0 8.6 9.0+PTX"  # what this nvcc knows; PTX of the last for later ones
+    assert flags[-1] == "-gencode=arch=compute_90,code=compute_90"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a;10.0+PTX")
+    flags, names = build["architectures"](toolkit)
+    assert names == "9.0a 10.0+PTX"
+    assert flags == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(SystemExit, match="Hopper"):
+        build["architectures"](toolkit)
