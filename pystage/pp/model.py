@@ -196,6 +196,22 @@ class LatencyModel:
         is logged, and a `ChunkSizer` keeps the static size. `FitError` is for samples that cannot
         be fitted at all.
         """
+        model = cls._fit(samples, forms, gate, seed)
+        if model.report.usable:
+            logger.info("latency model: %s", model.report)
+        else:
+            logger.warning("latency model: %s; the static chunk size stays", model.report)
+        return model
+
+    @classmethod
+    def _fit(
+        cls,
+        samples: Profile | Iterable[Sample],
+        forms: Sequence[str] = FORMS,
+        gate: QualityGate | None = None,
+        seed: int = 0,
+    ) -> LatencyModel:
+        """`fit` without its word in the log."""
         optimize = _scipy_optimize()
         gate = gate or QualityGate()
         kept = tuple(samples)
@@ -216,6 +232,7 @@ class LatencyModel:
         pair = _find_tile_and_wave(optimize, data) if name in ("waves", "table") else (1, 1)
         form, used, scale = _fit_form(optimize, name, data, pair)
         errors = np.abs(np.expm1(left_out[name][used]))
+        measured = bool(np.isfinite(errors).all())
         residual = np.log(data.ms) - np.log(form.predict(data.history, data.chunk))
         rejected = tuple(
             (kept[i], f"{math.exp(residual[i]):.2f} x the fit, noise {scale:.1%}")
@@ -227,8 +244,8 @@ class LatencyModel:
             floor_ms=form.floor_ms,
             tile=form.tile,
             wave=form.wave,
-            holdout_median=float(np.median(errors)) if errors.size else math.inf,
-            holdout_p95=float(np.percentile(errors, 95)) if errors.size else math.inf,
+            holdout_median=float(np.median(errors)) if measured else math.inf,
+            holdout_p95=float(np.percentile(errors, 95)) if measured else math.inf,
             scores={n: float(errors.mean()) for n, errors in capped.items()},
             samples_used=int(used.sum()),
             rejected=rejected,
@@ -237,9 +254,6 @@ class LatencyModel:
         )
         if reason := _gate_reason(report, gate):
             report = replace(report, usable=False, reason=reason)
-            logger.warning("latency model %s; the static chunk size stays", report)
-        else:
-            logger.info("latency model: %s", report)
         return cls(form, report, kept)
 
     # --- use ---------------------------------------------------------------------------------
@@ -477,7 +491,9 @@ def _find_tile_and_wave(optimize: ModuleType, data: _Data) -> tuple[int, int]:
 
 
 def _solve(optimize: ModuleType, form: Form, data: _Data, loss: str, f_scale: float) -> Form:
-    """Robust bounded least squares on log ratios; the launch floor is one more parameter."""
+    """Robust bounded least squares on log ratios; the launch floor is one more parameter.
+
+    Starts from the form's coefficients if it has any."""
     raw = form.design(data.history, data.chunk)
     norms = np.linalg.norm(raw / data.ms[:, None], axis=0)
     norms[norms == 0.0] = 1.0
@@ -499,17 +515,11 @@ def _solve(optimize: ModuleType, form: Form, data: _Data, loss: str, f_scale: fl
             out = np.column_stack([out, (p[-1] / ms) ** (_SHARPNESS - 1.0) / ms])
         return np.asarray(out, dtype=np.float64)
 
-    start, _ = optimize.nnls(design / data.ms[:, None], np.ones_like(data.ms))
-    starts = [start]
-    if with_floor:
-        quick = float(np.partition(data.ms, min(2, data.ms.size - 1))[min(2, data.ms.size - 1)])
-        above = data.ms > 1.3 * quick
-        if above.sum() > design.shape[1]:
-            again, _ = optimize.nnls(
-                design[above] / data.ms[above, None], np.ones(int(above.sum()))
-            )
-            starts.append(np.append(again, quick))
-        starts[0] = np.append(start, 0.2 * quick)
+    if form.coefficients:
+        starts = [np.append(np.multiply(form.coefficients, norms), form.floor_ms)]
+        starts[0] = starts[0][: design.shape[1] + with_floor]
+    else:
+        starts = _starts(optimize, design, data.ms, with_floor)
     solutions = [
         optimize.least_squares(
             residuals,
@@ -527,3 +537,18 @@ def _solve(optimize: ModuleType, form: Form, data: _Data, loss: str, f_scale: fl
     floor = float(found[-1]) if with_floor else 0.0
     coefficients = found[: design.shape[1]] / norms
     return replace(form, coefficients=tuple(float(v) for v in coefficients), floor_ms=floor)
+
+
+def _starts(optimize: ModuleType, design: Floats, ms: Floats, with_floor: bool) -> list[Floats]:
+    """The plain relative fit of all samples with a floor below them, and that of the samples well
+    above the fastest ones with the floor there."""
+    plain, _ = optimize.nnls(design / ms[:, None], np.ones_like(ms))
+    if not with_floor:
+        return [plain]
+    quick = float(np.sort(ms)[min(2, ms.size - 1)])
+    starts = [np.append(plain, 0.2 * quick)]
+    above = ms > 1.3 * quick
+    if above.sum() > design.shape[1]:
+        upper, _ = optimize.nnls(design[above] / ms[above, None], np.ones(int(above.sum())))
+        starts.append(np.append(upper, quick))
+    return starts

@@ -176,7 +176,7 @@ class SamplePlan:
         min_chunk: int = 512,
         max_chunk: int | None = None,
         max_tokens: int | None = None,
-        count: int = 32,
+        count: int = 36,
         **limits: Any,
     ) -> SamplePlan:
         """Points over the region in which a sizer of `base_chunk` tokens will ask.
@@ -342,7 +342,7 @@ class _Run:
         small = (
             report.holdout_median <= self.plan.target_error
             and report.holdout_p95 <= 4 * self.plan.target_error
-            and not report.rejected
+            and len(report.rejected) <= 0.05 * len(self.samples)
         )
         return f"hold-out error {report.holdout_median:.1%}" if small else ""
 
@@ -351,7 +351,7 @@ class _Run:
         from pystage.pp.model import LatencyModel
 
         if self.fitted is None or len(self.fitted.samples) != len(self.samples):
-            self.fitted = LatencyModel.fit(self.samples, forms=("linear", "law", "waves"))
+            self.fitted = LatencyModel._fit(self.samples, forms=("linear", "law", "waves"))
         return self.fitted
 
     def planned_points(self) -> Iterator[Point]:
