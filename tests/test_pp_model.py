@@ -125,6 +125,17 @@ def test_one_spike_is_rejected_by_name_and_changes_next_to_nothing() -> None:
     assert size_at_64k(model) == pytest.approx(size_at_64k(clean), rel=0.02)
 
 
+def test_a_quarter_of_the_samples_may_be_spikes() -> None:
+    clean = size_at_64k(LatencyModel.fit(samples_of(law)))
+    for seed in range(4):
+        samples = samples_of(law, noise=0.03, seed=seed)
+        for i in np.random.default_rng(seed).choice(60, 16, replace=False):
+            samples[i] = with_latency(samples[i], 10.0)
+        model = LatencyModel.fit(samples)
+        assert len(model.report.rejected) == 16
+        assert size_at_64k(model) == pytest.approx(clean, rel=0.05)
+
+
 @pytest.mark.parametrize("noise", [0.005, 0.02])
 def test_waves_of_a_device_are_found_within_the_budget(noise: float) -> None:
     rng = np.random.default_rng(1)

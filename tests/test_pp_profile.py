@@ -98,8 +98,11 @@ def test_an_unsteady_warm_up_ends_at_its_limit_and_is_logged(
 
 def test_the_budget_of_forwards_counts_warm_up_and_repeats() -> None:
     device = Device(law, noise=0.1)
+    slow = iter([9.0, 5.0, 2.0])  # forwards, but no samples
+    device.latency = lambda h, c: law(h, c) * next(slow, 1.0)
     profile = profile_prefill(device.step, plan_for(max_forwards=20), timer=device.timer)
     assert profile.forwards == len(device.calls) == 20
+    assert len(profile) <= 17
     assert profile.stop_reason == "all 20 forwards used"
 
 

@@ -118,6 +118,14 @@ def test_a_plan_has_equal_times_first_and_last_chunk_included(prompt_len: int) -
     assert times.max() <= 1.15 * sizer.target_ms
 
 
+def test_the_last_chunk_is_as_long_as_the_others_whatever_the_prompt() -> None:
+    sizer = sizer_of()
+    for prompt_len in np.random.default_rng(0).integers(25_000, 131_072, 60):
+        times = times_of(LAW, sizer.plan(int(prompt_len)))
+        assert np.ptp(times) / times.mean() <= 0.06
+        assert times[-1] == pytest.approx(times.mean(), rel=0.04)
+
+
 def test_a_little_more_than_a_chunk_is_one_chunk_and_a_half_more_is_two_halves() -> None:
     sizer = sizer_of()
     assert sizer.plan(100) == [100]
