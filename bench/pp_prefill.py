@@ -74,6 +74,7 @@ MODELS: dict[str, dict[str, int]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
 }
+PARTS = ("profile", "heldout", "ttft", "trace")
 IN_FLIGHT = 2  # chunks enqueued ahead of the device, as an engine's overlap would
 
 
@@ -695,10 +696,17 @@ def summary(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def parts(text: str) -> tuple[str, ...]:
+    chosen = tuple(text.split(","))
+    if unknown := set(chosen) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"unknown parts: {', '.join(sorted(unknown))}")
+    return chosen
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="tiny")
-    parser.add_argument("--parts", default="profile,heldout,ttft,trace")
+    parser.add_argument("--parts", type=parts, default=PARTS, help=",".join(PARTS))
     parser.add_argument("--context", type=int, help="tokens; default 131072, tiny 2048")
     parser.add_argument("--base", type=int, help="base chunk, tokens; default 8192, tiny 256")
     parser.add_argument("--page", type=int, help="tokens; default 64, tiny 8")
@@ -728,12 +736,11 @@ def main() -> None:
     try:
         stage = build_stage(MODELS[args.model], rank, ranks, args.context, device)
         bench = Bench(args, Pipeline(stage, rank, ranks))
-        bench.profile()
         seconds = {}
-        for part in args.parts.split(","):
+        # The others rest on the profile, so it runs in any case, and first.
+        for part in ("profile", *(p for p in args.parts if p != "profile")):
             began = time.perf_counter()
-            if part != "profile":
-                {"heldout": bench.heldout, "ttft": bench.ttft, "trace": bench.trace}[part]()
+            getattr(bench, part)()
             seconds[part] = time.perf_counter() - began
         if rank == 0:
             kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
