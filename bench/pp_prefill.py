@@ -1,0 +1,759 @@
+"""Chunked prefill through a real pipeline: how well chunk times are predicted, and what that buys.
+
+    torchrun --nproc-per-node 2 bench/pp_prefill.py --model 8b
+    python bench/pp_prefill.py --model tiny            # one rank, a CPU will do
+
+A Llama of random weights (modules of transformers), its layers split evenly over the ranks, KV
+cache preallocated, attention by `scaled_dot_product_attention` with a lower-right causal bias. Ids
+are staged by pystage on rank 0 and resolved at forward entry; hidden states go from rank to rank
+with torch.distributed (NCCL between GPUs, gloo on a CPU). Writes one JSON file to bench/results.
+
+Parts (`--parts`, default all):
+  profile   our profile and, with --sglang-wheel, SGLang's 128-length sweep, cold and warm: forwards
+            and wall time. A process is cold once: --first says who goes first.
+  heldout   prediction error on random (history, chunk) points
+  ttft      for prompts of half and all of the context: chunk times alone on each stage, their
+            spread, time to first token through the pipeline, and the simulation against it
+  trace     makespan of a batch of prompts with the lengths of a conversation trace
+
+On 2 x H100 `--model 8b` with all parts is meant to take five to six minutes; `--reps 1` takes off
+about a minute and a half, `--model 1b` runs in about a quarter of the time. PYSTAGE_COMMIT names
+the commit where there is no git.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import zipfile
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from pystage.pp import (
+    ChunkSizer,
+    LatencyModel,
+    SamplePlan,
+    profile_prefill,
+    random_token_ids,
+    share_profile,
+    simulate_pipeline,
+)
+from pystage.pp.profile import cuda_timer, host_timer
+
+ROOT = Path(__file__).resolve().parent.parent
+logger = logging.getLogger("pp_prefill")
+
+# The published shapes of Llama 3.2 1B and Llama 3.1 8B, and one for tests.
+MODELS: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
+}
+PARTS = ("profile", "heldout", "ttft", "trace")
+IN_FLIGHT = 2  # chunks enqueued ahead of the device, as an engine's overlap would
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens start..stop of one prompt, whose KV rows begin at `row`."""
+
+    prompt: int
+    row: int
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+
+Batch = Sequence[Piece]
+
+
+# --- the model: one stage of it -------------------------------------------------------------------
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _mask: torch.Tensor | None,
+    *,
+    batch: Batch,
+    masks: Sequence[torch.Tensor],
+    kv: dict[int, tuple[torch.Tensor, torch.Tensor]],
+    scaling: float,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface over a preallocated cache, one SDPA call a prompt."""
+    keys, values = kv[int(module.layer_idx)]
+    outputs, at = [], 0
+    for piece, mask in zip(batch, masks, strict=True):
+        rows = slice(at, at + piece.count)
+        at += piece.count
+        keys[:, :, piece.row + piece.start : piece.row + piece.stop] = key[:, :, rows]
+        values[:, :, piece.row + piece.start : piece.row + piece.stop] = value[:, :, rows]
+        seen = slice(piece.row, piece.row + piece.stop)
+        output = scaled_dot_product_attention(
+            query[:, :, rows],
+            keys[:, :, seen],
+            values[:, :, seen],
+            attn_mask=mask,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1).contiguous(), None
+
+
+class Stage(nn.Module):
+    """The layers of one rank, with the embedding on the first and the head on the last."""
+
+    def __init__(
+        self, shape: dict[str, int], rank: int, ranks: int, kv_rows: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        from transformers import LlamaConfig
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+        from transformers.models.llama import modeling_llama as llama
+
+        ALL_ATTENTION_FUNCTIONS.register("pp_prefill", attend)
+        config = LlamaConfig(**shape, max_position_embeddings=kv_rows)
+        config._attn_implementation = "pp_prefill"
+        layers = config.num_hidden_layers
+        if layers < ranks:
+            raise ValueError(f"{layers} layers cannot be split over {ranks} ranks")
+        mine = range(rank * layers // ranks, (rank + 1) * layers // ranks)
+        self.hidden, self.vocab = config.hidden_size, config.vocab_size
+        self.first, self.last = rank == 0, rank == ranks - 1
+        self.layers = nn.ModuleList(llama.LlamaDecoderLayer(config, i) for i in mine)
+        self.rotary = llama.LlamaRotaryEmbedding(config)
+        self.embed = nn.Embedding(self.vocab, self.hidden) if self.first else None
+        self.norm = llama.LlamaRMSNorm(self.hidden, eps=config.rms_norm_eps)
+        self.head = nn.Linear(self.hidden, self.vocab, bias=False) if self.last else None
+        rows = (1, config.num_key_value_heads, kv_rows, config.head_dim)
+        self.kv = {i: (torch.zeros(rows), torch.zeros(rows)) for i in mine}
+        self.device = device
+
+    def forward(self, inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Ids [n] on the first rank, else hidden states [1, n, hidden]. Gives hidden states, on the
+        last rank the next token of the last piece, [1]."""
+        hidden = self.embed(inputs)[None] if self.embed is not None else inputs
+        spans = [torch.arange(p.start, p.stop, device=self.device) for p in batch]
+        positions = self.rotary(hidden, torch.cat(spans)[None])
+        masks = [causal_lower_right(p.count, p.stop) for p in batch]
+        for layer in self.layers:
+            hidden = layer(
+                hidden, position_embeddings=positions, batch=batch, masks=masks, kv=self.kv
+            )
+        if self.head is None:
+            return hidden
+        return self.head(self.norm(hidden[0, -1:])).argmax(dim=-1)
+
+
+def build_stage(
+    shape: dict[str, int], rank: int, ranks: int, kv_rows: int, device: torch.device
+) -> Stage:
+    dtype, before = (
+        (torch.bfloat16 if device.type == "cuda" else torch.float32),
+        torch.get_default_dtype(),
+    )
+    torch.manual_seed(rank)
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return Stage(shape, rank, ranks, kv_rows, device).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+# --- the pipeline ---------------------------------------------------------------------------------
+
+
+class ChunkClock:
+    """Times of consecutive chunks in ms: events on a GPU, read at the end; the host clock on a CPU.
+
+    `finish` also holds the host back so that no more than IN_FLIGHT chunks are enqueued."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[Any, Any]] = []
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self) -> Any:
+        return self._now()
+
+    def finish(self, begin: Any) -> None:
+        self.marks.append((begin, self._now()))
+        if self.cuda and len(self.marks) > IN_FLIGHT:
+            self.marks[-1 - IN_FLIGHT][1].synchronize()
+
+    def read(self) -> list[float]:
+        if self.cuda:
+            torch.cuda.synchronize()
+            return [begin.elapsed_time(end) for begin, end in self.marks]
+        return [(end - begin) * 1e3 for begin, end in self.marks]
+
+
+class Pipeline:
+    def __init__(self, stage: Stage, rank: int, ranks: int) -> None:
+        import pystage
+
+        self.stage, self.rank, self.ranks = stage, rank, ranks
+        self.device = stage.device
+        self.pool = pystage.StagingPool(device=self.device) if stage.first else None
+        self._resolve = pystage.resolve
+        self.dtype = next(stage.layers.parameters()).dtype
+
+    def ids(self, batch: Batch, prompts: Sequence[array[int]]) -> torch.Tensor:
+        """Staged on the host, brought to the device on the current stream."""
+        assert self.pool is not None
+        staged = self.pool.stage(
+            [prompts[p.prompt] for p in batch],
+            starts=[p.start for p in batch],
+            stops=[p.stop for p in batch],
+            vocab_size=self.stage.vocab,
+        )
+        return self._resolve(staged)
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Random hidden states: constant ones would run at a higher clock."""
+        shape = (1, sum(p.count for p in batch), self.stage.hidden)
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+    @torch.inference_mode()
+    def alone(self, batches: Sequence[Batch], prompts: Sequence[array[int]]) -> list[float]:
+        """Time of every batch on this stage in ms, without communication."""
+        clock = ChunkClock(self.device)
+        for batch in batches:
+            hidden = None if self.stage.first else self.hidden(batch)
+            begin = clock.start()
+            self.stage(self.ids(batch, prompts) if hidden is None else hidden, batch)
+            clock.finish(begin)
+        return clock.read()
+
+    @torch.inference_mode()
+    def run(self, batches: Sequence[Batch], prompts: Sequence[array[int]]) -> float:
+        """ms from the first id staged on rank 0 until rank 0 has the last batch's token."""
+        dist.barrier()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        clock = ChunkClock(self.device)
+        sending = []
+        # The next receive is posted before this forward is enqueued, so it overlaps with it.
+        coming = None if self.stage.first else self._receive(batches[0])
+        output = torch.empty(0)
+        for i, batch in enumerate(batches):
+            if coming is None:
+                inputs = self.ids(batch, prompts)
+            else:
+                work, inputs = coming
+                if i + 1 < len(batches):
+                    coming = self._receive(batches[i + 1])
+                work.wait()
+            begin = clock.start()
+            output = self.stage(inputs, batch)
+            if not self.stage.last:
+                sending.append((dist.isend(output, self.rank + 1), output))
+            clock.finish(begin)
+        for work, _ in sending:
+            work.wait()
+        token = output if self.stage.last else torch.zeros(1, dtype=torch.int64, device=self.device)
+        if self.ranks > 1 and self.stage.last:
+            dist.send(token, 0)
+        elif self.ranks > 1 and self.stage.first:
+            dist.recv(token, self.ranks - 1)
+        if not (self.stage.first or self.stage.last) and self.device.type == "cuda":
+            torch.cuda.synchronize()
+        assert int(token[0]) >= 0  # waits for it
+        return (time.perf_counter() - began) * 1e3
+
+    def _receive(self, batch: Batch) -> tuple[Any, torch.Tensor]:
+        shape = (1, sum(p.count for p in batch), self.stage.hidden)
+        buffer = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return dist.irecv(buffer, self.rank - 1), buffer
+
+    def transfer_ms_per_token(self, tokens: int) -> float:
+        """One hop of hidden states between ranks 0 and 1, median of seven."""
+        if self.ranks == 1:
+            return 0.0
+        piece = [Piece(0, 0, 0, tokens)]
+        times = []
+        for _ in range(9):
+            dist.barrier()
+            buffer = self.hidden(piece)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            if self.rank == 0:
+                dist.send(buffer, 1)
+            elif self.rank == 1:
+                dist.recv(buffer, 0)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append((time.perf_counter() - begin) * 1e3)
+        return float(np.median(times[2:])) / tokens
+
+
+# --- SGLang's predictor, for comparison -----------------------------------------------------------
+
+
+def sglang_predictor(wheel: Path) -> Any:
+    """`ChunkSizePredictor` itself, taken out of the wheel's source; nothing else of it is run."""
+    name = "sglang/srt/managers/scheduler_components/dynamic_chunk_sizer.py"
+    with zipfile.ZipFile(wheel) as archive:
+        tree = ast.parse(archive.read(name).decode())
+    wanted = [
+        node
+        for node in tree.body
+        if (isinstance(node, ast.ClassDef) and node.name == "ChunkSizePredictor")
+        or (isinstance(node, ast.ImportFrom) and node.module in ("__future__", "typing"))
+    ]
+    smooth = SimpleNamespace(get=lambda: 0.75)  # its default
+    scope: dict[str, Any] = {"np": np, "math": math, "logger": logging.getLogger("sglang")}
+    scope["envs"] = SimpleNamespace(SGLANG_DYNAMIC_CHUNKING_SMOOTH_FACTOR=smooth)
+    exec(compile(ast.Module(body=wanted, type_ignores=[]), name, "exec"), scope)
+    return scope["ChunkSizePredictor"]()
+
+
+def sglang_sweep(step: Callable[[int, int], object], base: int, timer: Any) -> dict[str, Any]:
+    """SGLang's sampling: 128 falling lengths up to 1.25 base chunks, once each, at history 0."""
+    top = base * 5 // 4
+    lengths = [n for n in (top - i * max(1, top // 128) for i in range(128)) if n > 0]
+    began = time.perf_counter()
+    times = [timer(lambda n=n: step(0, n)).host_ms for n in lengths]
+    seconds = time.perf_counter() - began
+    return {"lengths": lengths, "ms": times, "forwards": len(lengths), "seconds": seconds}
+
+
+class SglangSizes:
+    """A fitted predictor, or static chunks where its own fit refuses, as in SGLang."""
+
+    def __init__(self, wheel: Path, sweep: dict[str, Any], args: argparse.Namespace) -> None:
+        self.args = args
+        self.predictor = sglang_predictor(wheel)
+        self.refused = ""
+        try:
+            self.predictor.fit(sweep["lengths"], sweep["ms"])
+            self.predictor.set_target_latency(args.base)
+            self.predictor.is_ready = True
+        except ValueError as error:
+            self.refused = str(error)
+
+    def next_size(self, history: int) -> int:
+        size = self.predictor.predict_next_chunk_size(
+            history, self.args.base, self.args.page, self.args.context, 2 * self.args.base
+        )
+        return size or self.args.base
+
+    def ms(self, history: int, chunk: int) -> float:
+        """The time its sizes rest on: f(history + chunk) - f(history)."""
+        p = self.predictor
+        a, b = p.quadratic_coeff_a, p.linear_coeff_b
+        return a * (chunk * chunk + 2 * history * chunk) + b * chunk
+
+    def ms_with_constant(self, history: int, chunk: int) -> float:
+        return self.ms(history, chunk) + self.predictor.constant_coeff_c
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+def chunks_of(prompt_len: int, next_size: Callable[[int], int]) -> list[int]:
+    chunks: list[int] = []
+    done = 0
+    while done < prompt_len:
+        chunks.append(min(next_size(done), prompt_len - done))
+        done += chunks[-1]
+    return chunks
+
+
+def batches_of_one(chunks: Sequence[int]) -> list[Batch]:
+    starts = np.cumsum([0, *chunks])
+    return [[Piece(0, 0, int(a), int(b))] for a, b in pairwise(starts)]
+
+
+def batches_of_many(lengths: Sequence[int], next_size: Callable[[int], int]) -> list[Batch]:
+    """First come first served; what a prompt leaves of a chunk goes to the next ones."""
+    rows = np.cumsum([0, *lengths])
+    batches: list[Batch] = []
+    prompt = done = 0
+    while prompt < len(lengths):
+        budget, batch = next_size(done), []
+        while budget > 0 and prompt < len(lengths):
+            take = min(budget, lengths[prompt] - done)
+            batch.append(Piece(prompt, int(rows[prompt]), done, done + take))
+            budget, done = budget - take, done + take
+            if done == lengths[prompt]:
+                prompt, done = prompt + 1, 0
+        batches.append(batch)
+    return batches
+
+
+def spread(times: Sequence[float]) -> float:
+    """(max - min) / mean"""
+    return float(np.ptp(times) / np.mean(times))
+
+
+class Bench:
+    def __init__(self, args: argparse.Namespace, pipeline: Pipeline) -> None:
+        self.args, self.pipeline = args, pipeline
+        self.rank, self.ranks = pipeline.rank, pipeline.ranks
+        self.timer = cuda_timer if pipeline.device.type == "cuda" else host_timer
+        self.results: dict[str, Any] = {}
+        self.policies: dict[str, Callable[[int], list[int]]] = {}
+        self.next_sizes: dict[str, Callable[[int], int]] = {}
+        for size in (args.base // 4, args.base // 2, args.base):
+            self.next_sizes[f"fixed {size}"] = lambda _history, size=size: size
+        self.sizer: ChunkSizer | None = None
+        self.sglang: dict[str, SglangSizes] = {}
+        vocab = pipeline.stage.vocab
+        self.prompt = random_token_ids(args.context, vocab, args.seed)
+
+    @torch.inference_mode()
+    def step(self, history: int, chunk: int) -> object:
+        """What the profilers run: staging, resolve and one forward of this rank's stage."""
+        batch = [Piece(0, 0, history, history + chunk)]
+        return self.pipeline.stage(self.pipeline.ids(batch, [self.prompt]), batch)
+
+    def on_rank0(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Rank 0's result on every rank; its failure too."""
+        box: list[Any] = [None]
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                box = [{"ok": work()}]
+            except Exception as caught:
+                error, box = caught, [{"failed": repr(caught)}]
+        dist.broadcast_object_list(box, src=0)
+        if error is not None:
+            raise error
+        if "failed" in box[0]:
+            raise RuntimeError(f"rank 0: {box[0]['failed']}")
+        return box[0]["ok"]
+
+    def profile(self) -> None:
+        args = self.args
+        plan = SamplePlan.spread(
+            base_chunk=args.base,
+            context_len=args.context,
+            page_size=args.page,
+            min_chunk=args.min_chunk,
+        )
+        if args.first == "ours":
+            self._ours(plan)
+        if args.sglang_wheel:
+            for name in ("sglang cold", "sglang warm"):
+                self._theirs(name)
+        if args.first != "ours":
+            self._ours(plan)
+        sizer = self.sizer
+        assert sizer is not None
+        self.policies = {
+            name: lambda n, next_size=next_size: chunks_of(n, next_size)
+            for name, next_size in self.next_sizes.items()
+        }
+        self.policies["equal time"] = sizer.plan
+        self.policies["fastest"] = lambda n: sizer.fastest_plan(n, self.ranks)
+        self.next_sizes["equal time"] = lambda history: sizer.next_chunk(history) or args.base
+
+    def _ours(self, plan: SamplePlan) -> None:
+        args = self.args
+        profile = share_profile(
+            lambda: profile_prefill(
+                self.step, plan, device=self.pipeline.device, progress=args.progress
+            )
+        )
+        began = time.perf_counter()
+        model = LatencyModel.fit(profile)
+        fit_seconds = time.perf_counter() - began
+        self.sizer = ChunkSizer(
+            model,
+            base_chunk=args.base,
+            context_len=args.context,
+            page_size=args.page,
+            min_chunk=args.min_chunk,
+            context_margin=0,
+        )
+        self.results["profile ours"] = {
+            **profile.to_json(),
+            "fit_seconds": fit_seconds,
+            "report": model.to_json()["report"],
+            "form": model.to_json()["form"],
+        }
+        if self.rank == 0 and args.plot:
+            from pystage.pp.plot import plot_profile
+
+            plot_profile(self.sizer, args.context, args.plot)
+
+    def _theirs(self, name: str) -> None:
+        sweep = self.on_rank0(lambda: sglang_sweep(self.step, self.args.base, self.timer))
+        sizes = SglangSizes(self.args.sglang_wheel, sweep, self.args)
+        self.sglang[name] = sizes
+        p = sizes.predictor
+        fitted = [p.quadratic_coeff_a, p.linear_coeff_b, p.constant_coeff_c]
+        self.results[f"profile {name}"] = {**sweep, "fit": fitted, "refused": sizes.refused}
+        self.next_sizes[name] = sizes.next_size
+
+    def heldout(self) -> None:
+        args = self.args
+        rng = np.random.default_rng(args.seed + 1)
+        low, high = args.base // 8, args.base * 5 // 4
+        points = []
+        while len(points) < args.heldout:
+            chunk = int(low * (high / low) ** rng.random()) // args.page * args.page
+            history = int(rng.random() * (args.context - chunk)) // args.page * args.page
+            points.append((history, max(chunk, args.page)))
+
+        def measure() -> dict[str, Any]:
+            for point in points[:3]:
+                self.step(*point)
+            # The faster of two: what a quiet device takes.
+            ms = [
+                min(self.timer(lambda p=p: self.step(*p)).latency_ms for _ in range(2))
+                for p in points
+            ]
+            return {"points": points, "ms": ms}
+
+        result = self.on_rank0(measure)
+        ms = np.array(result["ms"])
+        sizer = self.sizer
+        assert sizer is not None
+        predictors: dict[str, Callable[[int, int], float]] = {"ours": sizer.model.predict}
+        for name, sizes in self.sglang.items():
+            predictors[name] = sizes.ms
+            predictors[f"{name}, plus its constant"] = sizes.ms_with_constant
+        for name, predict in predictors.items():
+            guess = np.array([predict(h, c) for h, c in points])
+            error = np.abs(guess - ms) / ms
+            result[name] = {
+                "ms": guess.tolist(),
+                "median": float(np.median(error)),
+                "p95": float(np.percentile(error, 95)),
+                "worst": float(error.max()),
+            }
+        self.results["heldout"] = result
+
+    def ttft(self) -> None:
+        args = self.args
+        per_token = self.pipeline.transfer_ms_per_token(args.base)
+        self.results["transfer_ms_per_token"] = per_token
+        for prompt_len in (args.context // 2, args.context):
+            for name, policy in self.policies.items():
+                chunks = policy(prompt_len)
+                batches = batches_of_one(chunks)
+                alone = self.pipeline.alone(batches, [self.prompt])
+                stages: list[list[float]] = [[] for _ in range(self.ranks)]
+                dist.all_gather_object(stages, alone)
+                runs = [self.pipeline.run(batches, [self.prompt]) for _ in range(args.reps)]
+                hops = [per_token * c for c in chunks]
+                simulated = simulate_pipeline(stages, hops)
+                layers = np.mean(stages, axis=0) * self.ranks
+                self.results[f"ttft {prompt_len} {name}"] = {
+                    "chunks": chunks,
+                    "stage_ms": stages,
+                    "spread": spread(stages[0]),
+                    "ttft_ms": float(np.median(runs)),
+                    "runs_ms": runs,
+                    "simulated_ms": simulated,
+                    "simulation_error": simulated / float(np.median(runs)) - 1,
+                    "simulated_ms_by_ranks": {
+                        n: simulate_pipeline([layers / n] * n, hops) for n in range(2, 17)
+                    },
+                }
+
+    def trace(self) -> None:
+        args = self.args
+        lengths: list[int] = []
+        for length in trace_lengths(args.trace, args.seed, args.context // 4):
+            if sum(lengths) + length > args.context // 2:
+                break
+            lengths.append(length)
+        vocab = self.pipeline.stage.vocab
+        prompts = [random_token_ids(n, vocab, args.seed + i) for i, n in enumerate(lengths)]
+        self.results["trace"] = {"lengths": lengths}
+        for name, next_size in self.next_sizes.items():
+            batches = batches_of_many(lengths, next_size)
+            self.pipeline.run(batches, prompts)  # warms up
+            runs = [self.pipeline.run(batches, prompts) for _ in range(args.reps)]
+            self.results["trace"][name] = {"ms": float(np.median(runs)), "forwards": len(batches)}
+
+
+def trace_lengths(path: Path | None, seed: int, longest: int) -> Iterator[int]:
+    """Prompt lengths in tokens: the column input_length or ContextTokens of a CSV, or without one a
+    log-normal with the median and mean of Mooncake's FAST'25 conversation trace (6,909 and 12,035),
+    scaled down where the context is short."""
+    if path is not None:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                yield min(int(row.get("input_length") or row["ContextTokens"]), longest)
+        return
+    rng = np.random.default_rng(seed)
+    sigma = math.sqrt(2 * math.log(12035 / 6909))
+    median = min(6909, longest // 4)
+    while True:
+        yield int(np.clip(rng.lognormal(math.log(median), sigma), 1, longest))
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+def output_of(*command: str) -> str:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def facts(device: torch.device, ranks: int) -> dict[str, Any]:
+    cuda = device.type == "cuda"
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["bench/pp_prefill.py", *sys.argv[1:]]),
+        "commit": os.environ.get("PYSTAGE_COMMIT") or output_of("git", "rev-parse", "HEAD"),
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
+        "driver": driver.splitlines()[0] if cuda else "none",
+        "ranks": ranks,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+
+
+def start_group() -> tuple[int, int, torch.device]:
+    """This rank, the number of ranks, its device. With fewer GPUs than ranks one rank stays."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < ranks:
+        logger.warning("%d ranks but %d GPUs: one rank runs alone", ranks, gpus)
+        if rank > 0:
+            raise SystemExit(0)
+        ranks = 1
+    device = torch.device("cuda", rank) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    where = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks == 1 else {}
+    dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(minutes=5), **where)
+    return rank, ranks, device
+
+
+def summary(results: dict[str, Any]) -> str:
+    lines = []
+    for name, r in results.items():
+        if name.startswith("profile"):
+            lines.append(f"{name}: {r['forwards']} forwards, {r['seconds']:.2f} s")
+        elif name == "heldout":
+            lines += [
+                f"heldout {who}: median {e['median']:.1%}, p95 {e['p95']:.1%}, "
+                f"worst {e['worst']:.1%}"
+                for who, e in r.items()
+                if isinstance(e, dict)
+            ]
+        elif name.startswith("ttft"):
+            lines.append(
+                f"{name}: {r['ttft_ms']:.1f} ms in {len(r['chunks'])} chunks, spread "
+                f"{r['spread']:.1%}, simulation {r['simulation_error']:+.1%}"
+            )
+        elif name == "trace":
+            lines += [f"trace {k}: {v['ms']:.1f} ms" for k, v in r.items() if isinstance(v, dict)]
+    return "\n".join(lines)
+
+
+def parts(text: str) -> tuple[str, ...]:
+    chosen = tuple(text.split(","))
+    if unknown := set(chosen) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"unknown parts: {', '.join(sorted(unknown))}")
+    return chosen
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=sorted(MODELS), default="tiny")
+    parser.add_argument("--parts", type=parts, default=PARTS, help=",".join(PARTS))
+    parser.add_argument("--context", type=int, help="tokens; default 131072, tiny 2048")
+    parser.add_argument("--base", type=int, help="base chunk, tokens; default 8192, tiny 256")
+    parser.add_argument("--page", type=int, help="tokens; default 64, tiny 8")
+    parser.add_argument("--min-chunk", type=int, help="tokens; default 512, tiny 16")
+    parser.add_argument("--heldout", type=int, default=49, help="held-out points")
+    parser.add_argument("--reps", type=int, default=2, help="pipeline runs of every plan")
+    parser.add_argument("--sglang-wheel", type=Path, help="a wheel of sglang 0.5.20 or later")
+    parser.add_argument("--first", choices=("ours", "sglang"), default="sglang")
+    parser.add_argument("--trace", type=Path, help="CSV with input_length or ContextTokens")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", type=Path, help="write a picture of the profile here")
+    parser.add_argument("--progress", action="store_true")
+    parser.add_argument("--out", type=Path, help="JSON file; default in bench/results")
+    args = parser.parse_args()
+    tiny = args.model == "tiny"
+    defaults = {"context": (131072, 2048), "base": (8192, 256), "page": (64, 8)}
+    for name, (usual, small) in (defaults | {"min_chunk": (512, 16)}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, small if tiny else usual)
+    return args
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    args = arguments()
+    rank, ranks, device = start_group()
+    try:
+        stage = build_stage(MODELS[args.model], rank, ranks, args.context, device)
+        bench = Bench(args, Pipeline(stage, rank, ranks))
+        seconds = {}
+        # The others rest on the profile, so it runs in any case, and first.
+        for part in ("profile", *(p for p in args.parts if p != "profile")):
+            began = time.perf_counter()
+            getattr(bench, part)()
+            seconds[part] = time.perf_counter() - began
+        if rank == 0:
+            kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+            name = f"pp_prefill-{args.model}-{ranks}x{kind.replace(' ', '-')}.json"
+            out = args.out or ROOT / "bench" / "results" / name
+            out.parent.mkdir(parents=True, exist_ok=True)
+            body = {"about": facts(device, ranks), "seconds": seconds, "results": bench.results}
+            out.write_text(json.dumps(body, indent=1) + "\n")
+            print(summary(bench.results))
+            print(f"written to {out}")
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

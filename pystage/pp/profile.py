@@ -1,0 +1,481 @@
+"""Timed prefill samples: which (history, chunk) points to run, and how to time them.
+
+Chunked prefill under pipeline parallelism wants chunks of equal time, so the latency of a chunk
+must be known as a function of two lengths: the tokens already in the KV cache (`history_len`) and
+the new ones (`chunk_len`). SGLang's profiler (PR 26883, PR 37674) varies the second only, once per
+length and without warm-up. This one warms up until steady and varies both; then it goes where the
+fit so far would send a sizer, to the edges of the device's waves that the fit has found, and back
+to the points it explains worst.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from pystage.pp.model import LatencyModel
+
+logger = logging.getLogger(__name__)
+
+Point = tuple[int, int]
+"""(history_len, chunk_len), both in tokens."""
+
+# Kronecker sequence on the plastic number: an even cover of the unit square for any prefix, so a
+# profile that is cut short by its budget has still seen the whole region.
+_PLASTIC = 1.324717957244746
+
+
+class ProfileError(RuntimeError):
+    """A forward failed while profiling; the cause is chained."""
+
+
+class Step(Protocol):
+    """Runs one prefill forward of `chunk_len` new tokens behind `history_len` cached ones.
+
+    It stages and resolves the ids and launches the forward on the current stream; it need not
+    synchronise. What it holds (KV slots, staging slots, a request) it should free before it
+    returns or raises. A step that owns something for the whole profile is passed as a context
+    manager whose `__enter__` returns the step: `profile_prefill` leaves it on every way out.
+    """
+
+    def __call__(self, history_len: int, chunk_len: int, /) -> object: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One timed forward, in ms. `latency_ms` is device time where there is a device clock."""
+
+    latency_ms: float
+    host_ms: float
+
+
+Timer = Callable[[Callable[[], object]], Timing]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measured chunk: lengths in tokens, times in ms."""
+
+    history_len: int
+    chunk_len: int
+    latency_ms: float
+    host_ms: float = math.nan
+
+    def __post_init__(self) -> None:
+        if self.history_len < 0 or self.chunk_len <= 0:
+            raise ValueError(f"impossible lengths in {self}: history >= 0 and chunk > 0 are needed")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a profiling run measured, and what it cost. Iterates over its samples."""
+
+    samples: tuple[Sample, ...]
+    forwards: int
+    """Forwards run in all, warm-up and repeats included."""
+    seconds: float
+    """Wall time of the whole run."""
+    stop_reason: str
+    warmup_ms: tuple[float, ...] = ()
+    skipped: tuple[Point, ...] = ()
+    """Points given up because the device ran out of memory there."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "samples": samples_to_json(self.samples),
+            "forwards": self.forwards,
+            "seconds": self.seconds,
+            "stop_reason": self.stop_reason,
+            "warmup_ms": list(self.warmup_ms),
+            "skipped": [list(p) for p in self.skipped],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Profile:
+        return cls(
+            samples=samples_from_json(data["samples"]),
+            forwards=int(data["forwards"]),
+            seconds=float(data["seconds"]),
+            stop_reason=str(data["stop_reason"]),
+            warmup_ms=tuple(float(v) for v in data["warmup_ms"]),
+            skipped=tuple((int(h), int(c)) for h, c in data["skipped"]),
+        )
+
+
+def samples_to_json(samples: Sequence[Sample]) -> list[list[float | None]]:
+    """Rows of [history_len, chunk_len, latency_ms, host_ms]; an unknown host time is null."""
+    return [
+        [s.history_len, s.chunk_len, s.latency_ms, s.host_ms if math.isfinite(s.host_ms) else None]
+        for s in samples
+    ]
+
+
+def samples_from_json(rows: Sequence[Sequence[Any]]) -> tuple[Sample, ...]:
+    return tuple(
+        Sample(int(h), int(c), float(ms), math.nan if host is None else float(host))
+        for h, c, ms, host in rows
+    )
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """Where to sample and how much to spend. Build one with `SamplePlan.spread`."""
+
+    points: tuple[Point, ...]
+    base: Point
+    """The point whose time is the sizer's target; warm-up runs here and its steady end counts."""
+    page_size: int = 64
+    """All lengths are multiples of it."""
+    min_chunk: int = 512
+    max_tokens: int = 131072
+    """History plus chunk never exceeds it."""
+    max_forwards: int = 64
+    max_seconds: float = 60.0
+    max_warmup: int = 6
+    steady: float = 0.05
+    """Warm-up ends when two forwards in a row differ by less than this fraction."""
+    on_policy: int = 5
+    """Points added where a sizer with the fit so far would go; 0 leaves out the edges too."""
+    repeats: int = 14
+    """Most points measured again at the end, worst fit first, after two more of the base."""
+    target_error: float = 0.015
+    """Early stop: once the median hold-out error is below this and the 95th percentile below four
+    times this, only the on-policy points are still measured."""
+    min_samples: int = 24
+    check_every: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.points:
+            raise ValueError("a sample plan needs at least one point")
+        if self.max_forwards < 3:
+            raise ValueError(f"max_forwards={self.max_forwards}: at least 3 (warm-up and a sample)")
+
+    @classmethod
+    def spread(
+        cls,
+        *,
+        base_chunk: int,
+        context_len: int,
+        page_size: int = 64,
+        min_chunk: int = 512,
+        max_chunk: int | None = None,
+        max_tokens: int | None = None,
+        count: int = 36,
+        **limits: Any,
+    ) -> SamplePlan:
+        """Points over the region in which a sizer of `base_chunk` tokens will ask.
+
+        Chunks of equal time shrink as history grows, so the largest chunk sampled does too: from
+        `max_chunk` (default 1.25 x base, as SGLang) at history 0 down as 1 / (1 + L / 2 base).
+        Long histories under full-size chunks would cost most of the time and are asked for least;
+        two such corners are kept, to anchor models whose latency does not grow with history.
+        `max_tokens` caps history plus chunk (KV slots); all lengths are multiples of `page_size`.
+        """
+        top = min(context_len, max_tokens or context_len)
+        largest = min(max_chunk or base_chunk * 5 // 4, base_chunk * 5 // 4, top)
+        smallest = max(page_size, min(min_chunk, largest))
+
+        def align(tokens: float) -> int:
+            return max(0, int(tokens) // page_size * page_size)
+
+        points: list[Point] = []
+
+        def add(history: float, chunk: float) -> None:
+            size = max(align(chunk), page_size)
+            point = (align(min(history, top - size)), size)
+            if point not in points:
+                points.append(point)
+
+        base = (0, max(align(min(base_chunk, top)), page_size))
+        deepest = top - smallest
+        for chunk in (largest, base[1] / 2, base[1] / 4, smallest):
+            add(0, max(chunk, smallest))
+        add(deepest, smallest)
+        add(deepest / 2, max(base[1] / 4, smallest))
+        add(deepest / 2, base[1])
+        add(deepest, base[1] / 2)
+        index = 0
+        while len(points) < count and index < 8 * count:
+            index += 1
+            u, v = (0.5 + index / _PLASTIC) % 1.0, (0.5 + index / _PLASTIC**2) % 1.0
+            history = u * deepest
+            ceiling = max(largest / (1 + history / (2 * base_chunk)), 2 * smallest)
+            ceiling = min(ceiling, largest)
+            add(history, smallest * (ceiling / smallest) ** v)
+        return cls(
+            points=tuple(points),
+            base=base,
+            page_size=page_size,
+            min_chunk=smallest,
+            max_tokens=top,
+            **limits,
+        )
+
+
+def random_token_ids(count: int, vocab_size: int, seed: int = 0) -> array[int]:
+    """`count` ids drawn evenly from [0, vocab_size), as the int64 array engines keep."""
+    ids = np.random.default_rng(seed).integers(0, vocab_size, size=count, dtype=np.int64)
+    return array("q", ids.tobytes())
+
+
+def host_timer(run: Callable[[], object]) -> Timing:
+    """Host clock around a synchronous call: for CPU forwards."""
+    start = time.perf_counter()
+    run()
+    ms = (time.perf_counter() - start) * 1e3
+    return Timing(ms, ms)
+
+
+def cuda_timer(run: Callable[[], object]) -> Timing:
+    """Device events on the current stream, and the host clock until the device is done.
+
+    Starts from an idle device: staging, the deferred H2D and launch gaps are inside both times.
+    """
+    begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    host_ms = (time.perf_counter() - start) * 1e3
+    return Timing(float(begin.elapsed_time(end)), host_ms)
+
+
+@dataclass
+class _Run:
+    """The state of one profile: budget, samples, progress."""
+
+    step: Step
+    plan: SamplePlan
+    timer: Timer
+    tick: Callable[[], None]
+    started: float = field(default_factory=time.perf_counter)
+    samples: list[Sample] = field(default_factory=list)
+    warmup_ms: list[float] = field(default_factory=list)
+    skipped: list[Point] = field(default_factory=list)
+    forwards: int = 0
+    fitted: LatencyModel | None = None
+
+    def spent(self) -> str | None:
+        """Which budget is used up, if one is."""
+        if self.forwards >= self.plan.max_forwards:
+            return f"all {self.plan.max_forwards} forwards used"
+        if time.perf_counter() - self.started >= self.plan.max_seconds:
+            return f"all {self.plan.max_seconds:g} s used"
+        return None
+
+    def measure(self, point: Point) -> Sample:
+        self.forwards += 1
+        timing = self.timer(lambda: self.step(*point))
+        self.tick()
+        if not (math.isfinite(timing.latency_ms) and timing.latency_ms > 0):
+            raise ProfileError(f"the timer gave {timing.latency_ms} ms at {point}")
+        return Sample(point[0], point[1], timing.latency_ms, timing.host_ms)
+
+    def measure_if_it_fits(self, point: Point) -> None:
+        """Measures unless a point no larger has run out of device memory before."""
+        if any(point[0] >= h and point[1] >= c for h, c in self.skipped):
+            self.skipped.append(point)
+            return
+        try:
+            self.samples.append(self.measure(point))
+        except torch.OutOfMemoryError:
+            logger.warning("out of device memory at history %d, chunk %d: skipped", *point)
+            self.skipped.append(point)
+            torch.cuda.empty_cache()
+
+    def warm_up(self) -> None:
+        """The base point until two forwards agree; the two that do are samples."""
+        last: Sample | None = None
+        while len(self.warmup_ms) < self.plan.max_warmup and self.spent() is None:
+            sample = self.measure(self.plan.base)
+            self.warmup_ms.append(sample.latency_ms)
+            if last is not None:
+                gap = abs(sample.latency_ms - last.latency_ms)
+                if gap <= self.plan.steady * min(sample.latency_ms, last.latency_ms):
+                    self.samples += [last, sample]
+                    return
+            last = sample
+        if last is not None:
+            self.samples.append(last)
+            logger.warning(
+                "warm-up did not get steady within %d forwards: %s ms",
+                len(self.warmup_ms),
+                ", ".join(f"{ms:.1f}" for ms in self.warmup_ms),
+            )
+
+    def sample(self) -> str:
+        """The plan's points, then the sizer's own, then repeats; returns why it stopped."""
+        steps = (self.planned_points(), self.on_policy_points(), self.worst_points())
+        for points in steps:
+            for point in points:
+                if reason := self.spent():
+                    return reason
+                self.measure_if_it_fits(point)
+            if points is not steps[0] and (reason := self.settled()):
+                return reason
+        return "every point and repeat measured"
+
+    def settled(self) -> str:
+        """Says so if the hold-out error is small enough to stop."""
+        if len(self.samples) < self.plan.min_samples:
+            return ""
+        report = self.fit().report
+        small = (
+            report.holdout_median <= self.plan.target_error
+            and report.holdout_p95 <= 4 * self.plan.target_error
+            and len(report.rejected) <= 0.05 * len(self.samples)
+        )
+        return f"hold-out error {report.holdout_median:.1%}" if small else ""
+
+    def fit(self) -> LatencyModel:
+        """The model of the samples so far; without the costliest form, this is between forwards."""
+        from pystage.pp.model import LatencyModel
+
+        if self.fitted is None or len(self.fitted.samples) != len(self.samples):
+            self.fitted = LatencyModel._fit(self.samples, forms=("linear", "law", "waves"))
+        return self.fitted
+
+    def planned_points(self) -> Iterator[Point]:
+        for i, point in enumerate(self.plan.points):
+            if i and i % self.plan.check_every == 0 and self.settled():
+                return
+            yield point
+
+    def on_policy_points(self) -> Iterator[Point]:
+        """Where a sizer would go, and both sides of the edges it stops at: there a misplaced edge
+        costs a whole wave, and one measurement moves it."""
+        from pystage.pp.sizer import ChunkSizer
+
+        plan = self.plan
+        if len(self.samples) < 2 * plan.check_every or not plan.on_policy:
+            return
+        model = self.fit()
+        if not model.report.usable:
+            return
+        largest = max(plan.base[1], *(chunk for _, chunk in plan.points))
+        sizer = ChunkSizer(
+            model,
+            base_chunk=plan.base[1],
+            context_len=plan.max_tokens,
+            page_size=plan.page_size,
+            min_chunk=min(plan.min_chunk, plan.base[1]),
+            max_chunk=largest,
+            context_margin=0,
+        )
+        page, deepest = plan.page_size, plan.max_tokens - plan.min_chunk
+        for k in range(1, plan.on_policy + 1):
+            history = int(k / plan.on_policy * deepest) // page * page
+            size = sizer.next_chunk(history)
+            if size is not None:
+                yield history, size
+        wave = self.fit().form.wave
+        for k in range(1, 4 if wave > page else 1):
+            below = k * wave // page * page
+            for size in (below, below + page):
+                if plan.min_chunk <= size <= largest:
+                    yield min(deepest // 2, plan.max_tokens - size) // page * page, size
+
+    def worst_points(self) -> Iterator[Point]:
+        if not self.plan.repeats or len(self.samples) < self.plan.check_every:
+            return
+        yield from (self.plan.base, self.plan.base)  # every size is relative to its time
+        errors = self.fit().errors(self.samples)
+        for i in np.argsort(-np.abs(errors), kind="stable")[: self.plan.repeats]:
+            sample = self.samples[int(i)]
+            yield sample.history_len, sample.chunk_len
+
+
+def profile_prefill(
+    step: Step | AbstractContextManager[Step],
+    plan: SamplePlan,
+    *,
+    device: torch.device | str | None = None,
+    timer: Timer | None = None,
+    progress: bool = False,
+) -> Profile:
+    """Runs `step` over `plan` and returns the timed samples.
+
+    Times with CUDA events where `device` is a CUDA device (default: when CUDA is there), with the
+    host clock elsewhere; `timer` replaces both. Any failure of the step ends the run with
+    `ProfileError` after the step's context manager, if it is one, has been left; only running out
+    of device memory is survived, by leaving out that point and the larger ones. `progress` shows a
+    rich progress bar (extra `cli`), or logs if rich is missing.
+    """
+    if timer is None:
+        kind = torch.device(device).type if device is not None else None
+        on_cuda = kind == "cuda" or (kind is None and torch.cuda.is_available())
+        timer = cuda_timer if on_cuda else host_timer
+    else:
+        on_cuda = False
+    with ExitStack() as stack:
+        tick = _progress_bar(stack, plan.max_forwards) if progress else _no_tick
+        entered = hasattr(step, "__enter__") and hasattr(step, "__exit__")
+        call = (
+            stack.enter_context(cast("AbstractContextManager[Step]", step))
+            if entered
+            else cast(Step, step)
+        )
+        run = _Run(call, plan, timer, tick)
+        try:
+            run.warm_up()
+            reason = run.sample()
+        except Exception as error:
+            if on_cuda:
+                # Nothing may still read what the step's exit frees. A device that is itself
+                # broken cannot be waited for: the first error is the one to tell.
+                with suppress(RuntimeError):
+                    torch.cuda.synchronize()
+            raise ProfileError(
+                f"profiling failed after {run.forwards} forwards and {len(run.samples)} samples: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        profile = Profile(
+            samples=tuple(run.samples),
+            forwards=run.forwards,
+            seconds=time.perf_counter() - run.started,
+            stop_reason=reason,
+            warmup_ms=tuple(run.warmup_ms),
+            skipped=tuple(run.skipped),
+        )
+    logger.info(
+        "profiled %d samples with %d forwards in %.1f s: %s",
+        len(profile),
+        profile.forwards,
+        profile.seconds,
+        profile.stop_reason,
+    )
+    return profile
+
+
+def _no_tick() -> None:
+    return None
+
+
+def _progress_bar(stack: ExitStack, total: int) -> Callable[[], None]:
+    try:
+        from rich.progress import Progress
+    except ImportError:
+        logger.info("no progress bar: rich is missing (pip install 'pystage-h2d[cli]')")
+        return _no_tick
+    bar = stack.enter_context(Progress(transient=True))
+    task = bar.add_task("profiling prefill", total=total)
+    return lambda: bar.advance(task)

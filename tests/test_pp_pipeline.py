@@ -1,0 +1,125 @@
+"""The pipeline bench: its model computes what a Llama computes, and two ranks run it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from pystage.pp import random_token_ids
+
+pytest.importorskip("transformers")
+pytest.importorskip("scipy")
+
+BENCH = Path(__file__).parent.parent / "bench" / "pp_prefill.py"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("pp_prefill", BENCH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["pp_prefill"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@torch.inference_mode()
+def hidden_of(bench: ModuleType, stages: list, batches: list, prompts: list) -> torch.Tensor:
+    """Hidden states of all tokens of all batches, through all stages."""
+    out = []
+    for batch in batches:
+        ids = [t for p in batch for t in prompts[p.prompt][p.start : p.stop]]
+        hidden = torch.tensor(ids)
+        for stage in stages:
+            hidden = stage(hidden, batch)
+        out.append(hidden[0])
+    return torch.cat(out)
+
+
+def stages_of(bench: ModuleType, ranks: int, rows: int = 512) -> list:
+    stages = [bench.build_stage(bench.MODELS["tiny"], r, ranks, rows, CPU) for r in range(ranks)]
+    stages[-1].head = None  # hidden states instead of a token
+    return stages
+
+
+def test_chunks_through_two_stages_compute_what_transformers_does_at_once(
+    bench: ModuleType,
+) -> None:
+    from transformers import LlamaConfig, LlamaModel
+
+    stages = stages_of(bench, 2)
+    prompt = random_token_ids(300, 512)
+    batches = bench.batches_of_one([128, 100, 7, 64, 1])
+    chunked = hidden_of(bench, stages, batches, [prompt])
+
+    reference = LlamaModel(LlamaConfig(**bench.MODELS["tiny"])).eval()
+    reference.embed_tokens = stages[0].embed
+    mine = [layer for stage in stages for layer in stage.layers]
+    for theirs, layer in zip(reference.layers, mine, strict=True):
+        theirs.load_state_dict(layer.state_dict())
+    reference.norm = torch.nn.Identity()
+    with torch.inference_mode():
+        expected = reference(torch.tensor(list(prompt))[None]).last_hidden_state[0]
+    torch.testing.assert_close(chunked, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_of_prompts_computes_what_each_does_alone(bench: ModuleType) -> None:
+    lengths = [70, 9, 120, 33]
+    prompts = [random_token_ids(n, 512, seed=n) for n in lengths]
+    batches = bench.batches_of_many(lengths, lambda _history: 50)
+    assert [sum(p.count for p in b) for b in batches] == [50, 50, 50, 50, 32]
+    together = hidden_of(bench, stages_of(bench, 1), batches, prompts)
+    alone = [
+        hidden_of(bench, stages_of(bench, 1), bench.batches_of_one([len(p)]), [p]) for p in prompts
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_trace_lengths_come_from_a_file_or_a_seed(bench: ModuleType, tmp_path: Path) -> None:
+    table = tmp_path / "trace.csv"
+    table.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n1,374,44\n2,9999,1\n")
+    assert list(bench.trace_lengths(table, 0, 1000)) == [374, 1000]
+    drawn = bench.trace_lengths(None, 3, 131072)
+    lengths = [next(drawn) for _ in range(4000)]
+    assert sorted(lengths)[2000] == pytest.approx(6909, rel=0.1)
+
+
+def test_two_ranks_prefill_a_prompt_and_report(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(BENCH), "--model=tiny", "--reps=1", "--heldout=4", "--context=1024"]
+    command += ["--base=128", f"--out={out}"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(BENCH.parent.parent)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert report["about"]["ranks"] == 2
+    assert report["about"]["torch"] == torch.__version__
+    results = report["results"]
+    assert results["profile ours"]["forwards"] <= 64
+    assert len(results["heldout"]["ours"]["ms"]) == 4
+    for prompt_len in (512, 1024):
+        for policy in ("fixed 32", "fixed 64", "fixed 128", "equal time", "fastest"):
+            run = results[f"ttft {prompt_len} {policy}"]
+            assert sum(run["chunks"]) == prompt_len
+            assert [len(stage) for stage in run["stage_ms"]] == [len(run["chunks"])] * 2
+            assert run["ttft_ms"] > 0
+            # The last chunk cannot be done before the first stage has done them all.
+            assert run["simulated_ms"] >= sum(run["stage_ms"][0])
+            assert len(run["simulated_ms_by_ranks"]) == 15
+    trace = results["trace"]
+    assert sum(trace["lengths"]) <= 512
+    assert trace["fixed 128"]["forwards"] == -(-sum(trace["lengths"]) // 128)

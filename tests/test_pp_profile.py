@@ -1,0 +1,268 @@
+"""Sampling: where, how often, within which budget, and what is left behind on failure."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from pystage.pp import Profile, ProfileError, Sample, SamplePlan, Timing, profile_prefill
+from pystage.pp.profile import Point, Timer, cuda_timer, host_timer, random_token_ids
+
+
+def law(history: int, chunk: int) -> float:
+    return 4.0 + 2e-5 * history + 0.0105 * chunk + 3.8e-7 * (2 * history + chunk) * chunk
+
+
+class Device:
+    """A step and a timer that together behave like a device of the given latency."""
+
+    def __init__(
+        self, latency: Callable[[int, int], float], noise: float = 0.0, seed: int = 0
+    ) -> None:
+        self.latency, self.noise = latency, noise
+        self.rng = np.random.default_rng(seed)
+        self.calls: list[Point] = []
+
+    def step(self, history_len: int, chunk_len: int) -> None:
+        self.calls.append((history_len, chunk_len))
+
+    def timer(self, run: Callable[[], object]) -> Timing:
+        run()
+        ms = self.latency(*self.calls[-1]) * (1 + self.noise * self.rng.standard_normal())
+        return Timing(ms, ms)
+
+
+def plan_for(**changes: object) -> SamplePlan:
+    settings: dict[str, object] = {"base_chunk": 8192, "context_len": 131072} | changes
+    return SamplePlan.spread(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("page", [1, 64, 256])
+def test_every_forward_keeps_to_pages_and_memory(page: int) -> None:
+    device = Device(law, noise=0.1)
+    plan = plan_for(page_size=page, max_tokens=100_000, min_chunk=512)
+    profile = profile_prefill(device.step, plan, timer=device.timer)
+    assert profile.forwards == len(device.calls) <= 64
+    for history, chunk in device.calls:
+        assert history % page == 0
+        assert chunk % page == 0
+        assert chunk >= 512
+        assert history + chunk <= 100_000
+
+
+def test_history_and_chunk_both_vary() -> None:
+    points = plan_for().points
+    assert len(set(points)) == len(points)
+    assert len({h for h, _ in points}) > 20
+    assert len({c for _, c in points}) >= 20
+    assert max(h for h, _ in points) > 120_000
+    assert min(c for _, c in points) == 512
+    assert max(c for _, c in points) == 10240
+
+
+def test_a_context_shorter_than_the_base_chunk_is_sampled_within_it() -> None:
+    plan = plan_for(context_len=3000, page_size=64)
+    assert all(h + c <= 3000 for h, c in (*plan.points, plan.base))
+
+
+def test_warm_up_runs_until_steady_and_slow_first_forwards_are_no_samples() -> None:
+    device = Device(law)
+    slow = iter([9.0, 5.0, 1.0, 1.0])
+
+    def latency(history: int, chunk: int) -> float:
+        return law(history, chunk) * next(slow, 1.0)
+
+    device.latency = latency
+    profile = profile_prefill(device.step, plan_for(), timer=device.timer)
+    base = law(0, 8192)
+    assert profile.warmup_ms == pytest.approx([9 * base, 5 * base, base, base])
+    assert max(s.latency_ms for s in profile) < 9 * base
+    assert [s.latency_ms for s in profile.samples[:2]] == pytest.approx([base, base])
+
+
+def test_an_unsteady_warm_up_ends_at_its_limit_and_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    device = Device(law)
+    device.latency = lambda h, c: law(h, c) * 1.5 ** len(device.calls)
+    plan = plan_for(max_forwards=8, max_warmup=5)
+    profile = profile_prefill(device.step, plan, timer=device.timer)
+    assert len(profile.warmup_ms) == 5
+    assert "did not get steady" in caplog.text
+
+
+def test_the_budget_of_forwards_counts_warm_up_and_repeats() -> None:
+    device = Device(law, noise=0.1)
+    slow = iter([9.0, 5.0, 2.0])  # forwards, but no samples
+    device.latency = lambda h, c: law(h, c) * next(slow, 1.0)
+    profile = profile_prefill(device.step, plan_for(max_forwards=20), timer=device.timer)
+    assert profile.forwards == len(device.calls) == 20
+    assert len(profile) <= 17
+    assert profile.stop_reason == "all 20 forwards used"
+
+
+def test_the_budget_of_seconds_stops_before_the_next_forward() -> None:
+    device = Device(law)
+    profile = profile_prefill(device.step, plan_for(max_seconds=0.0), timer=device.timer)
+    assert device.calls == []
+    assert len(profile) == 0
+    assert profile.stop_reason == "all 0 s used"
+
+
+def test_it_stops_early_when_the_law_is_found_and_not_when_noise_hides_it() -> None:
+    clean, noisy = Device(law), Device(law, noise=0.1)
+    early = profile_prefill(clean.step, plan_for(), timer=clean.timer)
+    full = profile_prefill(noisy.step, plan_for(), timer=noisy.timer)
+    assert early.stop_reason.startswith("hold-out error")
+    assert early.forwards < 45
+    assert full.forwards > 55
+
+
+def test_it_measures_where_a_sizer_would_go() -> None:
+    device = Device(law)
+    profile_prefill(device.step, plan_for(), timer=device.timer)
+    off_plan = [p for p in device.calls if p not in plan_for().points and p != plan_for().base]
+    long = [chunk for history, chunk in off_plan if history > 100_000]
+    assert long
+    assert all(law(120_000, chunk) == pytest.approx(law(0, 8192), rel=0.25) for chunk in long)
+
+
+class Engine(Device):
+    """A step that owns something for the whole profile."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(law)
+        self.error, self.entered, self.left = error, 0, 0
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self.entered += 1
+        return self.step
+
+    def __exit__(self, *_: object) -> None:
+        self.left += 1
+
+    def step(self, history_len: int, chunk_len: int) -> None:
+        super().step(history_len, chunk_len)
+        if len(self.calls) == 5:
+            raise self.error
+
+
+def test_a_failing_step_is_named_and_its_context_left() -> None:
+    engine = Engine(ValueError("no free slot"))
+    with pytest.raises(
+        ProfileError, match=r"after 5 forwards and 4 samples.*no free slot"
+    ) as caught:
+        profile_prefill(engine, plan_for(), timer=engine.timer)
+    assert caught.value.__cause__ is engine.error
+    assert (engine.entered, engine.left) == (1, 1)
+
+
+def test_an_interrupt_passes_through_and_leaves_the_context() -> None:
+    engine = Engine(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        profile_prefill(engine, plan_for(), timer=engine.timer)
+    assert engine.left == 1
+
+
+def test_points_beyond_device_memory_are_left_out_and_not_tried_again() -> None:
+    device = Device(law)
+    failed: list[Point] = []
+
+    def step(history: int, chunk: int) -> None:
+        device.step(history, chunk)
+        if chunk > 8192 or history + chunk > 100_000:
+            failed.append((history, chunk))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    profile = profile_prefill(step, plan_for(), timer=device.timer)
+    assert len(profile) > 20
+    assert all(s.chunk_len <= 8192 and s.history_len + s.chunk_len <= 100_000 for s in profile)
+    assert set(failed) < set(profile.skipped)
+    for i, (history, chunk) in enumerate(failed):
+        assert not any(history >= h and chunk >= c for h, c in failed[:i])
+
+
+def test_a_timer_that_gives_no_time_is_an_error() -> None:
+    def broken(run: Callable[[], object]) -> Timing:
+        run()
+        return Timing(0.0, 0.0)
+
+    with pytest.raises(ProfileError, match=r"0\.0 ms"):
+        profile_prefill(Device(law).step, plan_for(), timer=broken)
+
+
+def test_random_ids_stay_in_the_vocabulary_and_reach_its_ends() -> None:
+    ids = random_token_ids(4000, 50, seed=3)
+    assert ids.typecode == "q"
+    assert set(ids) == set(range(50))
+    assert ids == random_token_ids(4000, 50, seed=3)
+
+
+def test_a_profile_survives_json() -> None:
+    samples = (Sample(0, 64, 1.5, 2.0), Sample(64, 128, 2.5))
+    profile = Profile(samples, 4, 1.25, "enough", (3.0, 1.5), ((0, 4096),))
+    again = Profile.from_json(profile.to_json())
+    assert again.to_json() == profile.to_json()
+    assert again.samples[0] == samples[0]
+    assert np.isnan(again.samples[1].host_ms)
+
+
+def test_lengths_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="impossible lengths"):
+        Sample(-1, 64, 1.0)
+    with pytest.raises(ValueError, match="impossible lengths"):
+        Sample(0, 0, 1.0)
+    with pytest.raises(ValueError, match="at least one point"):
+        SamplePlan(points=(), base=(0, 64))
+
+
+def check_timer(timer: Timer) -> None:
+    runs: list[int] = []
+    timing = timer(lambda: runs.append(1))
+    assert runs == [1]
+    assert timing.latency_ms > 0
+    assert timing.host_ms > 0
+
+
+def test_the_host_timer_runs_once() -> None:
+    check_timer(host_timer)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_device_timer_sees_the_kernels_and_the_host_time_contains_it() -> None:
+    check_timer(cuda_timer)
+    a = torch.randn(4096, 4096, device="cuda")
+    small = cuda_timer(lambda: a[:64] @ a)
+    large = cuda_timer(lambda: [a @ a for _ in range(10)])
+    assert large.latency_ms > small.latency_ms
+    assert large.host_ms >= 0.9 * large.latency_ms
+
+
+@pytest.mark.parametrize("rich_there", [True, False])
+def test_progress_works_with_and_without_rich(
+    rich_there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rich_there:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setitem(sys.modules, "rich.progress", None)
+    device = Device(law)
+    plan = plan_for(max_forwards=6)
+    assert profile_prefill(device.step, plan, timer=device.timer, progress=True).forwards == 6
+
+
+def test_importing_needs_only_torch_and_numpy() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import pystage.pp;"
+        "extra = {m.split('.')[0] for m in set(sys.modules) - before};"
+        "print(sorted(extra & {'scipy', 'matplotlib', 'rich', 'transformers'}),"
+        "torch.cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] False"

@@ -1,0 +1,110 @@
+"""Sharing a profile between ranks: real process groups, one process a rank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pystage.pp import (
+    LatencyModel,
+    Profile,
+    RemoteProfileError,
+    Sample,
+    SamplePlan,
+    share_profile,
+)
+
+PLAN = SamplePlan.spread(base_chunk=8192, context_len=131072)
+
+
+def measured() -> Profile:
+    samples = tuple(
+        Sample(h, c, 4.0 + 0.0105 * c + 3.8e-7 * (2 * h + c) * c + (i % 5) / 7, 1.0 / 3)
+        for i, (h, c) in enumerate(PLAN.points)
+    )
+    return Profile(samples, len(samples), 1.5, "enough")
+
+
+def not_mine() -> Profile:
+    raise AssertionError("only the source rank may profile")
+
+
+def share_and_fit(rank: int, folder: str) -> None:
+    profile = share_profile(measured if rank == 0 else not_mine)
+    model = LatencyModel.fit(profile)
+    Path(folder, f"{rank}.json").write_text(json.dumps([profile.to_json(), model.to_json()]))
+
+
+def share_from_the_last(rank: int, folder: str) -> None:
+    group = dist.new_group([1, 2])
+    if rank == 0:
+        return
+    profile = share_profile(measured if rank == 2 else not_mine, group=group, src=2)
+    Path(folder, f"{rank}.json").write_text(json.dumps(profile.to_json()))
+
+
+def fail_on_the_first(rank: int, folder: str) -> None:
+    def broken() -> Profile:
+        raise LookupError("no state slot left after 17 forwards")
+
+    try:
+        share_profile(broken if rank == 0 else not_mine)
+    except (LookupError, RemoteProfileError) as error:
+        seen = f"{type(error).__name__}: {error}"
+    # The group is still in step: nobody is left in a collective of the failed call.
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    Path(folder, f"{rank}.json").write_text(json.dumps([seen, total.item()]))
+
+
+def in_group(rank: int, ranks: int, folder: str, body: Callable[[int, str], None]) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        body(rank, folder)
+    finally:
+        dist.destroy_process_group()
+
+
+def on_ranks(ranks: int, folder: Path, body: Callable[[int, str], None]) -> None:
+    """Runs `body` on every rank; fails if one raises. One that hangs meets the group's timeout."""
+    mp.spawn(in_group, args=(ranks, str(folder), body), nprocs=ranks, join=True)
+
+
+def test_every_rank_has_the_same_samples_and_the_same_model(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    on_ranks(3, tmp_path, share_and_fit)
+    first, *others = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(3)]
+    assert first[0] == json.loads(json.dumps(measured().to_json()))
+    assert first[1]["report"]["usable"]
+    assert others == [first, first]
+
+
+def test_a_group_of_some_ranks_with_another_source(tmp_path: Path) -> None:
+    on_ranks(3, tmp_path, share_from_the_last)
+    expected = json.loads(json.dumps(measured().to_json()))
+    assert not (tmp_path / "0.json").exists()
+    assert [json.loads((tmp_path / f"{r}.json").read_text()) for r in (1, 2)] == [expected] * 2
+
+
+def test_a_failure_on_the_first_rank_is_seen_on_all_and_none_hangs(tmp_path: Path) -> None:
+    on_ranks(3, tmp_path, fail_on_the_first)
+    first, *others = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(3)]
+    assert first == ["LookupError: no state slot left after 17 forwards", 3.0]
+    for seen, total in others:
+        assert seen.startswith(
+            "RemoteProfileError: rank 0 could not profile: LookupError: no state"
+        )
+        assert total == 3.0
