@@ -117,7 +117,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def write_result(name: str, result: dict[str, Any], out: str | None) -> Path:
+def write_result(name: str, result: dict[str, Any], out: str | Path | None) -> Path:
     """Writes ``result`` with its provenance as JSON; returns the file."""
     path = Path(out) if out else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

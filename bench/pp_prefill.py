@@ -26,19 +26,15 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
-import json
 import logging
 import math
 import os
-import platform
-import subprocess
-import sys
 import time
 import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +43,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from common import write_result
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
@@ -62,7 +59,6 @@ from pystage.pp import (
 )
 from pystage.pp.profile import cuda_timer, host_timer
 
-ROOT = Path(__file__).resolve().parent.parent
 logger = logging.getLogger("pp_prefill")
 
 # The published shapes of Llama 3.2 1B and Llama 3.1 8B, and one for tests.
@@ -631,30 +627,6 @@ def trace_lengths(path: Path | None, seed: int, longest: int) -> Iterator[int]:
 # --- the run --------------------------------------------------------------------------------------
 
 
-def output_of(*command: str) -> str:
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
-def facts(device: torch.device, ranks: int) -> dict[str, Any]:
-    cuda = device.type == "cuda"
-    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["bench/pp_prefill.py", *sys.argv[1:]]),
-        "commit": os.environ.get("PYSTAGE_COMMIT") or output_of("git", "rev-parse", "HEAD"),
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
-        "driver": driver.splitlines()[0] if cuda else "none",
-        "ranks": ranks,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-    }
-
-
 def start_group() -> tuple[int, int, torch.device]:
     """This rank, the number of ranks, its device. With fewer GPUs than ranks one rank stays."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -744,13 +716,10 @@ def main() -> None:
             seconds[part] = time.perf_counter() - began
         if rank == 0:
             kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-            name = f"pp_prefill-{args.model}-{ranks}x{kind.replace(' ', '-')}.json"
-            out = args.out or ROOT / "bench" / "results" / name
-            out.parent.mkdir(parents=True, exist_ok=True)
-            body = {"about": facts(device, ranks), "seconds": seconds, "results": bench.results}
-            out.write_text(json.dumps(body, indent=1) + "\n")
+            name = f"pp_prefill-{args.model}-{ranks}x{kind.lower().replace(' ', '-')}"
+            body = {"ranks": ranks, "seconds": seconds, "results": bench.results}
             print(summary(bench.results))
-            print(f"written to {out}")
+            print("written to", write_result(name, body, args.out))
     finally:
         dist.destroy_process_group()
 
