@@ -7,8 +7,10 @@
 // does neither, and can widen int32 to int64 on the way, which halves the bytes on the bus.
 #include <cuda_runtime.h>
 
+#undef NDEBUG  // indices are checked in every build, as torch's are
 #include <algorithm>
 #include <atomic>
+#include <cassert>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
@@ -51,14 +53,14 @@ struct alignas(sizeof(T) * N > 16 ? 16 : sizeof(T) * N) Vec {
 // takes the time (about 1 us each way over PCIe), so a thread issues kUnroll of them before it
 // uses the first.
 template <typename In, typename Out, int kUnroll>
-__global__ void __launch_bounds__(kThreads)
-    transfer_vectors(const In* __restrict__ src, Out* __restrict__ dst, size_t count) {
+__device__ __forceinline__ void move_vectors(unsigned block, const In* __restrict__ src,
+                                             Out* __restrict__ dst, size_t count) {
   constexpr int kIds = 16 / sizeof(In);
   using Load = Vec<In, kIds>;
   constexpr int kPerStore = 16 / sizeof(Out) < kIds ? 16 / sizeof(Out) : kIds;
   using Store = Vec<Out, kPerStore>;
   const size_t vectors = count / kIds;
-  const size_t first = static_cast<size_t>(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x;
+  const size_t first = static_cast<size_t>(block) * (kThreads * kUnroll) + threadIdx.x;
   Load in[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
@@ -80,16 +82,65 @@ __global__ void __launch_bounds__(kThreads)
   }
   // The last few ids, which fill no vector.
   const size_t tail = vectors * kIds + threadIdx.x;
-  if (blockIdx.x == 0 && tail < count) dst[tail] = static_cast<Out>(src[tail]);
+  if (block == 0 && tail < count) dst[tail] = static_cast<Out>(src[tail]);
 }
 
 // For slices that do not start on 16 bytes.
 template <typename In, typename Out>
-__global__ void __launch_bounds__(kThreads)
-    transfer_single(const In* __restrict__ src, Out* __restrict__ dst, size_t count) {
-  const size_t i = static_cast<size_t>(blockIdx.x) * kThreads + threadIdx.x;
+__device__ __forceinline__ void move_single(unsigned block, const In* __restrict__ src,
+                                            Out* __restrict__ dst, size_t count) {
+  const size_t i = static_cast<size_t>(block) * kThreads + threadIdx.x;
   if (i < count) dst[i] = static_cast<Out>(src[i]);
 }
+
+template <typename In, typename Out, int kUnroll>
+__global__ void __launch_bounds__(kThreads)
+    transfer_vectors(const In* __restrict__ src, Out* __restrict__ dst, size_t count) {
+  move_vectors<In, Out, kUnroll>(blockIdx.x, src, dst, count);
+}
+
+template <typename In, typename Out>
+__global__ void __launch_bounds__(kThreads)
+    transfer_single(const In* __restrict__ src, Out* __restrict__ dst, size_t count) {
+  move_single(blockIdx.x, src, dst, count);
+}
+
+struct Tail {
+  const void* relay;
+  const void* indices;
+  int64_t relay_size;
+  size_t count;
+  bool wide_relay;
+  bool wide_indices;
+};
+
+__device__ __forceinline__ int64_t read_int(const void* data, bool wide, size_t at) {
+  return wide ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
+}
+
+// The first blocks move the ids of the slot, the others gather the tail. kUnroll 0: one id a
+// thread, for slots or outputs that do not start on 16 bytes.
+template <typename In, int kUnroll>
+__global__ void __launch_bounds__(kThreads)
+    transfer_mixed(const In* __restrict__ src, int64_t* __restrict__ dst, size_t count,
+                   unsigned slot_blocks, Tail tail) {
+  if (blockIdx.x < slot_blocks) {
+    if constexpr (kUnroll == 0)
+      move_single(blockIdx.x, src, dst, count);
+    else
+      move_vectors<In, int64_t, kUnroll>(blockIdx.x, src, dst, count);
+    return;
+  }
+  const size_t i = static_cast<size_t>(blockIdx.x - slot_blocks) * kThreads + threadIdx.x;
+  if (i >= tail.count) return;
+  int64_t index = read_int(tail.indices, tail.wide_indices, i);
+  assert(-tail.relay_size <= index && index < tail.relay_size && "index out of bounds");
+  if (index < 0) index += tail.relay_size;
+  dst[count + i] = read_int(tail.relay, tail.wide_relay, static_cast<size_t>(index));
+}
+
+// Up to about 256 Ki ids, more blocks with one load each finish sooner than fewer with four.
+constexpr size_t kFewVectors = size_t{64} << 10;
 
 bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
@@ -105,8 +156,7 @@ cudaError_t launch_transfer(const void* src, void* dst, size_t count, cudaStream
     return cudaLaunchKernel(reinterpret_cast<const void*>(transfer_single<In, Out>),
                             dim3(blocks_for(count, kThreads)), dim3(kThreads), args, 0, stream);
   const size_t vectors = count / kIds;
-  // Below about 256 Ki ids, more blocks with one load each finish sooner than fewer with four.
-  if (vectors <= size_t{64} << 10)
+  if (vectors <= kFewVectors)
     return cudaLaunchKernel(reinterpret_cast<const void*>(transfer_vectors<In, Out, 1>),
                             dim3(blocks_for(vectors, kThreads)), dim3(kThreads), args, 0, stream);
   return cudaLaunchKernel(reinterpret_cast<const void*>(transfer_vectors<In, Out, 4>),
@@ -114,11 +164,46 @@ cudaError_t launch_transfer(const void* src, void* dst, size_t count, cudaStream
                           stream);
 }
 
+template <typename In>
+cudaError_t launch_mixed(const void* src, void* dst, size_t count, const RelayTail& relay_tail,
+                         cudaStream_t stream) {
+  const size_t vectors = count / (16 / sizeof(In));
+  const void* kernel;
+  unsigned slot_blocks;
+  if (!aligned16(src) || !aligned16(dst)) {
+    kernel = reinterpret_cast<const void*>(transfer_mixed<In, 0>);
+    slot_blocks = blocks_for(count, kThreads);
+  } else if (vectors <= kFewVectors) {
+    kernel = reinterpret_cast<const void*>(transfer_mixed<In, 1>);
+    slot_blocks = blocks_for(vectors, kThreads);
+  } else {
+    kernel = reinterpret_cast<const void*>(transfer_mixed<In, 4>);
+    slot_blocks = blocks_for(vectors, size_t{kThreads} * 4);
+  }
+  if (!count) slot_blocks = 0;
+  Tail tail{relay_tail.relay,
+            relay_tail.indices,
+            static_cast<int64_t>(relay_tail.relay_size),
+            relay_tail.count,
+            relay_tail.relay_type == IntType::kInt64,
+            relay_tail.index_type == IntType::kInt64};
+  void* args[] = {&src, &dst, &count, &slot_blocks, &tail};
+  return cudaLaunchKernel(kernel, dim3(slot_blocks + blocks_for(tail.count, kThreads)),
+                          dim3(kThreads), args, 0, stream);
+}
+
 template <typename In, typename Out>
 void load_kernels(std::vector<const void*>& kernels) {
   kernels.push_back(reinterpret_cast<const void*>(transfer_vectors<In, Out, 1>));
   kernels.push_back(reinterpret_cast<const void*>(transfer_vectors<In, Out, 4>));
   kernels.push_back(reinterpret_cast<const void*>(transfer_single<In, Out>));
+}
+
+template <typename In>
+void load_mixed_kernels(std::vector<const void*>& kernels) {
+  kernels.push_back(reinterpret_cast<const void*>(transfer_mixed<In, 0>));
+  kernels.push_back(reinterpret_cast<const void*>(transfer_mixed<In, 1>));
+  kernels.push_back(reinterpret_cast<const void*>(transfer_mixed<In, 4>));
 }
 
 // --- device ------------------------------------------------------------------------------------
@@ -183,6 +268,8 @@ class CudaDevice final : public Device {
     load_kernels<int32_t, int64_t>(kernels);
     load_kernels<int64_t, int32_t>(kernels);
     load_kernels<int64_t, int64_t>(kernels);
+    load_mixed_kernels<int32_t>(kernels);
+    load_mixed_kernels<int64_t>(kernels);
     for (const void* kernel : kernels) {
       cudaFuncAttributes attributes;
       PYSTAGE_CUDA(cudaFuncGetAttributes(&attributes, kernel));
@@ -233,9 +320,10 @@ class CudaDevice final : public Device {
   }
 
   void launch(const Transfer& t, StreamHandle stream) override {
-    if (!t.count) return;
+    if (!t.count && !t.tail) return;
     CurrentDevice guard(index_);
     auto* s = static_cast<cudaStream_t>(stream);
+    if (t.tail) return launch_with_tail(t, s);
     if (t.kind == TransferKind::kCopyEngine) {
       if (t.wire != t.out)
         throw DeviceError("a copy engine cannot convert between int32 and int64 [" + name_ + "]");
@@ -329,6 +417,16 @@ class CudaDevice final : public Device {
   }
 
  private:
+  void launch_with_tail(const Transfer& t, cudaStream_t stream) {
+    if (t.kind != TransferKind::kKernel || t.out != IntType::kInt64)
+      throw DeviceError("a tail is written by a kernel, as int64 [" + name_ + "]");
+    const cudaError_t error =
+        t.wire == IntType::kInt64
+            ? launch_mixed<int64_t>(t.src_device, t.dst, t.count, *t.tail, stream)
+            : launch_mixed<int32_t>(t.src_device, t.dst, t.count, *t.tail, stream);
+    if (error != cudaSuccess) raise_cuda(error, "cudaLaunchKernel(transfer_mixed)", name_);
+  }
+
   const int index_;
   const std::string name_;
   std::string why_pageable_;

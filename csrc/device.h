@@ -7,7 +7,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
+#include <vector>
 
 namespace pystage {
 
@@ -32,6 +34,28 @@ struct HostMemory {
   bool fallback = false;  // pageable because pinned memory could not be had
 };
 
+// Ids that are on the device already, written right behind those of a transfer:
+// dst[count + i] = relay[indices[i]]. A negative index counts from the end, as in torch.
+struct RelayTail {
+  const void* relay = nullptr;
+  IntType relay_type = IntType::kInt64;
+  size_t relay_size = 0;
+  const void* indices = nullptr;
+  IntType index_type = IntType::kInt64;
+  size_t count = 0;  // indices
+
+  // Owners of what is read, as Transfer::dst_owner is of what is written.
+  std::vector<std::shared_ptr<void>> owners;
+
+  struct BadIndex {
+    size_t position;
+    int64_t value;
+  };
+  // The first index outside the relay, set by the host device as the transfer runs; its id is then
+  // -1. On CUDA such an index is a device-side assertion, as in torch.
+  std::optional<BadIndex> bad;
+};
+
 struct Transfer {
   const void* src = nullptr;         // host address
   const void* src_device = nullptr;  // the same as a kernel sees it
@@ -43,6 +67,7 @@ struct Transfer {
   // Owner of dst. The host device keeps it until the transfer ran; CUDA memory needs no owner,
   // because its allocator frees in stream order.
   std::shared_ptr<void> dst_owner;
+  std::shared_ptr<RelayTail> tail;  // or null; by a kernel only, and to int64 only
 };
 
 class Device {

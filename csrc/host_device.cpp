@@ -108,6 +108,22 @@ class HostStream {
   std::chrono::steady_clock::time_point held_until_;
 };
 
+int64_t read_int(const void* data, IntType type, size_t at) {
+  return type == IntType::kInt32 ? static_cast<const int32_t*>(data)[at]
+                                 : static_cast<const int64_t*>(data)[at];
+}
+
+void write_tail(RelayTail& tail, int64_t* dst) {
+  const auto size = static_cast<int64_t>(tail.relay_size);
+  for (size_t i = 0; i < tail.count; ++i) {
+    const int64_t index = read_int(tail.indices, tail.index_type, i);
+    const bool ok = index >= -size && index < size;
+    if (!ok && !tail.bad) tail.bad = {i, index};
+    const int64_t at = index < 0 ? index + size : index;
+    dst[i] = ok ? read_int(tail.relay, tail.relay_type, static_cast<size_t>(at)) : -1;
+  }
+}
+
 class HostDevice final : public Device {
  public:
   const std::string& name() const override { return name_; }
@@ -122,7 +138,10 @@ class HostDevice final : public Device {
   void free(const HostMemory& memory) noexcept override { std::free(memory.host); }
 
   void launch(const Transfer& t, StreamHandle stream) override {
-    static_cast<HostStream*>(stream)->put([t] { convert(t.src, t.wire, t.dst, t.out, t.count); });
+    static_cast<HostStream*>(stream)->put([t] {
+      if (t.count) convert(t.src, t.wire, t.dst, t.out, t.count);
+      if (t.tail) write_tail(*t.tail, static_cast<int64_t*>(t.dst) + t.count);
+    });
   }
 
   FenceHandle create_fence() override { return new FencePtr(std::make_shared<HostFence>()); }

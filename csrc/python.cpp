@@ -408,14 +408,39 @@ StagedTokens stage(const std::shared_ptr<StagingPool>& self, const py::object& t
 
 // --- resolve -----------------------------------------------------------------------------------
 
+at::Tensor tensor_of(const py::object& object, const char* name) {
+  if (!THPVariable_Check(object.ptr()))
+    throw py::type_error(std::string(name) + " is a " + type_name(object.ptr()) + ", not a tensor");
+  return THPVariable_Unpack(object.ptr());
+}
+
+std::optional<at::Tensor> optional_tensor(const py::object& object, const char* name) {
+  if (object.is_none()) return std::nullopt;
+  return tensor_of(object, name);
+}
+
+// Waits for what a reader could not be ordered behind. A reader on the CPU has no stream, so the
+// host device's ids are waited for; not while a test holds the stream.
+py::object finish(Resolved resolved, Device& device, bool blocking) {
+  const bool host = resolved.ids.is_cpu();
+  if (resolved.fence && (host ? !host_stream_held(host_current_stream()) : blocking)) {
+    {
+      py::gil_scoped_release release;
+      device.synchronize(resolved.fence);
+    }
+    if (resolved.tail && resolved.tail->bad) {
+      const RelayTail& tail = *resolved.tail;
+      throw py::index_error("indices[" + std::to_string(tail.bad->position) + "] is " +
+                            std::to_string(tail.bad->value) + ", outside a relay of " +
+                            std::to_string(tail.relay_size) + " ids");
+    }
+  }
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(resolved.ids)));
+}
+
 py::object resolve(StagedTokens& self, const py::object& out, const py::object& dtype,
                    bool blocking) {
-  std::optional<at::Tensor> out_tensor;
-  if (!out.is_none()) {
-    if (!THPVariable_Check(out.ptr()))
-      throw py::type_error("out is a " + type_name(out.ptr()) + ", not a tensor");
-    out_tensor = THPVariable_Unpack(out.ptr());
-  }
+  const std::optional<at::Tensor> out_tensor = optional_tensor(out, "out");
   at::ScalarType scalar_type = at::kLong;
   if (!dtype.is_none()) {
     if (!THPDtype_Check(dtype.ptr()))
@@ -427,17 +452,27 @@ py::object resolve(StagedTokens& self, const py::object& out, const py::object& 
     const ReleaseGilIf release(self.is_fallback());  // a pageable copy waits for the stream
     resolved = self.resolve(out_tensor, scalar_type);
   }
-  if (resolved.fence) {
-    // A reader on the CPU has no stream to be ordered on, so the host device's ids are waited for;
-    // not while a test holds the stream.
-    const StagingPool& pool = self.pool();
-    const bool host = pool.device().is_cpu();
-    if (host ? !host_stream_held(pool.current_stream()) : blocking) {
-      py::gil_scoped_release release;
-      pool.core().device().synchronize(resolved.fence);
-    }
+  return finish(std::move(resolved), self.pool().core().device(), blocking);
+}
+
+py::object resolve_mixed(StagedTokens& self, const py::object& relay, const py::object& indices,
+                         const py::object& out) {
+  const at::Tensor relay_tensor = tensor_of(relay, "relay");
+  const at::Tensor index_tensor = tensor_of(indices, "indices");
+  const std::optional<at::Tensor> out_tensor = optional_tensor(out, "out");
+  Resolved resolved;
+  {
+    const ReleaseGilIf release(self.is_fallback());
+    resolved = self.resolve_mixed(relay_tensor, index_tensor, out_tensor);
   }
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(resolved.ids)));
+  return finish(std::move(resolved), self.pool().core().device(), false);
+}
+
+py::object gather_from_relay(const py::object& relay, const py::object& indices,
+                             const py::object& out) {
+  Resolved resolved = gather_relay(tensor_of(relay, "relay"), tensor_of(indices, "indices"),
+                                   optional_tensor(out, "out"));
+  return finish(std::move(resolved), host_device(), false);
 }
 
 py::dict stats(const StagingPool& pool) {
@@ -590,6 +625,7 @@ PYBIND11_MODULE(_C, m) {
              return py::reinterpret_steal<py::object>(THPVariable_Wrap(s.cpu()));
            })
       .def("resolve", &resolve, py::arg("out"), py::arg("dtype"), py::arg("blocking"))
+      .def("resolve_mixed", &resolve_mixed, py::arg("relay"), py::arg("indices"), py::arg("out"))
       .def_property_readonly("is_pinned", &StagedTokens::is_pinned)
       .def_property_readonly("is_fallback", &StagedTokens::is_fallback)
       .def_property_readonly("wire_bits",
@@ -599,6 +635,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const StagingPool&>(), py::arg("pool"))
       .def("release", &Hold::release);
 
+  m.def("gather", &gather_from_relay, py::arg("relay"), py::arg("indices"), py::arg("out"));
   m.def("synchronize", &synchronize, py::arg("pool"));
   m.attr("torch_version") = PYSTAGE_TORCH_VERSION;
   m.def("size_class", &size_class, py::arg("bytes"));

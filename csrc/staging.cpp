@@ -74,6 +74,84 @@ std::shared_ptr<void> owner_of(const at::Tensor& tensor) {
   return std::make_shared<c10::Storage>(tensor.storage());
 }
 
+std::optional<c10::Device> to_guard(c10::Device device) {
+  return device.is_cuda() ? std::optional<c10::Device>(device) : std::nullopt;
+}
+
+StreamHandle current_stream_of(c10::Device device) {
+  if (device.is_cpu()) return host_current_stream();
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
+// Keeps memory of another stream until the current one is done with it.
+void record_on_current_stream(const at::Tensor& tensor) {
+  const c10::Device device = tensor.device();
+  if (!device.is_cuda()) return;
+  const c10::impl::VirtualGuardImpl impl(device.type());
+  impl.recordDataPtrOnStream(tensor.storage().data_ptr(), impl.getStream(device));
+}
+
+// What is read on the current stream of `device` to gather relay[indices].
+std::shared_ptr<RelayTail> make_tail(const at::Tensor& relay, const at::Tensor& indices,
+                                     c10::Device device) {
+  auto tail = std::make_shared<RelayTail>();
+  auto check = [&](const char* name, const at::Tensor& tensor) {
+    const at::ScalarType dtype = tensor.scalar_type();
+    TORCH_CHECK_TYPE(dtype == at::kLong || dtype == at::kInt,
+                     std::string(name) + " is int64 or int32, not " + c10::toString(dtype));
+    TORCH_CHECK_VALUE(tensor.dim() == 1,
+                      std::string(name) + " must be 1-D, not " + shape_of(tensor));
+    TORCH_CHECK_VALUE(
+        tensor.device() == device,
+        std::string(name) + " is on " + tensor.device().str() + ", the ids go to " + device.str());
+  };
+  check("relay", relay);
+  check("indices", indices);
+  TORCH_CHECK_VALUE(relay.is_contiguous(), "relay must be contiguous");
+  const at::Tensor packed = indices.contiguous();
+  tail->relay = relay.const_data_ptr();
+  tail->relay_type = int_type(relay.scalar_type());
+  tail->relay_size = static_cast<size_t>(relay.numel());
+  tail->indices = packed.const_data_ptr();
+  tail->index_type = int_type(packed.scalar_type());
+  tail->count = static_cast<size_t>(packed.numel());
+  if (device.is_cpu()) tail->owners = {owner_of(relay), owner_of(packed)};
+  record_on_current_stream(relay);
+  record_on_current_stream(indices);
+  return tail;
+}
+
+void check_int64(const at::Tensor& out) {
+  TORCH_CHECK_TYPE(out.scalar_type() == at::kLong,
+                   std::string("out must be int64, not ") + c10::toString(out.scalar_type()));
+}
+
+// Launches a transfer that reads no slot, and on the host fences it for whoever waits.
+Resolved launch_unleased(Device& backend, StreamHandle stream, Transfer t, const at::Tensor& out) {
+  t.dst = out.mutable_data_ptr();
+  Resolved resolved(out);
+  resolved.tail = t.tail;
+  if (!out.is_cpu()) {
+    backend.launch(t, stream);
+    return resolved;
+  }
+  resolved.fence_owner = std::shared_ptr<void>(
+      backend.create_fence(), [&backend](FenceHandle fence) { backend.destroy_fence(fence); });
+  resolved.fence = resolved.fence_owner.get();
+  t.dst_owner = owner_of(out);
+  backend.launch(t, stream);
+  backend.record(resolved.fence, stream);
+  return resolved;
+}
+
+Resolved launch_gather(Device& backend, StreamHandle stream, const std::shared_ptr<RelayTail>& tail,
+                       const at::Tensor& out) {
+  if (!tail->count) return {out};
+  Transfer t;
+  t.tail = tail;
+  return launch_unleased(backend, stream, std::move(t), out);
+}
+
 }  // namespace
 
 // --- StagingPool -------------------------------------------------------------------------------
@@ -90,10 +168,7 @@ StagingPool::StagingPool(c10::Device device, const StagingOptions& options)
 
 StagingPool::~StagingPool() { Pool::drop(std::move(core_)); }
 
-StreamHandle StagingPool::current_stream() const {
-  if (device_.is_cpu()) return host_current_stream();
-  return c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).native_handle();
-}
+StreamHandle StagingPool::current_stream() const { return current_stream_of(device_); }
 
 StreamHandle StagingPool::eager_stream() const {
   if (device_.is_cpu()) return host_stream(kHostEagerStream);
@@ -135,9 +210,15 @@ at::Tensor StagedTokens::cpu() const {
   return ids;
 }
 
-// Fills `out` from the slot, on `stream`, which is current.
-FenceHandle StagedTokens::transfer_to(const at::Tensor& out, StreamHandle stream) {
+bool StagedTokens::by_kernel() const {
+  return pool_->device_.is_cpu() || (lease_->device_data() && !pool_->options_.copy_engine);
+}
+
+// Fills `out` from the slot, on `stream`, which is current. A tail takes by_kernel().
+FenceHandle StagedTokens::transfer_to(const at::Tensor& out, StreamHandle stream,
+                                      const std::shared_ptr<RelayTail>& tail) {
   Transfer t;
+  t.tail = tail;
   t.src = lease_->data() + offset_ * size_of(wire_);
   if (const char* device_data = lease_->device_data())
     t.src_device = device_data + offset_ * size_of(wire_);
@@ -168,8 +249,7 @@ FenceHandle StagedTokens::transfer_to(const at::Tensor& out, StreamHandle stream
 
 void StagedTokens::start_eager() {
   if (!lease_) return;
-  const c10::OptionalDeviceGuard guard(
-      pool_->device_.is_cuda() ? std::optional<c10::Device>(pool_->device_) : std::nullopt);
+  const c10::OptionalDeviceGuard guard(to_guard(pool_->device_));
   // Allocated on the stream that writes it: memory of the consumer's stream would be safe to write
   // only behind everything that stream still has to do.
   const c10::OptionalStreamGuard stream_guard(pool_->eager_stream_);
@@ -177,6 +257,24 @@ void StagedTokens::start_eager() {
   eager_fence_ = transfer_to(ids, pool_->eager_stream());
   eager_ = std::move(ids);
   ++pool_->core().counters().eager_transfers;
+}
+
+StreamHandle StagedTokens::resolving_stream() const {
+  const StreamHandle stream = pool_->current_stream();
+  if (pool_->backend_->capturing(stream))
+    throw CaptureError(
+        "resolve() on a stream that captures a CUDA graph: every replay would read a slot that is "
+        "long reused; resolve before the capture, with out= into the graph's static input");
+  return stream;
+}
+
+at::Tensor StagedTokens::take_eager(StreamHandle stream) {
+  pool_->backend_->wait(stream, eager_fence_);
+  // The memory belongs to the pool's stream; keep it until the reader's stream is done too.
+  record_on_current_stream(eager_);
+  at::Tensor ids = std::move(eager_);
+  eager_ = at::Tensor();
+  return ids;
 }
 
 Resolved StagedTokens::resolve(const std::optional<at::Tensor>& out, at::ScalarType dtype) {
@@ -189,13 +287,8 @@ Resolved StagedTokens::resolve(const std::optional<at::Tensor>& out, at::ScalarT
   }
   TORCH_CHECK_VALUE(int_type(dtype) == IntType::kInt64 || fits_int32_,
                     "these ids do not all fit int32: resolve to int64");
-  const c10::OptionalDeviceGuard guard(device.is_cuda() ? std::optional<c10::Device>(device)
-                                                        : std::nullopt);
-  const StreamHandle stream = pool_->current_stream();
-  if (pool_->backend_->capturing(stream))
-    throw CaptureError(
-        "resolve() on a stream that captures a CUDA graph: every replay would read a slot that is "
-        "long reused; resolve before the capture, with out= into the graph's static input");
+  const c10::OptionalDeviceGuard guard(to_guard(device));
+  const StreamHandle stream = resolving_stream();
 
   if (fallback_.defined()) {
     at::Tensor ids = out ? *out : empty_ids(device, dtype, count_);
@@ -204,20 +297,62 @@ Resolved StagedTokens::resolve(const std::optional<at::Tensor>& out, at::ScalarT
     return {ids};
   }
   if (eager_.defined() && !out && dtype == at::kLong) {
-    // Handed out once: a second caller gets a tensor of its own.
-    at::Tensor ids = std::move(eager_);
-    eager_ = at::Tensor();
-    pool_->backend_->wait(stream, eager_fence_);
-    if (device.is_cuda()) {
-      // The memory belongs to the pool's stream; keep it until the reader's stream is done too.
-      const c10::impl::VirtualGuardImpl impl(device.type());
-      impl.recordDataPtrOnStream(ids.storage().data_ptr(), impl.getStream(device));
-    }
+    at::Tensor ids = take_eager(stream);
     return {ids, eager_fence_};
   }
   at::Tensor ids = out ? *out : empty_ids(device, dtype, count_);
   if (!count_) return {ids};
   return {ids, transfer_to(ids, stream)};
+}
+
+Resolved StagedTokens::resolve_mixed(const at::Tensor& relay, const at::Tensor& indices,
+                                     const std::optional<at::Tensor>& out) {
+  pool_->core().check_process();
+  const c10::Device device = pool_->device_;
+  const c10::OptionalDeviceGuard guard(to_guard(device));
+  const auto prefill = static_cast<int64_t>(count_);
+  if (out) {
+    check_out(*out, device, count_ + static_cast<size_t>(indices.numel()));
+    check_int64(*out);
+  }
+  const StreamHandle stream = resolving_stream();
+  const auto tail = make_tail(relay, indices, device);
+  const at::Tensor ids = out ? *out : empty_ids(device, at::kLong, count_ + tail->count);
+  if (!tail->count) return resolve(ids, at::kLong);
+  if (eager_.defined()) {
+    const at::Tensor eager = take_eager(stream);
+    Transfer t;
+    t.src = t.src_device = eager.const_data_ptr();
+    t.wire = IntType::kInt64;
+    t.count = count_;
+    t.tail = tail;
+    if (device.is_cpu()) tail->owners.push_back(owner_of(eager));
+    return launch_unleased(*pool_->backend_, stream, std::move(t), ids);
+  }
+  if (lease_ && count_ && by_kernel()) {
+    Resolved resolved(ids, transfer_to(ids, stream, tail));
+    resolved.tail = tail;
+    return resolved;
+  }
+  resolve(ids.slice(0, 0, prefill), at::kLong);
+  Resolved resolved =
+      launch_gather(*pool_->backend_, stream, tail, ids.slice(0, prefill, ids.size(0)));
+  resolved.ids = ids;
+  return resolved;
+}
+
+Resolved gather_relay(const at::Tensor& relay, const at::Tensor& indices,
+                      const std::optional<at::Tensor>& out) {
+  const c10::Device device = relay.device();
+  Device& backend = backend_of(device);
+  const c10::OptionalDeviceGuard guard(to_guard(device));
+  if (out) {
+    check_out(*out, device, static_cast<size_t>(indices.numel()));
+    check_int64(*out);
+  }
+  const auto tail = make_tail(relay, indices, device);
+  return launch_gather(backend, current_stream_of(device), tail,
+                       out ? *out : empty_ids(device, at::kLong, tail->count));
 }
 
 at::Tensor fallback_memory(c10::Device device, size_t count) {

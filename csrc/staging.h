@@ -49,9 +49,19 @@ class StagingPool {
 
 // A tensor, and the fence after the work that fills it (null: nothing to wait for).
 struct Resolved {
+  Resolved() = default;
+  Resolved(at::Tensor ids, FenceHandle fence = nullptr) : ids(std::move(ids)), fence(fence) {}
+
   at::Tensor ids;
   FenceHandle fence = nullptr;
+  std::shared_ptr<void> fence_owner;  // of a fence that is no slot's
+  // What was gathered behind the ids: its `bad` may be read once the fence is done.
+  std::shared_ptr<RelayTail> tail;
 };
+
+// relay[indices] as int64, in `out` where given, ordered on the current stream.
+Resolved gather_relay(const at::Tensor& relay, const at::Tensor& indices,
+                      const std::optional<at::Tensor>& out);
 
 // Ids in a slot, or in a part of one. Copies share the lease.
 class StagedTokens {
@@ -80,9 +90,19 @@ class StagedTokens {
   // Ids on the device, ordered on the current stream: in `out` where given, else in a new tensor
   // of `dtype`. Does not wait.
   Resolved resolve(const std::optional<at::Tensor>& out, at::ScalarType dtype);
+  // As resolve(), with relay[indices] behind the ids; int64.
+  Resolved resolve_mixed(const at::Tensor& relay, const at::Tensor& indices,
+                         const std::optional<at::Tensor>& out);
 
  private:
-  FenceHandle transfer_to(const at::Tensor& out, StreamHandle stream);
+  // The current stream, which must not capture a graph.
+  StreamHandle resolving_stream() const;
+  // Whether a kernel (or the host device) reads the slot.
+  bool by_kernel() const;
+  FenceHandle transfer_to(const at::Tensor& out, StreamHandle stream,
+                          const std::shared_ptr<RelayTail>& tail = nullptr);
+  // The eager ids, ordered on `stream`; they are handed out once.
+  at::Tensor take_eager(StreamHandle stream);
 
   std::shared_ptr<StagingPool> pool_;
   std::shared_ptr<Lease> lease_;

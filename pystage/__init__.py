@@ -16,11 +16,12 @@ except ImportError as error:
         "another, rebuild with: pip install --no-build-isolation ."
     ) from error
 
-from . import ops
+from . import batch, ops
 from ._build import BuildInfo, __version__, build_info
 from .errors import (
     CaptureError,
     DeviceError,
+    ForgottenResolveWarning,
     ForkedProcessError,
     PageableMemoryWarning,
     PoolClosedError,
@@ -28,13 +29,15 @@ from .errors import (
     PystageError,
     RequestTooLargeError,
     TokenRangeError,
+    UnresolvedInputsError,
 )
-from .pool import StagedTokens, StagingPool, StagingStats, resolve
+from .pool import StagedTokens, StagingPool, StagingStats, resolve, resolve_mixed
 
 __all__ = [
     "BuildInfo",
     "CaptureError",
     "DeviceError",
+    "ForgottenResolveWarning",
     "ForkedProcessError",
     "PageableMemoryWarning",
     "PoolClosedError",
@@ -45,8 +48,11 @@ __all__ = [
     "StagingPool",
     "StagingStats",
     "TokenRangeError",
+    "UnresolvedInputsError",
     "__version__",
+    "batch",
     "build_info",
     "ops",
     "resolve",
+    "resolve_mixed",
 ]

@@ -61,9 +61,17 @@ class CaptureError(PystageError):
     """``resolve`` on a stream that captures a CUDA graph."""
 
 
+class UnresolvedInputsError(PystageError):
+    """A batch has neither ids nor staged ids, or lacks its relay; says which call is missing."""
+
+
 class DeviceError(PystageError):
     """A device call failed; the message names the call, the device and the device's error."""
 
 
 class PageableMemoryWarning(RuntimeWarning):
     """Pinned memory could not be had; the message says why."""
+
+
+class ForgottenResolveWarning(RuntimeWarning):
+    """A forward was built from a batch that nobody had resolved; ``ensure_resolved`` did."""

@@ -355,6 +355,9 @@ class StagedTokens:
     ) -> Tensor:
         return self._tokens.resolve(out, dtype, blocking)
 
+    def _resolve_mixed(self, relay: Tensor, indices: Tensor, out: Tensor | None) -> Tensor:
+        return self._tokens.resolve_mixed(relay, indices, out)
+
     def _copy_into(self, out: Tensor, non_blocking: bool) -> Tensor:
         """``out.copy_(self)``."""
         here = self._pool._device
@@ -495,6 +498,38 @@ def resolve(
     return staged._resolve(out, dtype if out is None else None)
 
 
+def resolve_mixed(
+    staged: StagedTokens, relay: Tensor, indices: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """``torch.cat([resolve(staged), relay[indices]])``, by one kernel, as int64.
+
+    Ordered on the current stream and waited for as :func:`resolve`. What wrote ``relay`` and
+    ``indices`` must be ordered before it (``wait_stream``, ``wait_event``); their memory is kept
+    until the current stream is past the kernel, so both may be dropped at once.
+
+    A copy engine cannot gather: pools with ``transfer="copy_engine"``, and ids outside mapped
+    memory, take a copy and then a kernel.
+
+    Args:
+        staged: int64 [n], what :meth:`StagingPool.stage` returned, or a slice of it.
+        relay: int64 or int32 [m], contiguous, on the pool's device.
+        indices: int64 or int32 [k], on the pool's device, each in ``[-m, m)``.
+        out: int64 [n + k], contiguous, on the pool's device; must not overlap ``relay``.
+
+    Returns:
+        int64 [n + k]: ``out``, or a new tensor that belongs to the current stream.
+
+    Raises:
+        IndexError: an index outside the relay, on the host device (not while a test holds the
+            stream: the id is then -1). On CUDA it is a device-side assertion, as in torch.
+        ValueError, TypeError: shapes, devices and dtypes other than above.
+        CaptureError, ForkedProcessError, DeviceError: as :func:`resolve`.
+    """
+    if not isinstance(staged, StagedTokens):
+        raise TypeError(f"resolve_mixed takes StagedTokens, not {type(staged).__name__}")
+    return staged._resolve_mixed(relay, indices, out)
+
+
 _OF_STORAGE = frozenset(
     ["data_ptr", "storage", "untyped_storage", "set_", "data", "share_memory_", "record_stream"]
 )
@@ -578,3 +613,4 @@ if os.environ.get("PYSTAGE_NVTX", "0") not in ("", "0"):
     else:
         StagingPool.stage = _ranged("pystage.stage", StagingPool.stage)  # type: ignore[method-assign]
         StagedTokens._resolve = _ranged("pystage.resolve", StagedTokens._resolve)  # type: ignore[method-assign]
+        StagedTokens._resolve_mixed = _ranged("pystage.resolve_mixed", StagedTokens._resolve_mixed)  # type: ignore[method-assign]

@@ -1,0 +1,475 @@
+"""Batches whose input ids stay on the host until the forward needs them.
+
+Names and meaning are SGLang's (deferred staging: PR 25945; the pipeline-parallel profiler that had
+been forgotten: PR 26883). Any object with the attributes of :class:`DeferredBatch` will do, its
+``ScheduleBatch`` included; :class:`PrefillBatch` is a small ready one.
+
+What a batch's ids are made of:
+
+=============  =========================  =======================  ============================
+kind           ``prefill_input_ids_cpu``  ``mix_running_indices``  ``input_ids`` once resolved
+=============  =========================  =======================  ============================
+prefill        staged ids                 None                     the ids
+mixed          staged ids                 int [k]                  ids, then ``relay[indices]``
+decode         None                       int [k], or None         ``relay[indices]``
+=============  =========================  =======================  ============================
+
+A decode batch without ``mix_running_indices`` gathers by ``req_pool_indices``. The relay is the
+device tensor that the forward writes its sampled ids to (SGLang: ``output_tokens_buf``).
+
+Streams: ``resolve_forward_inputs`` works on the current stream and waits for nothing on CUDA. The
+caller orders that stream behind whoever wrote the relay and the indices. In SGLang the forward
+stream writes the relay itself, and waits for the schedule stream, which makes the indices, before
+each forward. Tensors of other streams are kept alive here until the current stream is past them.
+Batches are not thread-safe.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import operator
+import sys
+import threading
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .errors import ForgottenResolveWarning, PystageError, UnresolvedInputsError
+from .pool import StagedTokens, StagingPool, resolve, resolve_mixed
+
+Part: TypeAlias = StagedTokens | Tensor
+Staging: TypeAlias = Part | tuple[Part, ...]
+
+
+class DeferredBatch(Protocol):
+    """What a batch must have.
+
+    Attributes:
+        input_ids: int64 [n] on the device once resolved, else None.
+        prefill_input_ids_cpu: int64 [p] staged ids, or None. A CPU tensor will do; after a merge or
+            a filter it may be a tuple of these and of device tensors, read one after another.
+        mix_running_indices: int64 or int32 [k] on the device: where in the relay the ids of the
+            running requests are, which follow the prefill's; or None.
+        device: where the forward runs.
+
+    Read if there: ``extend_lens`` (ids of each request, in order, 1 for a running one),
+    ``req_pool_indices`` (int [b] on the device), ``forward_mode`` (SGLang's).
+    """
+
+    input_ids: Any
+    prefill_input_ids_cpu: Any
+    mix_running_indices: Any
+
+    @property
+    def device(self) -> Any: ...
+
+
+@dataclass
+class PrefillBatch:
+    """A small :class:`DeferredBatch`. ``batch[i:j]`` is some of its requests, slots shared."""
+
+    device: torch.device | str
+    input_ids: Tensor | None = None
+    prefill_input_ids_cpu: Staging | None = None
+    mix_running_indices: Tensor | None = None
+    extend_lens: list[int] = field(default_factory=list)
+    req_pool_indices: Tensor | None = None
+
+    def __len__(self) -> int:
+        """The number of requests."""
+        return len(self.extend_lens)
+
+    def __getitem__(self, key: slice) -> PrefillBatch:
+        part = copy.copy(self)
+        filter(part, range(len(self))[key])
+        return part
+
+
+# --- staging -----------------------------------------------------------------------------------
+
+
+def prepare_for_extend(
+    batch: DeferredBatch,
+    token_ids: Sequence[Any],
+    *,
+    pool: StagingPool,
+    starts: Sequence[int] | None = None,
+    stops: Sequence[int] | None = None,
+    vocab_size: int | None = None,
+) -> None:
+    """Stages the batch's ids: ``input_ids`` is None until the batch is resolved.
+
+    Called again (an encoder-decoder model strips the encoder's ids and stages the rest), it lets go
+    of the first slot before it takes the second, so a pool with room for one will do.
+
+    Args:
+        batch: gets ``prefill_input_ids_cpu``, and ``extend_lens`` if it has that attribute.
+        token_ids, starts, stops, vocab_size: as for :meth:`StagingPool.stage`. ``starts`` is the
+            length of each request's history in a chunked prefill: no id before it is touched.
+        pool: a pool of the batch's device.
+
+    Raises:
+        ValueError: a pool of another device.
+        Exception: whatever :meth:`StagingPool.stage` raises. The batch then has the ids it had
+            (staged again where there is a slot, else as a CPU tensor).
+    """
+    device, index = torch.device(batch.device), pool.device.index
+    if device.type != pool.device.type or (index is not None and device.index not in (None, index)):
+        raise ValueError(f"the batch is on {device}, the pool stages for {pool.device}")
+    restage = isinstance(batch.prefill_input_ids_cpu, StagedTokens)
+    if restage:
+        kept = batch.prefill_input_ids_cpu.cpu()
+        batch.prefill_input_ids_cpu = None
+    try:
+        staged = pool.stage(token_ids, starts, stops, vocab_size)
+        first = [0] * len(token_ids) if starts is None else starts
+        last = [len(ids) for ids in token_ids] if stops is None else stops
+        lens = [int(stop) - int(start) for start, stop in zip(first, last, strict=True)]
+    except BaseException:
+        if restage:
+            batch.prefill_input_ids_cpu = _staged_again(kept, pool)
+        raise
+    batch.input_ids = None
+    batch.prefill_input_ids_cpu = staged
+    if hasattr(batch, "extend_lens"):
+        batch.extend_lens = lens
+
+
+def mix_with_running(batch: DeferredBatch, mix_running_indices: Tensor) -> None:
+    """Adds running requests, one id each, behind a prefill: a mixed batch.
+
+    Args:
+        batch: not mixed yet; staged, or resolved.
+        mix_running_indices: int64 or int32 [k] on the device, where their ids are in the relay.
+
+    Raises:
+        UnresolvedInputsError: the batch has no ids.
+        ValueError: it is mixed already.
+    """
+    parts, indices = _contents(batch)
+    if indices is not None:
+        raise ValueError(f"{_name(batch)} has running requests already: use merge")
+    if not parts:
+        raise _nothing_staged(batch)
+    batch.prefill_input_ids_cpu = _staging(parts)
+    batch.input_ids = None
+    batch.mix_running_indices = mix_running_indices
+    if hasattr(batch, "extend_lens"):
+        batch.extend_lens = [*batch.extend_lens, *[1] * len(mix_running_indices)]
+
+
+# --- resolving ---------------------------------------------------------------------------------
+
+
+def resolve_forward_inputs(batch: DeferredBatch, relay: Tensor | None = None) -> None:
+    """Makes ``input_ids``, int64 [n] on the device, ordered on the current stream.
+
+    One kernel, mixed batches included; a merged or filtered batch takes one a part. Both staging
+    fields are None afterwards, so the slot comes back once the stream is past the kernel. A batch
+    that is resolved already stays as it is.
+
+    Args:
+        batch: staged, or a decode batch.
+        relay: int64 or int32 [m], contiguous, on the device: for mixed and decode batches.
+
+    Raises:
+        UnresolvedInputsError: the batch has neither ids nor staging, or its relay is missing.
+        IndexError: an index outside ``[-m, m)``, on the host device. On CUDA that is a device-side
+            assertion, as in torch.
+        Exception: as :func:`pystage.resolve_mixed`.
+
+    Whatever is raised, the batch is as before and can be resolved again.
+    """
+    if _is_resolved(batch):
+        return
+    parts, indices = _contents(batch)
+    if not parts and indices is None:
+        raise _nothing_staged(batch)
+    if indices is not None and relay is None:
+        raise UnresolvedInputsError(
+            f"{_name(batch)} has running requests, whose ids are in the relay: call "
+            "resolve_forward_inputs(batch, relay)"
+        )
+    batch.input_ids = _materialise(parts, relay, indices, batch.device)
+    batch.prefill_input_ids_cpu = None
+    batch.mix_running_indices = None
+
+
+_guard = threading.Lock()
+_forgotten = 0
+_warned: set[tuple[str, int]] = set()
+
+
+def ensure_resolved(batch: DeferredBatch, relay: Tensor | None = None) -> None:
+    """For whatever builds a forward from a batch: resolves it if everybody forgot to.
+
+    A path that forgot costs a count (:func:`forgotten_resolves`) and, once for each line that calls
+    this, a :class:`pystage.ForgottenResolveWarning`, in place of a crash.
+
+    Raises:
+        Exception: as :func:`resolve_forward_inputs`.
+    """
+    if _is_resolved(batch):
+        return
+    resolve_forward_inputs(batch, relay)
+    global _forgotten  # noqa: PLW0603
+    caller = sys._getframe(1)
+    site = (caller.f_code.co_filename, caller.f_lineno)
+    with _guard:
+        _forgotten += 1
+        first = site not in _warned
+        _warned.add(site)
+    if first:
+        warnings.warn(
+            f"{_name(batch)} reached {site[0]}:{site[1]} unresolved and was resolved there: call "
+            "resolve_forward_inputs(batch, relay) at forward entry",
+            ForgottenResolveWarning,
+            stacklevel=2,
+        )
+
+
+def forgotten_resolves() -> int:
+    """How many batches :func:`ensure_resolved` had to resolve in this process."""
+    return _forgotten
+
+
+# --- merging and filtering ---------------------------------------------------------------------
+
+
+def merge(batch: DeferredBatch, other: DeferredBatch) -> None:
+    """Appends the requests of ``other`` to ``batch``; ``other`` stays as it is.
+
+    Nothing is copied: what is staged stays in its slots, which come back once both batches are
+    done with them. Two resolved batches give a resolved one. An empty batch changes nothing. A
+    prefill merged with a decode batch becomes a mixed batch.
+
+    Raises:
+        ValueError: ids would have to follow running requests, which come last in a batch.
+        UnresolvedInputsError: a batch with requests has no ids.
+    """
+    parts, indices = _contents(batch)
+    more, more_indices = _contents(other)
+    for side, ids, running in ((batch, parts, indices), (other, more, more_indices)):
+        if not ids and running is None and getattr(side, "extend_lens", None):
+            raise _nothing_staged(side)
+    resolved = all(_is_resolved(side) or _is_empty(side) for side in (batch, other))
+    parts, more = _not_empty(parts), _not_empty(more)
+    if indices is not None and more:
+        raise ValueError(
+            f"{_name(other)} cannot follow the running requests of {_name(batch)}: merge the "
+            "other way round, or resolve both first"
+        )
+    merged = {
+        name: _joined(getattr(batch, name), getattr(other, name))
+        for name in ("extend_lens", "req_pool_indices")
+        if hasattr(batch, name) and hasattr(other, name)
+    }
+    if indices is None or more_indices is None:
+        indices = more_indices if indices is None else indices
+    else:
+        indices = torch.cat([indices, more_indices])
+    _assign(batch, (*parts, *more), indices, resolved)
+    for name, value in merged.items():
+        setattr(batch, name, value)
+
+
+def filter(batch: DeferredBatch, keep_indices: Iterable[int]) -> None:
+    """Keeps some requests, in the order given; the others' ids are left out.
+
+    Nothing staged is copied. A slot stays taken while ids of any request in it are needed. Without
+    any request left the batch is idle: resolved, with no ids.
+
+    Args:
+        batch: must have ``extend_lens``. Running requests come last and must stay last.
+        keep_indices: which requests, in ``[0, len(extend_lens))``.
+
+    Raises:
+        IndexError: no such request.
+        ValueError: ``extend_lens`` does not fit the ids, or a running request before another.
+        UnresolvedInputsError: the batch has no ids.
+    """
+    parts, indices = _contents(batch)
+    lens: list[int] = list(batch.extend_lens)  # type: ignore[attr-defined]
+    if lens and not parts and indices is None:
+        raise _nothing_staged(batch)
+    prefill = len(lens) - (0 if indices is None else len(indices))
+    if prefill < 0 or sum(lens[:prefill]) != sum(map(len, parts)) or set(lens[prefill:]) - {1}:
+        raise ValueError(
+            f"extend_lens of {_name(batch)} is {lens}, but it has {sum(map(len, parts))} ids and "
+            f"{len(lens) - prefill} running requests"
+        )
+    keep = [operator.index(i) for i in keep_indices]
+    for i in keep:
+        if not 0 <= i < len(lens):
+            raise IndexError(f"request {i} is out of range: {_name(batch)}")
+    if keep == list(range(len(lens))):
+        return
+    if keep != sorted(keep, key=lambda i: i >= prefill):
+        raise ValueError("running requests come last in a batch, so in keep_indices too")
+
+    ends = [0, *itertools.accumulate(lens)]
+    kept = _cut(parts, [(ends[i], ends[i + 1]) for i in keep if i < prefill])
+    if indices is not None:
+        indices = _picked(indices, [i - prefill for i in keep if i >= prefill])
+    rows = getattr(batch, "req_pool_indices", None)
+    if rows is not None:
+        rows = _picked(rows, keep) if keep else rows[:0]
+    _assign(batch, kept, indices, _is_resolved(batch))
+    batch.extend_lens = [lens[i] for i in keep]  # type: ignore[attr-defined]
+    if rows is not None:
+        batch.req_pool_indices = rows  # type: ignore[attr-defined]
+
+
+# --- what a batch is made of -------------------------------------------------------------------
+
+
+def _is_resolved(batch: DeferredBatch) -> bool:
+    return (
+        batch.input_ids is not None
+        and batch.prefill_input_ids_cpu is None
+        and batch.mix_running_indices is None
+    )
+
+
+def _contents(batch: DeferredBatch) -> tuple[tuple[Part, ...], Tensor | None]:
+    """What the ids are read from, one part after another, and the indices of running requests."""
+    staged, indices = batch.prefill_input_ids_cpu, batch.mix_running_indices
+    if staged is not None:
+        return (staged if isinstance(staged, tuple) else (staged,)), indices
+    if batch.input_ids is not None:
+        return (batch.input_ids,), indices
+    if indices is None and not _extends(batch):
+        indices = getattr(batch, "req_pool_indices", None)
+    return (), indices
+
+
+def _extends(batch: DeferredBatch) -> bool:
+    """Whether the engine says it is a prefill: its ids cannot come from the relay alone."""
+    mode = getattr(batch, "forward_mode", None)
+    return mode is not None and bool(mode.is_extend())
+
+
+def _is_empty(batch: DeferredBatch) -> bool:
+    parts, indices = _contents(batch)
+    return not _not_empty(parts) and indices is None
+
+
+def _not_empty(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    return tuple(part for part in parts if len(part))
+
+
+def _assign(
+    batch: DeferredBatch, parts: tuple[Part, ...], indices: Tensor | None, resolved: bool
+) -> None:
+    """Makes the batch of these; without any it is idle."""
+    ids: Tensor | None = None
+    if not parts and indices is None:
+        ids = torch.empty(0, dtype=torch.int64, device=batch.device)
+    elif resolved:
+        ids = parts[0] if len(parts) == 1 else torch.cat(parts)  # type: ignore[arg-type, assignment]
+    batch.input_ids = ids
+    batch.prefill_input_ids_cpu = None if ids is not None else _staging(parts)
+    batch.mix_running_indices = indices
+
+
+def _staging(parts: tuple[Part, ...]) -> Staging | None:
+    return (parts[0] if len(parts) == 1 else parts) if parts else None
+
+
+def _cut(parts: tuple[Part, ...], ranges: list[tuple[int, int]]) -> tuple[Part, ...]:
+    """Ranges of the ids that the parts make up; neighbours stay in one piece."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        elif start < stop:
+            joined.append((start, stop))
+    ends = [0, *itertools.accumulate(map(len, parts))]
+    pieces = [
+        part[max(start - at, 0) : stop - at]
+        for start, stop in joined
+        for part, at in zip(parts, ends)  # noqa: B905
+        if start < at + len(part) and stop > at
+    ]
+    return tuple(pieces)
+
+
+def _picked(indices: Tensor, at: list[int]) -> Tensor | None:
+    pieces = _cut((indices,), [(i, i + 1) for i in at])
+    if len(pieces) < 2:
+        return pieces[0] if pieces else None  # type: ignore[return-value]
+    return torch.cat(pieces)  # type: ignore[arg-type]
+
+
+def _joined(a: Any, b: Any) -> Any:
+    """Both, one after the other; None where either is unknown."""
+    if a is None or b is None:
+        return None
+    return torch.cat([a, b]) if isinstance(a, Tensor) else [*a, *b]
+
+
+def _staged_again(ids: Tensor, pool: StagingPool) -> Part:
+    """After a failure: ids that had a slot, in another if there is one."""
+    try:
+        return pool.stage([ids])
+    except PystageError:
+        return ids
+
+
+def _materialise(
+    parts: tuple[Part, ...], relay: Tensor | None, indices: Tensor | None, device: Any
+) -> Tensor:
+    if len(parts) == 1 and isinstance(parts[0], StagedTokens):
+        if indices is None:
+            return resolve(parts[0])
+        return resolve_mixed(parts[0], relay, indices)  # type: ignore[arg-type]
+    if not parts:
+        return _C.gather(relay, indices, None)  # type: ignore[arg-type]
+    running = 0 if indices is None else len(indices)
+    ids = torch.empty(
+        sum(map(len, parts)) + running, dtype=torch.int64, device=_device(parts, device)
+    )
+    at = 0
+    for part in parts:
+        _write(part, ids[at : at + len(part)])
+        at += len(part)
+    if indices is not None:
+        _C.gather(relay, indices, ids[at:])  # type: ignore[arg-type]
+    return ids
+
+
+def _device(parts: tuple[Part, ...], device: Any) -> Any:
+    """A pool's device has an index, a batch's may have none."""
+    return next((p.pool.device for p in parts if isinstance(p, StagedTokens)), device)
+
+
+def _write(part: Part, out: Tensor) -> None:
+    if isinstance(part, StagedTokens):
+        resolve(part, out=out)
+        return
+    if part.device.type == "cuda":
+        part.record_stream(torch.cuda.current_stream(part.device))
+    out.copy_(part, non_blocking=True)
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+def _name(batch: DeferredBatch) -> str:
+    lens = getattr(batch, "extend_lens", None)
+    requests = "" if lens is None else f" of {len(lens)} requests"
+    return f"{type(batch).__name__}{requests}"
+
+
+def _nothing_staged(batch: DeferredBatch) -> UnresolvedInputsError:
+    return UnresolvedInputsError(
+        f"{_name(batch)} has neither input_ids nor prefill_input_ids_cpu: call "
+        "prepare_for_extend(batch, token_ids, pool=pool) before its forward (a decode batch takes "
+        "mix_running_indices or req_pool_indices, and the relay)"
+    )

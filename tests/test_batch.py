@@ -1,0 +1,658 @@
+"""Batches with deferred ids: the seeds' bug, then every path of a scheduler, right."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import pystage
+from pystage.batch import (
+    PrefillBatch,
+    ensure_resolved,
+    filter,
+    forgotten_resolves,
+    merge,
+    mix_with_running,
+    prepare_for_extend,
+    resolve_forward_inputs,
+)
+from pystage.testing import hold_transfers, host_stream, synchronize
+
+from .conftest import run_of
+
+WIDE = 1 << 40  # an id that does not fit int32
+
+
+@dataclass
+class ForwardBatch:
+    """What SGLang's does with the ids, as far as it matters here."""
+
+    input_ids: torch.Tensor
+    num_tokens: int
+
+    @classmethod
+    def init_new(cls, batch: Any) -> ForwardBatch:
+        return cls(batch.input_ids, batch.input_ids.shape[0])
+
+
+@pytest.fixture
+def pool(device: str) -> Iterator[pystage.StagingPool]:
+    with pystage.StagingPool(device, 1 << 20) as pool:
+        yield pool
+        gc.collect()  # tracebacks of expected errors hold batches
+        synchronize(pool)
+        stats = pool.stats()
+        assert (stats.leased_slots, stats.in_flight_slots, stats.quarantined_slots) == (0, 0, 0)
+
+
+def tensor(values: Any, device: str, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def staged(pool: pystage.StagingPool, *token_ids: Any, **kwargs: Any) -> PrefillBatch:
+    batch = PrefillBatch(pool.device)
+    prepare_for_extend(batch, token_ids, pool=pool, **kwargs)
+    return batch
+
+
+def resolved_ids(batch: Any, relay: torch.Tensor | None = None) -> list[int]:
+    resolve_forward_inputs(batch, relay)
+    assert batch.prefill_input_ids_cpu is None and batch.mix_running_indices is None
+    assert batch.input_ids.dtype == torch.int64
+    assert batch.input_ids.device.type == torch.device(batch.device).type
+    return batch.input_ids.tolist()
+
+
+def fields(batch: Any) -> dict[str, Any]:
+    return copy.copy(vars(batch))
+
+
+# --- the bug, and the paths ---------------------------------------------------------------------
+
+
+def test_a_path_that_does_not_resolve_fails_as_it_did(pool: pystage.StagingPool) -> None:
+    """PR 26883: the profiler built its forward right after prepare_for_extend."""
+    batch = staged(pool, run_of(0, 9))
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'shape'"):
+        ForwardBatch.init_new(batch)
+    resolve_forward_inputs(batch)
+    assert ForwardBatch.init_new(batch).num_tokens == 9
+
+
+def test_extend(pool: pystage.StagingPool) -> None:
+    batch = staged(pool, run_of(10, 5), [1, 2], [])
+    assert batch.input_ids is None
+    assert batch.extend_lens == [5, 2, 0]
+    assert pool.stats().leased_slots == 1
+    assert resolved_ids(batch) == [10, 11, 12, 13, 14, 1, 2]
+    assert pool.stats().leased_slots == 0
+
+
+def test_a_second_resolve_does_nothing(pool: pystage.StagingPool) -> None:
+    batch = staged(pool, [1, 2])
+    resolve_forward_inputs(batch)
+    ids, transfers = batch.input_ids, pool.stats().kernel_transfers
+    resolve_forward_inputs(batch)
+    assert batch.input_ids is ids
+    assert pool.stats().kernel_transfers == transfers
+
+
+def test_chunks_with_history(pool: pystage.StagingPool) -> None:
+    prompt = run_of(100, 1000)
+    seen: list[int] = []
+    for start in range(0, 1000, 300):
+        stop = min(start + 300, 1000)
+        batch = staged(pool, prompt, starts=[start], stops=[stop])
+        assert batch.extend_lens == [stop - start]
+        seen += resolved_ids(batch)
+    assert seen == prompt.tolist()
+
+
+@pytest.mark.parametrize(
+    "dtypes", list(itertools.product([torch.int64, torch.int32], repeat=2)), ids=str
+)
+@pytest.mark.parametrize("variant", ["deferred", "eager", "copy_engine", "fallback"])
+@pytest.mark.parametrize("count", [1, 3, 4, 1023, 300_001])
+@pytest.mark.parametrize("wide", [False, True])
+def test_mixed_equals_cat(
+    device: str,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    variant: str,
+    count: int,
+    wide: bool,
+) -> None:
+    relay_dtype, index_dtype = dtypes
+    options: dict[str, Any] = {
+        "deferred": {},
+        "eager": {"issue": "eager"},
+        "copy_engine": {"transfer": "copy_engine"},
+        "fallback": {"at_capacity": "fallback", "reserve_bytes": 0},
+    }[variant]
+    with pystage.StagingPool(device, 8 << 20, **options) as pool:
+        full = [pool.stage([run_of(0, 1 << 19)]) for _ in range(4)] if variant == "fallback" else []
+        relay = torch.arange(1000, 1600, dtype=relay_dtype, device=device)
+        for k in (1, 5, 600):
+            indices = torch.arange(600, device=device).flip(0)[:k].to(index_dtype)
+            batch = staged(pool, run_of(WIDE if wide else 0, count))
+            prefill = batch.prefill_input_ids_cpu.cpu()
+            assert (pool.stats().fallbacks > 0) == (variant == "fallback")
+            mix_with_running(batch, indices)
+            resolve_forward_inputs(batch, relay)
+            expected = torch.cat([prefill, relay[indices.long()].long().cpu()])
+            assert torch.equal(batch.input_ids.cpu(), expected)
+            # Slices start anywhere; the output may, too.
+            tokens = pool.stage([run_of(WIDE if wide else 0, count)])[1:]
+            memory = torch.full((count + k + 1,), -1, device=device)
+            out = pystage.resolve_mixed(tokens, relay, indices, out=memory[1 : count + k])
+            assert torch.equal(out.cpu(), expected[1:])
+            assert memory[0].item() == -1 and memory[-1].item() == -1
+        del full
+
+
+def test_mixed_is_one_transfer(pool: pystage.StagingPool, device: str) -> None:
+    batch = staged(pool, run_of(0, 100))
+    mix_with_running(batch, tensor([2, -1], device))
+    assert batch.extend_lens == [100, 1, 1]
+    assert resolved_ids(batch, tensor([7, 8, 9], device)) == [*range(100), 9, 9]
+    assert pool.stats().kernel_transfers == 1
+    assert pool.stats().copy_engine_transfers == 0
+
+
+def test_mixed_without_prefill_ids_or_without_running(
+    pool: pystage.StagingPool, device: str
+) -> None:
+    relay = tensor([7, 8, 9], device)
+    batch = staged(pool, [])
+    mix_with_running(batch, tensor([1], device))
+    assert resolved_ids(batch, relay) == [8]
+    batch = staged(pool, [5])
+    mix_with_running(batch, tensor([], device))
+    assert resolved_ids(batch, relay) == [5]
+
+
+def test_running_requests_join_a_resolved_prefill(pool: pystage.StagingPool, device: str) -> None:
+    batch = staged(pool, [1, 2])
+    resolve_forward_inputs(batch)
+    mix_with_running(batch, tensor([0], device))
+    assert batch.input_ids is None
+    assert resolved_ids(batch, tensor([7], device)) == [1, 2, 7]
+    with pytest.raises(pystage.UnresolvedInputsError, match="prepare_for_extend"):
+        mix_with_running(PrefillBatch(device), tensor([0], device))
+
+
+def test_decode(device: str) -> None:
+    relay = tensor([7, 8, 9, WIDE], device)
+    by_indices = PrefillBatch(device, mix_running_indices=tensor([3, 0], device))
+    assert resolved_ids(by_indices, relay) == [WIDE, 7]
+    rows = tensor([2, 2, 1], device, torch.int32)
+    by_rows = PrefillBatch(device, req_pool_indices=rows)
+    assert resolved_ids(by_rows, relay) == [9, 9, 8]
+    assert by_rows.req_pool_indices is rows
+
+
+def test_idle(pool: pystage.StagingPool, device: str) -> None:
+    idle = PrefillBatch(device, input_ids=torch.empty(0, dtype=torch.int64, device=device))
+    assert resolved_ids(idle) == []
+    assert resolved_ids(staged(pool)) == []
+
+
+def test_an_encoder_decoder_stages_twice(device: str) -> None:
+    with pystage.StagingPool(device, 4096, at_capacity="raise") as pool:
+        batch = staged(pool, run_of(0, 1000))
+        with pytest.raises(pystage.PoolExhaustedError):
+            pool.stage([[1]])  # room for one
+        prepare_for_extend(batch, [run_of(0, 1000)], starts=[100], pool=pool)
+        assert batch.extend_lens == [900]
+        assert pool.stats().leased_slots == 1
+        assert resolved_ids(batch) == list(range(100, 1000))
+        assert pool.stats().leased_slots == 0
+
+
+def test_a_failed_restage_keeps_the_ids(device: str) -> None:
+    with pystage.StagingPool(device, 4096, at_capacity="raise") as pool:
+        batch = staged(pool, run_of(0, 1000))
+        with pytest.raises(pystage.TokenRangeError):
+            prepare_for_extend(batch, [[5, 10]], pool=pool, vocab_size=10)
+        with pytest.raises(pystage.RequestTooLargeError):
+            prepare_for_extend(batch, [run_of(0, 9000)], pool=pool)
+        with pytest.raises(TypeError):
+            prepare_for_extend(batch, [["no id"]], pool=pool)
+        assert batch.extend_lens == [1000] and batch.input_ids is None
+        assert pool.stats().leased_slots == 1
+        pool.close()
+        with pytest.raises(pystage.PoolClosedError):
+            prepare_for_extend(batch, [[5]], pool=pool)
+        assert pool.stats().leased_slots == 0  # no slot to be had: a CPU tensor
+        assert resolved_ids(batch) == list(range(1000))
+
+
+def test_a_failed_first_stage_changes_nothing(pool: pystage.StagingPool, device: str) -> None:
+    batch = PrefillBatch(device, input_ids=torch.zeros(3, dtype=torch.int64, device=device))
+    before = fields(batch)
+    with pytest.raises(pystage.TokenRangeError):
+        prepare_for_extend(batch, [[10]], pool=pool, vocab_size=10)
+    with pytest.raises(ValueError, match="the batch is on meta"):
+        prepare_for_extend(PrefillBatch("meta"), [[10]], pool=pool)
+    assert all(vars(batch)[name] is value for name, value in before.items())
+
+
+def test_a_plain_cpu_tensor_is_staging_too(device: str) -> None:
+    batch = PrefillBatch(device, prefill_input_ids_cpu=torch.tensor([1, 2]))
+    assert resolved_ids(batch) == [1, 2]
+    batch = PrefillBatch(device, prefill_input_ids_cpu=torch.tensor([1, 2]))
+    mix_with_running(batch, tensor([1], device))
+    assert resolved_ids(batch, tensor([7, 8], device)) == [1, 2, 8]
+
+
+def test_any_object_with_the_attributes_will_do(pool: pystage.StagingPool, device: str) -> None:
+    class Batch:
+        device = torch.device(pool.device.type)  # without an index
+        input_ids = None
+        prefill_input_ids_cpu = None
+        mix_running_indices = None
+
+    batch = Batch()
+    prepare_for_extend(batch, [[1, 2]], pool=pool)
+    assert not hasattr(batch, "extend_lens")
+    merge(batch, staged(pool, [3]))
+    batch.mix_running_indices = tensor([0], device)
+    assert resolved_ids(batch, tensor([9], device)) == [1, 2, 3, 9]
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+def test_nothing_staged_names_the_batch_and_the_call(device: str) -> None:
+    batch = PrefillBatch(device, extend_lens=[4, 5])
+    with pytest.raises(
+        pystage.UnresolvedInputsError, match=r"PrefillBatch of 2 requests .* prepare_for_extend\("
+    ):
+        resolve_forward_inputs(batch)
+
+    class Extend:
+        def is_extend(self) -> bool:
+            return True
+
+    batch.req_pool_indices = tensor([0, 1], device)
+    batch.forward_mode = Extend()  # type: ignore[attr-defined]
+    with pytest.raises(pystage.UnresolvedInputsError):  # a prefill's ids are not in the relay
+        resolve_forward_inputs(batch, tensor([1, 2], device))
+
+
+def test_errors_leave_the_batch_unchanged(pool: pystage.StagingPool, device: str) -> None:
+    batch = staged(pool, [1, 2, 3])
+    mix_with_running(batch, tensor([1, 0], device))
+    before = fields(batch)
+    relay = tensor([7, 8], device)
+    bad: list[tuple[Any, type[Exception]]] = [
+        (None, pystage.UnresolvedInputsError),
+        ([7, 8], TypeError),
+        (relay.float(), TypeError),
+        (relay[None], ValueError),
+        (torch.stack([relay, relay], 1)[:, 0], ValueError),
+        (relay.to("meta"), ValueError),
+    ]
+    if device == "cpu":
+        bad.append((relay[:1], IndexError))
+    else:
+        bad.append((relay.cpu(), ValueError))
+    for wrong, error in bad:
+        with pytest.raises(error):
+            resolve_forward_inputs(batch, wrong)
+        assert all(vars(batch)[name] is value for name, value in before.items())
+    assert resolved_ids(batch, relay) == [1, 2, 3, 8, 7]
+
+
+def test_a_bad_index_is_named() -> None:
+    with pystage.StagingPool("cpu", 1 << 16) as pool:
+        tokens = pool.stage([[1]])
+        with pytest.raises(IndexError, match=r"indices\[1\] is -3, outside a relay of 2 ids"):
+            pystage.resolve_mixed(tokens, torch.arange(2), torch.tensor([-2, -3, 9]))
+        decode = PrefillBatch("cpu", mix_running_indices=torch.tensor([2]))
+        with pytest.raises(IndexError, match=r"indices\[0\] is 2"):
+            resolve_forward_inputs(decode, torch.arange(2))
+        assert decode.mix_running_indices is not None
+
+
+@pytest.mark.gpu
+def test_a_bad_index_asserts_on_the_device() -> None:
+    """As torch's own indexing does; it ends the process's use of the device."""
+    code = """
+import os, torch, pystage
+pool = pystage.StagingPool("cuda:0", 1 << 16)
+relay, indices = torch.arange(2, device="cuda:0"), torch.tensor([2], device="cuda:0")
+torch.cuda.synchronize()
+pystage.resolve_mixed(pool.stage([[1]]), relay, indices)
+try:
+    torch.cuda.synchronize()
+except RuntimeError as error:
+    os._exit(0 if "device-side assert" in str(error) else 2)
+os._exit(1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_wrong_arguments_of_resolve_mixed(pool: pystage.StagingPool, device: str) -> None:
+    relay, indices = tensor([7], device), tensor([0], device)
+    tokens = pool.stage([[1, 2]])
+    for out in (
+        torch.empty(2, dtype=torch.int64, device=device),
+        torch.empty(6, dtype=torch.int64, device=device)[::2],
+    ):
+        with pytest.raises(ValueError, match="out must"):
+            pystage.resolve_mixed(tokens, relay, indices, out)
+    with pytest.raises(TypeError, match="out must be int64"):
+        pystage.resolve_mixed(
+            tokens, relay, indices, torch.empty(3, dtype=torch.int32, device=device)
+        )
+    with pytest.raises(TypeError, match="indices is int64 or int32"):
+        pystage.resolve_mixed(tokens, relay, indices.bool())
+    with pytest.raises(TypeError, match="StagedTokens, not list"):
+        pystage.resolve_mixed([1, 2], relay, indices)  # type: ignore[arg-type]
+    every_other = tensor([0, 5, 0, 5], device)[::2]
+    assert pystage.resolve_mixed(tokens, relay, every_other).tolist() == [1, 2, 7, 7]
+
+
+@pytest.mark.gpu
+def test_not_while_a_graph_is_captured() -> None:
+    with pystage.StagingPool("cuda:0", 1 << 16) as pool:
+        relay, indices = tensor([7], "cuda:0"), tensor([0], "cuda:0")
+        batch = staged(pool, [1])
+        mix_with_running(batch, indices)
+        torch.cuda.synchronize()
+        with (
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+            pytest.raises(pystage.CaptureError),
+        ):
+            resolve_forward_inputs(batch, relay)
+        assert resolved_ids(batch, relay) == [1, 7]
+
+
+# --- two streams --------------------------------------------------------------------------------
+
+_cuda_streams: dict[int, torch.cuda.Stream] = {}
+
+
+def on_stream(device: str, number: int) -> AbstractContextManager[Any]:
+    """A stream of the device, the same for the same number."""
+    if device == "cpu":
+        return host_stream(number)
+    if number not in _cuda_streams:
+        _cuda_streams[number] = torch.cuda.Stream()
+    return torch.cuda.stream(_cuda_streams[number])
+
+
+SCHEDULE, FORWARD = 1, 2
+
+
+def forward_waits_for_schedule(device: str) -> None:
+    if device != "cpu":  # on the host torch's tensors are written at once
+        _cuda_streams[FORWARD].wait_stream(_cuda_streams[SCHEDULE])
+
+
+@pytest.mark.parametrize("options", [{}, {"issue": "eager"}, {"transfer": "copy_engine"}])
+@pytest.mark.parametrize("kind", ["extend", "mixed", "decode", "merged"])
+def test_the_schedule_stream_runs_ahead(device: str, options: dict[str, Any], kind: str) -> None:
+    """The forward stream is stuck; batches are prepared, resolved there and dropped meanwhile."""
+    ahead, count = 8, 500
+    relay = torch.arange(5000, 5064, device=device)
+    with pystage.StagingPool(device, 1 << 20, **options) as pool:
+
+        def step(i: int) -> torch.Tensor:
+            with on_stream(device, SCHEDULE):
+                batch = PrefillBatch(device)
+                if kind != "decode":
+                    prepare_for_extend(batch, [run_of(i, count)], pool=pool)
+                if kind == "merged":
+                    merge(batch, staged(pool, run_of(-i, 3)))
+                if kind in ("mixed", "decode"):
+                    batch.mix_running_indices = tensor([i, 63 - i], device)
+            with on_stream(device, FORWARD):
+                forward_waits_for_schedule(device)
+                resolve_forward_inputs(batch, relay)
+            ids = batch.input_ids
+            del batch
+            with on_stream(device, SCHEDULE):
+                # Would be the dropped indices' memory, were they not kept for the forward stream.
+                tensor([63, 63], device)
+            return ids
+
+        for _ in range(2):
+            step(0)  # loads torch's kernels: that would wait for a held stream
+        if device != "cpu":
+            torch.cuda.synchronize()
+        before = pool.stats()
+        with on_stream(device, FORWARD):
+            synchronize(pool)
+            with hold_transfers(pool):
+                ids = [step(i) for i in range(ahead)]
+                if kind != "decode" and "issue" not in options:
+                    slots = ahead * (2 if kind == "merged" else 1)
+                    assert pool.stats().in_flight_slots == slots
+            synchronize(pool)
+        assert pool.stats().stages > before.stages or kind == "decode"
+        for i, got in enumerate(ids):
+            expected = [] if kind == "decode" else list(range(i, i + count))
+            if kind == "merged":
+                expected += [-i, 1 - i, 2 - i]
+            if kind in ("mixed", "decode"):
+                expected += [5000 + i, 5063 - i]
+            assert got.tolist() == expected
+        with on_stream(device, FORWARD):
+            synchronize(pool)
+        assert pool.stats().in_flight_slots == 0 and pool.stats().leased_slots == 0
+
+
+def test_relay_and_indices_may_be_dropped_at_once(device: str) -> None:
+    with pystage.StagingPool(device, 1 << 16) as pool:
+
+        def step(i: int) -> torch.Tensor:
+            with on_stream(device, SCHEDULE):
+                relay, indices = tensor([i] * 128, device), tensor([5] * 64, device)
+                batch = staged(pool, [i])
+                mix_with_running(batch, indices)
+            with on_stream(device, FORWARD):
+                forward_waits_for_schedule(device)
+                resolve_forward_inputs(batch, relay)
+            return batch.input_ids
+
+        for _ in range(2):
+            step(0)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        with on_stream(device, FORWARD):
+            with hold_transfers(pool):
+                ids = [step(i) for i in range(8)]
+                with on_stream(device, SCHEDULE):
+                    later = [tensor([-1] * n, device) for n in (128, 64) for _ in range(16)]
+            synchronize(pool)
+        assert [i.tolist() for i in ids] == [[i] * 65 for i in range(8)]
+        del later
+
+
+# --- the guard ----------------------------------------------------------------------------------
+
+
+def test_the_guard_resolves_counts_and_warns_once_a_line(
+    pool: pystage.StagingPool, device: str
+) -> None:
+    relay = tensor([7], device)
+
+    def forgetful(batch: PrefillBatch) -> int:
+        ensure_resolved(batch, relay)
+        return ForwardBatch.init_new(batch).num_tokens
+
+    def another(batch: PrefillBatch) -> None:
+        ensure_resolved(batch)
+
+    count = forgotten_resolves()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(3):
+            batch = staged(pool, [1] * 4)
+            mix_with_running(batch, tensor([0], device))
+            assert forgetful(batch) == 5
+            assert forgotten_resolves() == count + i + 1
+        another(staged(pool, [1]))
+        done = staged(pool, [1])
+        resolve_forward_inputs(done)
+        another(done)
+    assert forgotten_resolves() == count + 4
+    # Parameters of a test share its lines: a later one finds the first one's warning given.
+    mine = [w for w in caught if w.category is pystage.ForgottenResolveWarning]
+    assert len(mine) == (2 if not _guard_tested else 0)
+    for warning in mine:
+        assert warning.filename == __file__
+        assert f"{__file__}:{warning.lineno}" in str(warning.message)
+    _guard_tested.append(device)
+
+
+_guard_tested: list[str] = []
+
+
+def test_the_guard_neither_hides_nor_counts_failures(device: str) -> None:
+    count = forgotten_resolves()
+    with pytest.raises(pystage.UnresolvedInputsError):
+        ensure_resolved(PrefillBatch(device))
+    assert forgotten_resolves() == count
+
+
+# --- merge, filter, slices ----------------------------------------------------------------------
+
+
+def test_merge_two_staged(pool: pystage.StagingPool) -> None:
+    batch, other = staged(pool, [1, 2], [3]), staged(pool, [4], [5, 6])
+    merge(batch, other)
+    assert batch.extend_lens == [2, 1, 1, 2] and batch.input_ids is None
+    assert resolved_ids(batch) == [1, 2, 3, 4, 5, 6]
+    assert other.extend_lens == [1, 2]
+    assert resolved_ids(other) == [4, 5, 6]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_merge_staged_and_resolved(pool: pystage.StagingPool, which: int) -> None:
+    batches = [staged(pool, [1, 2]), staged(pool, [3])]
+    resolve_forward_inputs(batches[which])
+    merge(*batches)
+    assert batches[0].input_ids is None
+    assert resolved_ids(batches[0]) == [1, 2, 3]
+
+
+def test_merge_two_resolved(pool: pystage.StagingPool) -> None:
+    batch, other = staged(pool, [1, 2]), staged(pool, [3])
+    resolve_forward_inputs(batch)
+    resolve_forward_inputs(other)
+    merge(batch, other)
+    assert batch.input_ids is not None and batch.input_ids.tolist() == [1, 2, 3]
+    assert batch.extend_lens == [2, 1]
+
+
+def test_merge_with_an_empty_one(pool: pystage.StagingPool, device: str) -> None:
+    def empties() -> list[PrefillBatch]:
+        idle = PrefillBatch(device, input_ids=torch.empty(0, dtype=torch.int64, device=device))
+        return [PrefillBatch(device), idle, staged(pool)]
+
+    for empty in empties():
+        batch = staged(pool, [1, 2])
+        tokens = batch.prefill_input_ids_cpu
+        merge(batch, empty)
+        assert batch.prefill_input_ids_cpu is tokens and batch.extend_lens == [2]
+        resolve_forward_inputs(batch)
+        ids = batch.input_ids
+        merge(batch, empty)
+        assert batch.input_ids is None or batch.input_ids is ids
+        assert resolved_ids(batch) == [1, 2]
+        merge(empty, staged(pool, [1, 2]))
+        assert empty.extend_lens == [2] and resolved_ids(empty) == [1, 2]
+    for empty in empties():
+        for other in empties():
+            merge(empty, other)
+            assert resolved_ids(empty) == []
+
+
+def test_merge_with_decodes(pool: pystage.StagingPool, device: str) -> None:
+    relay = tensor([7, 8, 9], device)
+
+    def decode(*indices: int) -> PrefillBatch:
+        rows = tensor(list(indices), device)
+        return PrefillBatch(device, mix_running_indices=rows, extend_lens=[1] * len(indices))
+
+    batch = staged(pool, [1, 2])
+    merge(batch, decode(2))
+    merge(batch, decode(0, 1))
+    assert batch.extend_lens == [2, 1, 1, 1]
+    before = fields(batch)
+    with pytest.raises(ValueError, match="cannot follow the running requests"):
+        merge(batch, staged(pool, [3]))
+    assert all(vars(batch)[name] is value for name, value in before.items())
+    first = staged(pool, [3])
+    merge(first, batch)
+    assert resolved_ids(first, relay) == [3, 1, 2, 9, 7, 8]
+    assert resolved_ids(batch, relay) == [1, 2, 9, 7, 8]
+    with pytest.raises(pystage.UnresolvedInputsError):
+        merge(batch, PrefillBatch(device, extend_lens=[3]))
+
+
+def test_filter_and_slices(pool: pystage.StagingPool, device: str) -> None:
+    relay = tensor([7, 8, 9], device)
+    requests: list[list[int]] = [[1, 2], [], [3], [4, 5, 6]]
+    rows = list(range(10, 17))
+    for resolve_first in (False, True):
+        for keep in ([0, 1, 2, 3, 4, 5, 6], [0, 3], [2, 3], [3, 0, 6, 4], [1], [5], [], [2, 2, 4]):
+            batch = staged(pool, *requests[:2])
+            merge(batch, staged(pool, *requests[2:]))
+            mix_with_running(batch, tensor([2, 1, 0], device))
+            batch.req_pool_indices = tensor(rows, device)
+            if resolve_first:
+                resolve_forward_inputs(batch, relay)
+            filter(batch, keep)
+            ids = [*requests, [9], [8], [7]]
+            assert batch.extend_lens == [len(ids[i]) for i in keep]
+            assert batch.req_pool_indices.tolist() == [rows[i] for i in keep]
+            assert resolved_ids(batch, relay) == [id_ for i in keep for id_ in ids[i]]
+    batch = staged(pool, *requests)
+    middle = batch[1:3]
+    assert len(batch) == 4 and len(middle) == 2
+    assert resolved_ids(middle) == [3]
+    assert resolved_ids(batch) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_slot_stays_while_a_filtered_batch_needs_it(device: str) -> None:
+    with pystage.StagingPool(device, 4096, at_capacity="raise") as pool:
+        batch = staged(pool, run_of(0, 900), run_of(900, 100))
+        part = batch[1:]
+        resolve_forward_inputs(batch)
+        with pytest.raises(pystage.PoolExhaustedError, match="1 slots leased"):
+            pool.stage([[1]])
+        assert resolved_ids(part) == list(range(900, 1000))
+        synchronize(pool)
+        assert pool.stats().leased_slots == 0
+
+
+def test_filter_refuses_what_is_not_there(pool: pystage.StagingPool, device: str) -> None:
+    batch = staged(pool, [1, 2], [3])
+    mix_with_running(batch, tensor([0], device))
+    before = fields(batch)
+    for keep, error in [([3], IndexError), ([-1], IndexError), ([2, 0], ValueError)]:
+        with pytest.raises(error):
+            filter(batch, keep)
+    with pytest.raises(TypeError):
+        filter(batch, ["0"])  # type: ignore[list-item]
+    assert all(vars(batch)[name] is value for name, value in before.items())
+    batch.extend_lens = [2, 1]
+    with pytest.raises(ValueError, match="extend_lens of PrefillBatch"):
+        filter(batch, [0])
+    with pytest.raises(pystage.UnresolvedInputsError):
+        filter(PrefillBatch(device, extend_lens=[1]), [0])
