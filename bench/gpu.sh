@@ -24,7 +24,7 @@ for part in $parts; do
     sanitize)
       # Without backtraces: to make them it keeps Python's frames, and so every lease, alive.
       for tool in memcheck racecheck; do
-        PYSTAGE_TEST_SCALE=0.005 step "$tool" compute-sanitizer --tool $tool --error-exitcode 99 \
+        PYSTAGE_TEST_SCALE=0.005 step "$tool" timeout 170 compute-sanitizer --tool $tool --error-exitcode 99 \
           --show-backtrace no "$python" -m pytest -q -p no:cacheprovider -m gpu \
           tests/test_races.py tests/test_gpu.py tests/test_pool.py tests/test_stage.py \
           tests/test_staged_tokens.py tests/test_batch.py \
