@@ -43,38 +43,33 @@ def summary(samples_us: Sequence[float]) -> dict[str, float]:
     }
 
 
-BLOCK = 25  # calls of one contender before the next has its turn
-
-
 def host_time(
     contenders: dict[str, Callable[[int], Any]],
     samples: int,
     warmup: int,
     settle: Callable[[], None],
 ) -> dict[str, dict[str, float]]:
-    """Microseconds of host time a call takes, the contenders in turn, ``BLOCK`` calls at a time.
+    """Microseconds of host time a call takes; contenders in turn, call by call, paired.
 
-    A server runs one of them, so none is measured in the caches that another left behind; the
-    turns are short against what drifts on a machine. Each call gets a running number, to rotate
-    its inputs. ``settle`` runs between calls, untimed, and drains the device: no call pays for the
-    backlog of another.
+    Each round gives every contender the same number, to rotate its inputs, and another goes first.
+    ``settle`` runs between calls, untimed, and drains the device: no call pays for the backlog of
+    another.
     """
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for block in range(-(warmup // BLOCK), -(-samples // BLOCK)):
-            for name in names[block % len(names) :] + names[: block % len(names)]:
+        for i in range(-warmup, samples):
+            for name in names[i % len(names) :] + names[: i % len(names)]:
                 call = contenders[name]
-                for i in range(block * BLOCK, (block + 1) * BLOCK):
-                    start = time.perf_counter_ns()
-                    result = call(i)
-                    stop = time.perf_counter_ns()
-                    settle()
-                    del result
-                    if block >= 0:
-                        times[name].append((stop - start) / 1e3)
+                start = time.perf_counter_ns()
+                result = call(i)
+                stop = time.perf_counter_ns()
+                settle()
+                del result
+                if i >= 0:
+                    times[name].append((stop - start) / 1e3)
     finally:
         if collecting:
             gc.enable()

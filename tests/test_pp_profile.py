@@ -238,6 +238,8 @@ def test_the_host_timer_runs_once() -> None:
 def test_the_device_timer_sees_the_kernels_and_the_host_time_contains_it() -> None:
     check_timer(cuda_timer)
     a = torch.randn(4096, 4096, device="cuda")
+    _ = a[:64] @ a, a @ a  # the first products load their kernels
+    torch.cuda.synchronize()
     small = cuda_timer(lambda: a[:64] @ a)
     large = cuda_timer(lambda: [a @ a for _ in range(10)])
     assert large.latency_ms > small.latency_ms
