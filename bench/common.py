@@ -83,6 +83,15 @@ def _output(*command: str) -> str:
         return "unknown"
 
 
+def _command() -> str:
+    """What was run, without where its results went."""
+    words = ["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]
+    if "--out" in words:
+        at = words.index("--out")
+        del words[at : at + 2]
+    return " ".join(words)
+
+
 def provenance() -> dict[str, Any]:
     """Where a result comes from. The commit may be given as PYSTAGE_COMMIT, where git is not."""
     cuda = torch.cuda.is_available()
@@ -96,7 +105,7 @@ def provenance() -> dict[str, Any]:
     )
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": _command(),
         "commit": os.environ.get("PYSTAGE_COMMIT") or _output("git", "rev-parse", "HEAD"),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "devices": torch.cuda.device_count() if cuda else 0,

@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench/results/staging-nvidia-h100-80gb-hbm3.json"
+EARLIER = ROOT / "bench/results/earlier"
 README = ROOT / "README.md"
 PLOT = ROOT / "docs/staging.svg"
 SHAPES = ("1 x 128", "1 x 8192", "8 x 1024", "64 x 128", "1 x 16384", "1 x 131072")
@@ -36,6 +37,25 @@ def tabulate(head: list[str], rows: list[list[str]]) -> str:
 
 def pair(cell: dict[str, float]) -> str:
     return f"{cell['p50']:,.1f} / {cell['p99']:,.1f}"
+
+
+def microseconds(value: float) -> str:
+    return f"{round(value, 1) + 0.0:.1f}"  # no -0.0
+
+
+def other_machines() -> str:
+    """Machines of one kind differ: what the main measure was on others."""
+    lines = []
+    for path in sorted(EARLIER.glob("staging-*.json")):
+        result = json.loads(path.read_text())
+        array, listed = result["host"]["1 x 8192 array"], result["host"]["1 x 8192 list"]
+        ours, theirs = array["pystage"]["p50"], array["concatenate + pin + to"]["p50"]
+        lines.append(
+            f"- commit `{result['commit'][:7]}`: 1 x 8,192 from `array` {ours:.1f} against "
+            f"{theirs:.1f} ({theirs / ours:.1f} x), from `list` {listed['pystage']['p50']:.1f} "
+            f"against {listed['torch.tensor + pin + to']['p50']:,.0f}"
+        )
+    return "\n".join(lines)
 
 
 def host_table(result: dict[str, Any]) -> str:
@@ -70,12 +90,12 @@ def stream_table(result: dict[str, Any]) -> str:
     ]
     names = ("cudaMemcpyAsync", "deferred", "eager", "empty kernel")
     rows = [
-        [f"{int(count):,} ids", *(f"{abs(cell[n]['p50']):.1f}" for n in names)]
+        [f"{int(count):,} ids", *(microseconds(cell[n]["p50"]) for n in names)]
         for count, cell in result["stream"].items()
     ]
     busy = result["busy"]
     rows.append(
-        ["8,192 ids, between matrix products", *(f"{abs(busy[n]['p50']):.1f}" for n in names)]
+        ["8,192 ids, between matrix products", *(microseconds(busy[n]["p50"]) for n in names)]
     )
     return tabulate(head, rows)
 
@@ -119,6 +139,7 @@ def sections(result: dict[str, Any]) -> dict[str, str]:
         "latency": latency_table(result),
         "targets": target_table(result),
         "source": source(result),
+        "others": other_machines(),
     }
 
 

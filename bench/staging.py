@@ -10,9 +10,10 @@ import argparse
 import random
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 import pystage
-from pystage.trace import prefill_batches, sample_trace, with_token_ids
+from pystage.trace import Batch, Request, draw_ids, prefill_batches, sample_trace
 
-Batch = list[array[int]]
+Ids: TypeAlias = "list[array[int]]"
 INPUTS = 64  # batches that a contender's inputs rotate through
 
 
-def sglang_idiom(batch: Batch, device: torch.device) -> torch.Tensor:
+def sglang_idiom(batch: Ids, device: torch.device) -> torch.Tensor:
     """What SGLang 0.5.23 does: concatenate, pin, copy."""
     flat = torch.from_numpy(np.concatenate(batch))
     if device.type == "cuda":
@@ -141,7 +142,7 @@ class Between:
 class EagerCall:
     """Resolves what was staged, and transferred, before."""
 
-    def __init__(self, pool: pystage.StagingPool, batch: Batch) -> None:
+    def __init__(self, pool: pystage.StagingPool, batch: Ids) -> None:
         self.pool, self.batch = pool, batch
         self.staged: list[pystage.StagedTokens] = []
 
@@ -239,6 +240,16 @@ def behind_copies(device: torch.device, samples: int) -> dict[str, Any]:
     return result
 
 
+def arriving(requests: list[Request]) -> Iterator[Batch]:
+    """Batches of the one to four requests that are there at a time, so of all sizes."""
+    first = 0
+    for count in cycle((1, 2, 3, 4)):
+        group = [requests[(first + i) % len(requests)] for i in range(count)]
+        for batch in prefill_batches(group):
+            yield replace(batch, requests=[first + r for r in batch.requests])
+        first += count
+
+
 def trace_allocations(device: torch.device, batches: int) -> dict[str, Any]:
     """Pinned allocations over trace batches, after as many again as warm-up."""
     pool = pystage.StagingPool(device)
@@ -246,10 +257,10 @@ def trace_allocations(device: torch.device, batches: int) -> dict[str, Any]:
     warm = batches // 10
     sizes: set[int] = set()
     start = pool.stats()
-    endless = with_token_ids(prefill_batches(cycle(requests)), requests, VOCAB)
-    for done, (batch, ids) in enumerate(islice(endless, warm + batches)):
+    for done, batch in enumerate(islice(arriving(requests), warm + batches)):
         if done == warm:
             start = pool.stats()
+        ids = [draw_ids(requests[r % len(requests)].length, VOCAB, r) for r in batch.requests]
         pystage.resolve(pool.stage(ids, batch.starts, batch.stops, VOCAB))
         sizes.add(batch.tokens)
     end = pool.stats()
@@ -326,6 +337,8 @@ def show(result: dict[str, Any]) -> None:
                 table.add_row(cell, name, *(f"{s[k]:,.1f}" for k in ("p50", "p90", "p99", "max")))
             table.add_section()
         console.print(table)
+    if not result["targets"]:
+        return
     table = Table("measure", "target", "measured", "", title=f"Targets, {result['device_name']}")
     for r in result["targets"]:
         table.add_row(
@@ -366,7 +379,8 @@ def main() -> None:
             start = time.perf_counter()
             result[name] = step()
         console.print(f"{name}: {time.perf_counter() - start:.1f} s")
-    result["targets"] = targets(result)
+    # They are an H100's: the host device's figures show that all is right, not how fast.
+    result["targets"] = targets(result) if device.type == "cuda" else []
     show(result)
     name = "staging-" + result["device_name"].lower().replace(" ", "-")
     console.print("written:", str(write_result(name, result, args.out)))
