@@ -4,12 +4,15 @@ import inspect
 import os
 from array import array
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 import pystage
+from pystage.testing import host_stream
 
 settings.register_profile(
     "pystage", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -54,3 +57,15 @@ def ids(*values: int) -> array[int]:
 
 def run_of(start: int, count: int) -> array[int]:
     return array("q", range(start, start + count))
+
+
+cuda_streams: dict[int, torch.cuda.Stream] = {}
+
+
+def on_stream(device: str, number: int) -> AbstractContextManager[Any]:
+    """A stream of the device, the same for the same number."""
+    if device == "cpu":
+        return host_stream(number)
+    if number not in cuda_streams:
+        cuda_streams[number] = torch.cuda.Stream()
+    return torch.cuda.stream(cuda_streams[number])

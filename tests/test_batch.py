@@ -9,7 +9,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +26,9 @@ from pystage.batch import (
     prepare_for_extend,
     resolve_forward_inputs,
 )
-from pystage.testing import hold_transfers, host_stream, synchronize
+from pystage.testing import hold_transfers, synchronize
 
-from .conftest import run_of
+from .conftest import cuda_streams, on_stream, run_of
 
 WIDE = 1 << 40  # an id that does not fit int32
 
@@ -382,24 +381,12 @@ def test_not_while_a_graph_is_captured() -> None:
 
 # --- two streams --------------------------------------------------------------------------------
 
-_cuda_streams: dict[int, torch.cuda.Stream] = {}
-
-
-def on_stream(device: str, number: int) -> AbstractContextManager[Any]:
-    """A stream of the device, the same for the same number."""
-    if device == "cpu":
-        return host_stream(number)
-    if number not in _cuda_streams:
-        _cuda_streams[number] = torch.cuda.Stream()
-    return torch.cuda.stream(_cuda_streams[number])
-
-
 SCHEDULE, FORWARD = 1, 2
 
 
 def forward_waits_for_schedule(device: str) -> None:
     if device != "cpu":  # on the host torch's tensors are written at once
-        _cuda_streams[FORWARD].wait_stream(_cuda_streams[SCHEDULE])
+        cuda_streams[FORWARD].wait_stream(cuda_streams[SCHEDULE])
 
 
 @pytest.mark.parametrize("options", [{}, {"issue": "eager"}, {"transfer": "copy_engine"}])

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import random
 import threading
-from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 
 import pystage
-from pystage.testing import hold_transfers, host_stream, synchronize
+from pystage.testing import hold_transfers, synchronize
 
-from .conftest import SCALE, run_of
-
-_cuda_streams: dict[int, torch.cuda.Stream] = {}
-
-
-def on_stream(device: str, number: int) -> AbstractContextManager[Any]:
-    """A stream of the device, the same for the same number."""
-    if device == "cpu":
-        return host_stream(number)
-    if number not in _cuda_streams:
-        _cuda_streams[number] = torch.cuda.Stream()
-    return torch.cuda.stream(_cuda_streams[number])
+from .conftest import SCALE, on_stream, run_of
 
 
 @pytest.fixture(params=["deferred", "eager", "copy_engine"])
