@@ -1,7 +1,8 @@
 // What the pool needs of a device: host memory, transfers on streams, fences.
 //
 // Two implementations: cuda_device.cu (mapped pinned memory, CUDA streams and events) and
-// host_device.cpp (ordered queues on worker threads). Every call may be made from any thread.
+// host_device.cpp (ordered queues on worker threads). Every call may be made from any thread; calls
+// that take a stream need its device to be the current one.
 #pragma once
 
 #include <cstddef>
