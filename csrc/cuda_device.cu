@@ -421,17 +421,13 @@ class CudaDevice final : public Device {
 
   void run(cudaFunction_t kernel, const char* name, unsigned blocks, cudaStream_t stream,
            void** args) {
-    auto launch = [&] {  // the driver's error codes are the runtime's
-      return static_cast<cudaError_t>(
-          launch_kernel_(kernel, blocks, 1, 1, kThreads, 1, 1, 0, stream, args, nullptr));
-    };
-    cudaError_t error = launch();
-    if (error == cudaErrorDeviceUninitialized) {
-      // The first CUDA call of this thread: unlike the runtime, the driver makes no context
-      // current.
-      PYSTAGE_CUDA(cudaSetDevice(index_));
-      error = launch();
-    }
+    // In a thread without a CUDA call so far the runtime would make the context current; the driver
+    // does not.
+    thread_local bool has_context = false;
+    if (!has_context) PYSTAGE_CUDA(cudaSetDevice(index_));
+    has_context = true;
+    const auto error = static_cast<cudaError_t>(  // the driver's codes are the runtime's
+        launch_kernel_(kernel, blocks, 1, 1, kThreads, 1, 1, 0, stream, args, nullptr));
     if (error != cudaSuccess)
       raise_cuda(error, (std::string("cuLaunchKernel(") + name + ")").c_str(), name_);
   }

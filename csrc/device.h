@@ -45,7 +45,7 @@ struct RelayTail {
   IntType index_type = IntType::kInt64;
   size_t count = 0;  // indices
 
-  // Owners of what is read, as Transfer::dst_owner is of what is written.
+  // Owners of what is read: until the launch at least, and on the host device until it ran.
   std::vector<std::shared_ptr<void>> owners;
 
   struct BadIndex {

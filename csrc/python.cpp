@@ -92,29 +92,29 @@ int64_t read_id(const Part& part, size_t index) {
   return any_int(object, part.request, part.first + index);
 }
 
-// Reads ints of one digit; false if there is another, with dst half written. The ints of a list lie
-// scattered over many pages: reading from four places at once, and a page ahead, hides the way
-// there.
+// Reads ints of one digit: whether all lie within the bounds, or null if there is another int. The
+// ints of a list lie scattered over many pages: reading from four places at once, and ahead, hides
+// the way there.
 template <typename Out>
-bool read_compact(PyObject* const* items, size_t count, Out* dst, const Bounds& bounds, bool* ok) {
+std::optional<bool> read_compact(PyObject* const* items, size_t count, Out* dst, Bounds bounds) {
   constexpr size_t kRuns = 4, kAhead = 32;
-  auto read = [&](size_t at) {
-    int64_t value;
-    if (!compact_int(items[at], &value)) return false;
-    *ok &= value >= bounds.lo && value <= bounds.hi;
-    dst[at] = static_cast<Out>(value);
-    return true;
-  };
+  bool ok = true;
+  int64_t value;
   const size_t run = count / kRuns;
   for (size_t i = 0; i < run; ++i) {
-    for (size_t first = 0; first < run * kRuns; first += run) {
-      if (i + kAhead < run) __builtin_prefetch(items[first + i + kAhead]);
-      if (!read(first + i)) return false;
+    for (size_t at = i; at < run * kRuns; at += run) {
+      if (i + kAhead < run) __builtin_prefetch(items[at + kAhead]);
+      if (!compact_int(items[at], &value)) return std::nullopt;
+      ok &= value >= bounds.lo && value <= bounds.hi;
+      dst[at] = static_cast<Out>(value);
     }
   }
-  for (size_t at = run * kRuns; at < count; ++at)
-    if (!read(at)) return false;
-  return true;
+  for (size_t at = run * kRuns; at < count; ++at) {
+    if (!compact_int(items[at], &value)) return std::nullopt;
+    ok &= value >= bounds.lo && value <= bounds.hi;
+    dst[at] = static_cast<Out>(value);
+  }
+  return ok;
 }
 
 template <typename Out>
@@ -122,9 +122,8 @@ bool read_list(const Part& part, Out* dst, const Bounds& bounds) {
   auto* sequence = static_cast<PyObject*>(const_cast<void*>(part.data));
   if (static_cast<size_t>(PySequence_Fast_GET_SIZE(sequence)) >= part.first + part.count) {
     // No Python code runs in here, so the items stay where they are.
-    bool ok = true;
-    if (read_compact(PySequence_Fast_ITEMS(sequence) + part.first, part.count, dst, bounds, &ok))
-      return ok;
+    PyObject* const* items = PySequence_Fast_ITEMS(sequence) + part.first;
+    if (const auto ok = read_compact(items, part.count, dst, bounds)) return *ok;
   }
   bool ok = true;
   for (size_t i = 0; i < part.count; ++i) {

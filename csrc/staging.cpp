@@ -110,7 +110,9 @@ std::shared_ptr<RelayTail> make_tail(const at::Tensor& relay, const at::Tensor& 
   tail->indices = packed.const_data_ptr();
   tail->index_type = int_type(packed.scalar_type());
   tail->count = static_cast<size_t>(packed.numel());
-  if (device.is_cpu()) tail->owners = {owner_of(relay), owner_of(packed)};
+  // Until it is launched nothing else may take the memory of `packed`, the output least of all.
+  tail->owners.push_back(owner_of(packed));
+  if (device.is_cpu()) tail->owners.push_back(owner_of(relay));
   record_on_current_stream(relay);
   record_on_current_stream(indices);
   return tail;
