@@ -109,7 +109,9 @@ def provenance() -> dict[str, Any]:
         "commit": os.environ.get("PYSTAGE_COMMIT") or _output("git", "rev-parse", "HEAD"),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "devices": torch.cuda.device_count() if cuda else 0,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        "driver": _output(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"
+        )
         if cuda
         else None,
         "cuda": torch.version.cuda,

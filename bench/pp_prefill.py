@@ -483,6 +483,15 @@ class Bench:
             for name, next_size in self.next_sizes.items()
         }
         self.policies["equal time"] = sizer.plan
+        twice = ChunkSizer(
+            sizer.model,
+            base_chunk=2 * args.base,
+            context_len=args.context,
+            page_size=args.page,
+            min_chunk=args.min_chunk,
+            context_margin=0,
+        )
+        self.policies["equal time, base x 2"] = twice.plan
         self.policies["fastest"] = lambda n: sizer.fastest_plan(n, self.ranks)
         self.next_sizes["equal time"] = lambda history: sizer.next_chunk(history) or args.base
 
@@ -567,10 +576,16 @@ class Bench:
         args = self.args
         per_token = self.pipeline.transfer_ms_per_token(args.base)
         self.results["transfer_ms_per_token"] = per_token
+        warm: set[int] = set()
         for prompt_len in (args.context // 2, args.context):
             for name, policy in self.policies.items():
                 chunks = policy(prompt_len)
                 batches = batches_of_one(chunks)
+                # The first forward of a size loads kernels (tens of ms): not in a server's steady
+                # state, and in nobody's plan.
+                fresh = [[Piece(0, 0, 0, size)] for size in sorted(set(chunks) - warm)]
+                self.pipeline.alone(fresh, [self.prompt])
+                warm.update(chunks)
                 alone = self.pipeline.alone(batches, [self.prompt])
                 stages: list[list[float]] = [[] for _ in range(self.ranks)]
                 dist.all_gather_object(stages, alone)
@@ -714,6 +729,8 @@ def main() -> None:
             began = time.perf_counter()
             getattr(bench, part)()
             seconds[part] = time.perf_counter() - began
+            if rank == 0:
+                print(f"{part}: {seconds[part]:.0f} s", flush=True)
         if rank == 0:
             kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
             name = f"pp_prefill-{args.model}-{ranks}x{kind.lower().replace(' ', '-')}"

@@ -6,19 +6,22 @@ For a dense decoder the time of a chunk of x tokens behind L cached ones starts 
     t(L, x) = c + g L + b x + a (2 L + x) x          (ms; L and x in tokens)
 
 c: launches and weight reads; b: the projections; a: causal attention, whose work is the area
-(2 L x + x^2) / 2; g: reading the history. Real devices bend this in two places. Short forwards are
+(2 L x + x^2) / 2; g: reading the history. Engines run another attention kernel once there is
+history, so b may be larger there. Real devices bend this in two more places. Short forwards are
 bound by the host launching kernels, so t has a floor. And kernels run in tiles and waves: the
 matrix products see x rounded up to a tile, and attention sees it rounded up to the number of query
 rows that fill the device once (on an H100 with FlashAttention-2, 128-row blocks, 2 a
-multiprocessor, 32 heads: 132 * 2 * 128 / 32 = 1,056 tokens), which makes short chunks behind a long
-history a staircase. Both the tile and the wave are found from the samples, not from a device table.
+multiprocessor, 32 heads: 132 * 2 * 128 / 32 = 1,056 tokens; a half-filled wave takes half), which
+makes short chunks behind a long history a staircase. Both the tile and the wave are found from the
+samples, not from a device table.
 
 So there are nested forms, from two terms to a table over x, each with non-negative terms that do
 not fall with x: every form is monotone by construction. Which one is used is decided by
 cross-validated error; a simpler form wins unless a richer one is clearly better.
 Residuals are logarithms of ratios, so a 20 ms chunk counts as much as a 200 ms one. The fit is
-SciPy's `least_squares` with a soft-L1, then a Huber loss scaled by the median absolute residual;
-samples far outside are set aside with the reason in the report.
+SciPy's `least_squares` on the median of each point's repeats, with a soft-L1, then a Huber loss
+scaled by the median absolute residual; samples far outside are set aside with the reason in the
+report.
 """
 
 from __future__ import annotations
@@ -83,13 +86,15 @@ class Form:
         if self.name == "linear":
             return ["1", "x"]
         if self.name == "law":
-            return ["1", "L", "x", "(2L+x)x"]
+            return ["1", "L", "x", "x behind L", "(2L+x)x"]
         if self.name == "waves":
-            return ["1", "L", "x", "x up to tile", "(2L+x)x", "(2L+x)(x up to wave)"]
+            return [
+                *("1", "L", "x", "x behind L", "x up to tile"),
+                *("(2L+x)x", "(2L+x)(x up to wave)"),
+            ]
         ramps = range(len(self.knots) + 1)
         return [
-            "1",
-            "L",
+            *("1", "L", "x behind L"),
             *(f"ramp{i}" for i in ramps),
             *(f"(2L+x)ramp{i}" for i in ramps),
             "(2L+x)(x up to wave)",
@@ -101,17 +106,18 @@ class Form:
         if self.name == "linear":
             return np.stack([one, chunk], axis=1)
         area = 2.0 * history + chunk
+        behind = np.where(history > 0, chunk, 0.0)
         if self.name == "law":
-            return np.stack([one, history, chunk, area * chunk], axis=1)
-        waved = area * (np.ceil(chunk / self.wave) * self.wave)
+            return np.stack([one, history, chunk, behind, area * chunk], axis=1)
         tiled = np.ceil(chunk / self.tile) * self.tile
+        waved = area * (np.ceil(tiled / self.wave) * self.wave)  # blocks of rows fill the waves
         if self.name == "waves":
-            return np.stack([one, history, chunk, tiled, area * chunk, waved], axis=1)
+            return np.stack([one, history, chunk, behind, tiled, area * chunk, waved], axis=1)
         edges = np.array([0.0, *self.knots, np.inf])
         lower, width = edges[:-1], np.diff(edges)
         ramps = np.clip(tiled[:, None] - lower, 0.0, width)
         plain = np.clip(chunk[:, None] - lower, 0.0, width)
-        return np.column_stack([one, history, ramps, area[:, None] * plain, waved])
+        return np.column_stack([one, history, behind, ramps, area[:, None] * plain, waved])
 
     def predict(self, history: Floats, chunk: Floats) -> Floats:
         body = self.design(history, chunk) @ np.asarray(self.coefficients)
@@ -217,15 +223,16 @@ class LatencyModel:
         kept = tuple(samples)
         if unknown := set(forms) - set(FORMS):
             raise ValueError(f"unknown forms {sorted(unknown)}; known: {', '.join(FORMS)}")
-        data = _Data.of(kept)
         if len(kept) < 4:
             raise FitError(f"{len(kept)} samples: at least 4 are needed")
-        if not (np.isfinite(data.ms).all() and (data.ms > 0).all()):
+        if not all(math.isfinite(s.latency_ms) and s.latency_ms > 0 for s in kept):
             raise FitError("a sample's latency is not a positive number")
+        points = _Point.of(kept)
+        data = _Data.of_points(points)
 
         # A form with more than half as many terms as samples cannot be told from noise.
         names = [name for name in FORMS if name in forms]
-        few = [n for n in names if len(kept) >= 2 * len(Form(n, knots=_knots(data)).terms())]
+        few = [n for n in names if len(points) >= 2 * len(Form(n, knots=_knots(data)).terms())]
         left_out = _left_out_errors(optimize, few or names[:1], data, seed)
         capped = {n: np.minimum(np.abs(errors), 0.3) for n, errors in left_out.items()}
         name = _simplest_as_good(capped)
@@ -234,10 +241,15 @@ class LatencyModel:
         errors = np.abs(np.expm1(left_out[name][used]))
         measured = bool(np.isfinite(errors).all())
         residual = np.log(data.ms) - np.log(form.predict(data.history, data.chunk))
-        rejected = tuple(
-            (kept[i], f"{math.exp(residual[i]):.2f} x the fit, noise {scale:.1%}")
+        rejected = [
+            (sample, f"{sample.latency_ms / point.centre.latency_ms:.2f} x its fastest repeats")
+            for point in points
+            for sample in point.slow
+        ] + [
+            (sample, f"{math.exp(residual[i]):.2f} x the fit, noise {scale:.1%}")
             for i in np.flatnonzero(~used)
-        )
+            for sample in points[i].repeats
+        ]
         report = FitReport(
             form=name,
             coefficients=dict(zip(form.terms(), form.coefficients, strict=True)),
@@ -247,8 +259,8 @@ class LatencyModel:
             holdout_median=float(np.median(errors)) if measured else math.inf,
             holdout_p95=float(np.percentile(errors, 95)) if measured else math.inf,
             scores={n: float(errors.mean()) for n, errors in capped.items()},
-            samples_used=int(used.sum()),
-            rejected=rejected,
+            samples_used=len(kept) - len(rejected),
+            rejected=tuple(rejected),
             usable=True,
             reason="",
         )
@@ -303,7 +315,8 @@ class LatencyModel:
         held = tuple(self._live.holdout)
         pool = self._samples + tuple(self._live.fit)
         pair = (self.form.tile, self.form.wave)
-        form, _, _ = _fit_form(_scipy_optimize(), self.form.name, _Data.of(pool), pair)
+        data = _Data.of_points(_Point.of(pool))
+        form, _, _ = _fit_form(_scipy_optimize(), self.form.name, data, pair)
         candidate = LatencyModel(form, self.report, ())
         old, new = np.abs(self.errors(held)), np.abs(candidate.errors(held))
         better = np.median(new) < np.median(old)
@@ -375,10 +388,37 @@ def _scipy_optimize() -> ModuleType:
 
 
 @dataclass(frozen=True)
+class _Point:
+    """All samples of one (history, chunk). The fit sees their centre, with the square root of their
+    number as weight: against noise they should count in full, but the points that are measured
+    again are those that fit worst, and would bend it."""
+
+    centre: Sample
+    repeats: tuple[Sample, ...]
+    slow: tuple[Sample, ...]
+    """Far over the fastest: something else ran, or a kernel was loaded."""
+
+    @classmethod
+    def of(cls, samples: Iterable[Sample]) -> list[_Point]:
+        points: dict[tuple[int, int], list[Sample]] = {}
+        for sample in samples:
+            points.setdefault((sample.history_len, sample.chunk_len), []).append(sample)
+        return [cls._of_one(repeats) for repeats in points.values()]
+
+    @classmethod
+    def _of_one(cls, repeats: list[Sample]) -> _Point:
+        limit = _REJECT_RATIO * min(s.latency_ms for s in repeats)
+        near = tuple(s for s in repeats if s.latency_ms <= limit)
+        centre = replace(near[0], latency_ms=float(np.median([s.latency_ms for s in near])))
+        return cls(centre, near, tuple(s for s in repeats if s.latency_ms > limit))
+
+
+@dataclass(frozen=True)
 class _Data:
     history: Floats
     chunk: Floats
     ms: Floats
+    weight: Floats
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> _Data:
@@ -386,10 +426,16 @@ class _Data:
             np.array([s.history_len for s in samples], dtype=np.float64),
             np.array([s.chunk_len for s in samples], dtype=np.float64),
             np.array([s.latency_ms for s in samples], dtype=np.float64),
+            np.ones(len(samples)),
         )
 
+    @classmethod
+    def of_points(cls, points: Sequence[_Point]) -> _Data:
+        data = cls.of([p.centre for p in points])
+        return replace(data, weight=np.sqrt([float(len(p.repeats)) for p in points]))
+
     def pick(self, mask: NDArray[np.bool_]) -> _Data:
-        return _Data(self.history[mask], self.chunk[mask], self.ms[mask])
+        return _Data(self.history[mask], self.chunk[mask], self.ms[mask], self.weight[mask])
 
 
 def _gate_reason(report: FitReport, gate: QualityGate) -> str:
@@ -480,7 +526,7 @@ def _find_tile_and_wave(optimize: ModuleType, data: _Data) -> tuple[int, int]:
         norms = np.linalg.norm(design, axis=0)
         coefficients, _ = optimize.nnls(design / norms, ones)
         left = np.abs(design / norms @ coefficients - 1.0)
-        return float(np.minimum(left, 0.3).sum())
+        return float((data.weight * np.minimum(left, 0.3)).sum())
 
     # Ascending, so that of waves the samples cannot tell apart the shortest is taken: a chunk just
     # below an edge costs little, one just above it a whole wave.
@@ -499,6 +545,7 @@ def _solve(optimize: ModuleType, form: Form, data: _Data, loss: str, f_scale: fl
     norms[norms == 0.0] = 1.0
     design = raw / norms
     log_ms = np.log(data.ms)
+    weight = np.sqrt(data.weight)  # of a residual, for the loss squares it
     with_floor = form.name != "linear"
 
     def body_and_time(p: Floats) -> tuple[Floats, Floats]:
@@ -506,14 +553,14 @@ def _solve(optimize: ModuleType, form: Form, data: _Data, loss: str, f_scale: fl
         return body, _soft_max(body, float(p[-1]) if with_floor else 0.0)
 
     def residuals(p: Floats) -> Floats:
-        return np.asarray(np.log(body_and_time(p)[1]) - log_ms, dtype=np.float64)
+        return np.asarray(weight * (np.log(body_and_time(p)[1]) - log_ms), dtype=np.float64)
 
     def jacobian(p: Floats) -> Floats:
         body, ms = body_and_time(p)
         out = design * ((body / ms) ** (_SHARPNESS - 1.0) / ms)[:, None]
         if with_floor:
             out = np.column_stack([out, (p[-1] / ms) ** (_SHARPNESS - 1.0) / ms])
-        return np.asarray(out, dtype=np.float64)
+        return np.asarray(weight[:, None] * out, dtype=np.float64)
 
     if form.coefficients:
         starts = [np.append(np.multiply(form.coefficients, norms), form.floor_ms)]

@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 _OVER = 1.03  # a chunk may run this much over its target: rounding to pages goes both ways
 _UNDER, _FAR_OVER = 0.93, 1.08  # and this much over, if it would else be this far under
 _STRETCH = 1.10  # and a whole plan this much, rather than add a chunk for a small rest
+_STRETCHES = (_STRETCH, 1.2, 1.3, 1.4)  # or this much, where steps in the latency leave it uneven
+_EVEN = 0.12  # spread of a plan's predicted times, (max - min) / mean, that is even enough
 
 
 class ChunkSizer:
@@ -89,14 +91,26 @@ class ChunkSizer:
         """Chunk sizes for a whole prompt, of equal predicted time, the last one included.
 
         First the fewest chunks that stay within 10 % of the target, then the lowest common time
-        that still needs no more of them. Where the model is not usable: static chunks and a rest.
+        that still needs no more of them. If their times spread by more than 12 %, because a wave
+        of the device more or less is a large part of a chunk, longer chunks are tried, up to 40 %
+        over the target, and the evenest plan is taken. Where the model is not usable: static
+        chunks and a rest.
         """
         if not 0 < prompt_len <= self.context_len:
             raise ValueError(f"prompt_len={prompt_len} must be in 1..{self.context_len}")
         if not self._usable():
             whole, rest = divmod(prompt_len, self.base_chunk)
             return [self.base_chunk] * whole + [rest] * bool(rest)
-        high = self.target_ms * _STRETCH
+        plans = []
+        for stretch in _STRETCHES:
+            chunks = self._even_tail(self._fewest(prompt_len, self.target_ms * stretch))
+            times = self._times(chunks)
+            plans.append((float(np.ptp(times) / times.mean()), chunks))
+            if plans[-1][0] <= _EVEN:
+                return chunks
+        return min(plans, key=lambda plan: plan[0])[1]
+
+    def _fewest(self, prompt_len: int, high: float) -> list[int]:
         best = self._cover(prompt_len, high, at_most=prompt_len) or [prompt_len]
         low = 0.0
         for _ in range(24):
@@ -106,7 +120,7 @@ class ChunkSizer:
                 low = middle
             else:
                 best, high = chunks, middle
-        return self._even_tail(best)
+        return best
 
     def fastest_plan(self, prompt_len: int, ranks: int) -> list[int]:
         """Chunk sizes with the lowest predicted time to first token over `ranks` equal stages.
