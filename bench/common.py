@@ -12,15 +12,20 @@ import random
 import subprocess
 import sys
 import time
+import traceback
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 import pystage
+from pystage.trace import Batch, Request, prefill_batches
 
 RESULTS = Path(__file__).resolve().parent / "results"
 VOCAB = 128_256
@@ -33,14 +38,27 @@ def random_ids(count: int, rng: random.Random) -> array[int]:
 
 def summary(samples_us: Sequence[float]) -> dict[str, float]:
     """Microseconds."""
-    p50, p90, p99 = np.percentile(samples_us, [50, 90, 99])
+    p50, p90, p99, p999 = np.percentile(samples_us, [50, 90, 99, 99.9])
     return {
         "p50": round(float(p50), 3),
         "p90": round(float(p90), 3),
         "p99": round(float(p99), 3),
+        "p99.9": round(float(p999), 3),
         "max": round(float(max(samples_us)), 3),
         "samples": len(samples_us),
     }
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """No pauses of Python's garbage collector within."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def host_time(
@@ -57,9 +75,7 @@ def host_time(
     """
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with collector_off():
         for i in range(-warmup, samples):
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 call = contenders[name]
@@ -70,10 +86,77 @@ def host_time(
                 del result
                 if i >= 0:
                     times[name].append((stop - start) / 1e3)
-    finally:
-        if collecting:
-            gc.enable()
     return {name: summary(values) for name, values in times.items()}
+
+
+TwoCalls: TypeAlias = "tuple[Callable[[Any], Any], Callable[[Any], Any]]"
+
+
+def two_calls_time(
+    contenders: dict[str, TwoCalls],
+    inputs: Callable[[int], Any],
+    samples: int,
+    warmup: int,
+    settle: Callable[[], None],
+) -> dict[str, Any]:
+    """As :func:`host_time`, of two calls, ``second(first(input))``: each, and both together.
+
+    ``inputs`` gives the input of the n-th call; no two calls in a row share one. A contender that
+    raises is out of the turn from then on, and its result is ``{"error": traceback}``.
+    """
+    times: dict[str, list[tuple[int, int]]] = {name: [] for name in contenders}
+    failed: dict[str, Any] = {}
+    names, call = list(contenders), 0
+    with collector_off():
+        for i in range(-warmup, samples):
+            turn = i % max(1, len(names))
+            for name in names[turn:] + names[:turn]:
+                first, second = contenders[name]
+                given = inputs(call)
+                call += 1
+                try:
+                    start = time.perf_counter_ns()
+                    held = first(given)
+                    middle = time.perf_counter_ns()
+                    result = second(held)
+                    stop = time.perf_counter_ns()
+                    settle()
+                except Exception:
+                    failed[name] = {"error": traceback.format_exc()}
+                    names.remove(name)
+                    continue
+                del held, result
+                if i >= 0:
+                    times[name].append((middle - start, stop - middle))
+    return failed | {
+        name: {
+            "stage": summary([first / 1e3 for first, _ in times[name]]),
+            "resolve": summary([second / 1e3 for _, second in times[name]]),
+            "total": summary([(first + second) / 1e3 for first, second in times[name]]),
+        }
+        for name in names
+        if times[name]
+    }
+
+
+def cpu_cache_bytes() -> int:
+    """The largest cache of the CPU, as the kernel tells it; 64 MiB where it does not."""
+    sizes = [64 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        if text.endswith(("K", "M")):
+            sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
+    return max(sizes)
+
+
+def arriving(requests: list[Request]) -> Iterator[Batch]:
+    """Batches of the one to four requests that are there at a time, so of all sizes."""
+    first = 0
+    for count in cycle((1, 2, 3, 4)):
+        group = [requests[(first + i) % len(requests)] for i in range(count)]
+        for batch in prefill_batches(group):
+            yield replace(batch, requests=[first + r for r in batch.requests])
+        first += count
 
 
 def _output(*command: str) -> str:
@@ -85,10 +168,13 @@ def _output(*command: str) -> str:
 
 def _command() -> str:
     """What was run, without where its results went."""
-    words = ["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]
-    if "--out" in words:
-        at = words.index("--out")
-        del words[at : at + 2]
+    script = os.path.relpath(sys.argv[0])
+    program = ["-m", os.path.dirname(script)] if script.endswith("__main__.py") else [script]
+    words = ["python", *program, *sys.argv[1:]]
+    for option in ("--out", "--peers"):
+        if option in words:
+            at = words.index(option)
+            del words[at : at + 2]
     return " ".join(words)
 
 

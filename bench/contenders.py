@@ -1,0 +1,453 @@
+"""Who is measured: each takes a batch of ragged ids to an int64 tensor on the device, in two calls.
+
+``stage`` runs where the batch is made, ``resolve`` where its forward starts. References do less:
+they show what a part of it costs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import traceback
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+import pystage
+from bench.common import VOCAB
+from bench.device import DURING_CALL, IN_STREAM_ORDER, Absent, Host
+from bench.peers import Sources
+
+Batch: TypeAlias = "Sequence[Any]"  # one list, array('q'), NumPy array or tensor for each request
+KINDS = ("array", "list", "numpy", "tensor")
+DEFERRED = "pystage deferred"
+EAGER = "pystage eager"
+ENGINE = "pystage copy engine"
+WIDE = "pystage int64 wire"
+CHECKED = "pystage, ids checked"
+SGLANG = "SGLang"
+BUFFER = "vLLM CpuGpuBuffer"
+UVA = "vLLM UvaBufferPool"
+TORCH = "torch, pinned array"
+TORCH_LIST = "torch, list"
+CUPY = "CuPy pinned pool"
+BATCH = "cudaMemcpyBatchAsync"
+READY = "cudaMemcpyAsync, ready buffer"
+READY_BATCH = "cudaMemcpyBatchAsync, ready buffer"
+FLOOR = ("floor: launch", "floor: allocation", "floor: memcpy")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way from ids to the device.
+
+    Attributes:
+        role: ``"ours"``, ``"peer"`` (the whole way) or ``"reference"`` (a part of it).
+        stage: from a batch to whatever ``resolve`` takes.
+        resolve: to an int64 tensor on the device, ordered on the current stream.
+        takes: which kinds of requests.
+        most: ids it has room for.
+        note: what a reader must know to judge its figures.
+    """
+
+    name: str
+    role: str
+    stage: Callable[[Any], Any]
+    resolve: Callable[[Any], Any]
+    takes: Sequence[str] = KINDS
+    most: int = 1 << 62
+    note: str = ""
+    close: Callable[[], None] = lambda: None
+
+
+def ids_of(request: Any) -> Any:
+    """A request as an int64 NumPy array, without a copy where there need not be one."""
+    return np.frombuffer(request, np.int64) if isinstance(request, array) else np.asarray(request)
+
+
+def count_of(batch: Batch) -> int:
+    return sum(map(len, batch))
+
+
+# --- ours --------------------------------------------------------------------------------------
+
+POOLS: dict[str, dict[str, Any]] = {
+    DEFERRED: {},
+    EAGER: {"issue": "eager"},
+    ENGINE: {"transfer": "copy_engine", "wire": "int64"},
+    WIDE: {"wire": "int64"},
+}
+
+
+def ours(name: str, device: Host, **options: Any) -> Contender:
+    pool = pystage.StagingPool(device.torch, **POOLS[name], **options)
+    return Contender(
+        name, "ours", pool.stage, pystage.resolve, close=pool.close, note=_options(POOLS[name])
+    )
+
+
+def ours_checked(device: Host) -> Contender:
+    pool = pystage.StagingPool(device.torch)
+    return Contender(
+        CHECKED,
+        "ours",
+        lambda batch: pool.stage(batch, vocab_size=VOCAB),
+        pystage.resolve,
+        close=pool.close,
+        note="each id checked against the vocabulary",
+    )
+
+
+def _options(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+# --- peers -------------------------------------------------------------------------------------
+
+
+def torch_array(device: Host) -> Contender:
+    """The fewest copies that torch allows: gathered straight into a block of its allocator."""
+
+    def stage(batch: Batch) -> torch.Tensor:
+        pinned = device.pinned(count_of(batch))
+        into, at = pinned.numpy(), 0
+        for request in batch:
+            into[at : at + len(request)] = request
+            at += len(request)
+        return pinned
+
+    return Contender(
+        TORCH,
+        "peer",
+        stage,
+        lambda pinned: pinned.to(device.torch, non_blocking=True),
+        note="torch.empty(pin_memory=True), filled through NumPy, .to(non_blocking=True)",
+    )
+
+
+def torch_list(device: Host) -> Contender:
+    def stage(batch: Batch) -> torch.Tensor:
+        flat = batch[0] if len(batch) == 1 else list(chain.from_iterable(batch))
+        return torch.tensor(flat, dtype=torch.int64, pin_memory=device.cuda)
+
+    return Contender(
+        TORCH_LIST,
+        "peer",
+        stage,
+        lambda pinned: pinned.to(device.torch, non_blocking=True),
+        takes=("list",),
+        note="torch.tensor(list, pin_memory=True), .to(non_blocking=True)",
+    )
+
+
+@dataclass
+class ForwardBatch:
+    """The fields of a SGLang batch that its function reads, for a batch without speculation."""
+
+    prefill_input_ids_cpu: Any
+    device: torch.device
+    mix_running_indices: Any = None
+    input_ids: Any = None
+    enable_overlap: bool = True
+    spec_algorithm: Any = SimpleNamespace(is_none=lambda: True)
+
+
+@dataclass
+class SglangCode:
+    """Its functions, as they stand in the wheel."""
+
+    flatten: Callable[[Any, bool], torch.Tensor]
+    resolve_forward_inputs: Callable[[Any, Any], None]
+    get_fill_ids: Callable[[Any], Any]
+    version: str
+
+
+def sglang_code(sources: Sources) -> SglangCode:
+    given = {"np": np, "torch": torch, "_DEBUG_ASSERT": False}
+    flatten = sources.take(
+        "sglang", "srt/utils/common.py", ["flatten_arrays_to_pinned_cpu"], given
+    )
+    resolve = sources.take(
+        "sglang", "srt/managers/overlap_utils.py", ["resolve_forward_inputs"], given
+    )
+    fill = sources.take("sglang", "srt/managers/schedule_batch.py", ["Req.get_fill_ids"], given)
+    return SglangCode(
+        flatten["flatten_arrays_to_pinned_cpu"],
+        resolve["resolve_forward_inputs"],
+        fill["Req.get_fill_ids"],
+        sources.version("sglang"),
+    )
+
+
+def sglang(device: Host, sources: Sources) -> Contender:
+    code = sglang_code(sources)
+
+    def resolve(pinned: torch.Tensor) -> torch.Tensor:
+        batch = ForwardBatch(pinned, device.torch)
+        code.resolve_forward_inputs(batch, None)
+        return batch.input_ids  # type: ignore[no-any-return]
+
+    return Contender(
+        SGLANG,
+        "peer",
+        lambda batch: code.flatten(batch, device.cuda),
+        resolve,
+        takes=("array", "numpy"),
+        note=f"flatten_arrays_to_pinned_cpu and resolve_forward_inputs of {code.version}; the "
+        "rest of prepare_for_extend, and its copy of the history, are left out",
+    )
+
+
+def vllm_buffer(device: Host, sources: Sources, room: int) -> Contender:
+    given = {"torch": torch, "PIN_MEMORY": device.cuda}
+    taken = sources.take("vllm", "v1/utils.py", ["CpuGpuBuffer"], given)
+    buffer = taken["CpuGpuBuffer"](
+        room, dtype=torch.int64, device=device.torch, pin_memory=device.cuda
+    )
+
+    def stage(batch: Batch) -> int:
+        at = 0
+        for request in batch:
+            buffer.np[at : at + len(request)] = request
+            at += len(request)
+        return at
+
+    return Contender(
+        BUFFER,
+        "peer",
+        stage,
+        buffer.copy_to_gpu,
+        most=room,
+        note=f"CpuGpuBuffer of {sources.version('vllm')}; one buffer for all batches, filled "
+        "without the event that vLLM waits for once a step: in its favour",
+    )
+
+
+def vllm_uva(device: Host, sources: Sources, room: int) -> Contender:
+    given = {
+        "np": np,
+        "torch": torch,
+        "is_uva_available": lambda: True,
+        "get_accelerator_view_from_cpu_tensor": device.view,
+        "_DEFAULT_MAX_CONCURRENCY": 2,
+    }
+    names = ["UvaBuffer", "UvaBufferPool"]
+    if not device.cuda:
+        given["UvaBuffer"] = None
+        names = ["NonUvaBuffer", "UvaBufferPool"]
+        given |= {
+            "is_uva_available": lambda: False,
+            "logger": SimpleNamespace(warning_once=lambda text: None),
+        }
+        platform = SimpleNamespace(device_type="cpu")
+        # The class imports its platform when made.
+        _module("vllm.platforms", current_platform=platform)
+    taken = sources.take("vllm", "v1/worker/gpu/buffer_utils.py", names, given)
+    pool = taken["UvaBufferPool"](room, torch.int64)
+
+    def stage(batch: Batch) -> torch.Tensor:
+        flat = ids_of(batch[0]) if len(batch) == 1 else np.concatenate([*map(ids_of, batch)])
+        return pool.copy_to_uva(flat)  # type: ignore[no-any-return]
+
+    return Contender(
+        UVA,
+        "peer",
+        stage,
+        torch.clone,
+        most=room,
+        note=f"UvaBufferPool of {sources.version('vllm')}; the device's view of its memory is made "
+        "through torch, as vLLM's own is in its compiled part; two buffers in turn, no fence",
+    )
+
+
+def _module(name: str, **attributes: Any) -> None:
+    """A stand-in for a module that is not carried."""
+    import sys
+    import types
+
+    package = name.split(".", maxsplit=1)[0]
+    if importlib.util.find_spec(package) is None or name in sys.modules:
+        return
+    module = types.ModuleType(name)
+    module.__dict__.update(attributes)
+    sys.modules[name] = module
+
+
+def cupy_pool(device: Host) -> Contender:
+    if not device.cuda:
+        raise Absent("CuPy works on CUDA devices only")
+    try:
+        import cupy
+    except ImportError as error:
+        raise Absent(f"CuPy is not installed ({error})") from error
+    pool = cupy.cuda.PinnedMemoryPool()
+    to_device = cupy.cuda.runtime.memcpyHostToDevice
+
+    def stage(batch: Batch) -> tuple[Any, int]:
+        count = count_of(batch)
+        memory = pool.malloc(8 * count)
+        into, at = np.frombuffer(memory, np.int64, count), 0
+        for request in batch:
+            into[at : at + len(request)] = request
+            at += len(request)
+        return memory, count
+
+    def resolve(staged: tuple[Any, int]) -> torch.Tensor:
+        memory, count = staged
+        out = torch.empty(count, dtype=torch.int64, device=device.torch)
+        stream = torch.cuda.current_stream().cuda_stream
+        cupy.cuda.runtime.memcpyAsync(out.data_ptr(), memory.ptr, 8 * count, to_device, stream)
+        return out
+
+    return Contender(
+        CUPY,
+        "peer",
+        stage,
+        resolve,
+        note=f"cupy.cuda.PinnedMemoryPool of {cupy.__version__} and its memcpyAsync; it knows no "
+        "stream, so the caller keeps the memory until the copy is done: not counted here",
+    )
+
+
+def memcpy_batch(device: Host) -> Contender:
+    device.batch([], [], [], DURING_CALL)  # raises where there is none
+
+    def resolve(batch: Batch) -> torch.Tensor:
+        out = torch.empty(count_of(batch), dtype=torch.int64, device=device.torch)
+        srcs, dsts, sizes, at = [], [], [], out.data_ptr()
+        for request in batch:
+            source, count = request.buffer_info()
+            srcs.append(source)
+            dsts.append(at)
+            sizes.append(8 * count)
+            at += 8 * count
+        device.batch(dsts, srcs, sizes, DURING_CALL)()
+        return out
+
+    return Contender(
+        BATCH,
+        "peer",
+        lambda batch: batch,
+        resolve,
+        takes=("array",),
+        note="straight from the arrays, srcAccessOrder=DuringApiCall; called through ctypes",
+    )
+
+
+# --- references --------------------------------------------------------------------------------
+
+
+def ready(device: Host, name: str, count: int, out: torch.Tensor | None = None) -> Contender:
+    """A copy alone, from a pinned buffer that holds the ids already."""
+    pinned = device.pinned(count)
+    pinned.random_(0, VOCAB)
+    out = torch.empty(count, dtype=torch.int64, device=device.torch) if out is None else out
+    dst, src, size = out.data_ptr(), pinned.data_ptr(), 8 * count
+    keep = (pinned, out)
+    if name == READY_BATCH:
+        call = device.batch([dst], [src], [size], IN_STREAM_ORDER)
+    else:
+
+        def call() -> None:
+            device.memcpy(dst, src, size)
+
+    def resolve(_: Any) -> torch.Tensor:
+        call()
+        return keep[1]
+
+    note = "the copy alone, into a tensor that is there; called through ctypes"
+    return Contender(name, "reference", lambda batch: None, resolve, note=note)
+
+
+def floor(device: Host, count: int, rotate_bytes: int) -> list[Contender]:
+    """What no way can do without: a launch, the output's allocation, one read of the ids.
+
+    Args:
+        count: ids.
+        rotate_bytes: how much memory the memcpy's sources rotate through.
+    """
+    size = 8 * count
+    pinned = device.pinned(count)
+    places = max(1, rotate_bytes // size)
+    source = np.random.default_rng(3).integers(0, VOCAB, places * count)
+    first, into = source.ctypes.data, pinned.data_ptr()
+    addresses = iter(())
+
+    def memcpy(_: Any) -> Any:
+        nonlocal addresses
+        address = next(addresses, None)
+        if address is None:
+            addresses = iter(range(first, first + source.nbytes, size))
+            address = next(addresses)
+        ctypes.memmove(into, address, size)
+        return pinned
+
+    def nothing(batch: Any) -> None:
+        return None
+
+    calls: list[Callable[[Any], Any]] = [
+        lambda _: device.launch(),
+        lambda _: torch.empty(count, dtype=torch.int64, device=device.torch),
+        memcpy,
+    ]
+    return [
+        Contender(name, "reference", nothing, call, note="called from Python")
+        for name, call in zip(FLOOR, calls, strict=True)
+    ]
+
+
+# --- all of them -------------------------------------------------------------------------------
+
+
+class Contenders:
+    """Makes contenders, and remembers who could not be had and why."""
+
+    def __init__(self, device: Host, sources: Sources) -> None:
+        self.device, self.sources = device, sources
+        self.absent: dict[str, str] = {}
+        self.notes: dict[str, str] = {}
+        self.roles: dict[str, str] = {}
+
+    def make(self, name: str, room: int = 1 << 20) -> Contender | None:
+        """A fresh one of that name, with room for so many ids; None if it cannot be had."""
+        device, sources = self.device, self.sources
+        makers: dict[str, Callable[[], Contender]] = {
+            CHECKED: lambda: ours_checked(device),
+            SGLANG: lambda: sglang(device, sources),
+            BUFFER: lambda: vllm_buffer(device, sources, room),
+            UVA: lambda: vllm_uva(device, sources, room),
+            TORCH: lambda: torch_array(device),
+            TORCH_LIST: lambda: torch_list(device),
+            CUPY: lambda: cupy_pool(device),
+            BATCH: lambda: memcpy_batch(device),
+            READY: lambda: ready(device, READY, room),
+            READY_BATCH: lambda: ready(device, READY_BATCH, room),
+        }
+        if name in POOLS:
+            makers[name] = lambda: ours(name, device)
+        try:
+            contender = makers[name]()
+        except Absent as why:
+            self.absent[name] = str(why)
+            return None
+        except Exception:
+            self.absent[name] = f"it failed when made:\n{traceback.format_exc()}"
+            return None
+        self.roles[name], self.notes[name] = contender.role, contender.note
+        return contender
+
+    def all(self, names: Sequence[str], room: int = 1 << 20) -> list[Contender]:
+        """Those of them that can be had."""
+        return [c for c in (self.make(name, room) for name in names) if c is not None]
+
+
+OURS = (DEFERRED, EAGER, ENGINE, WIDE, CHECKED)
+PEERS = (TORCH, TORCH_LIST, SGLANG, BUFFER, UVA, CUPY, BATCH)
+REFERENCES = (READY, READY_BATCH)
+EVERYBODY = (*OURS, *PEERS, *REFERENCES)
