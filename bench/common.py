@@ -207,9 +207,16 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Writes JSON; a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)
+
+
 def write_result(name: str, result: dict[str, Any], out: str | Path | None) -> Path:
     """Writes ``result`` with its provenance as JSON; returns the file."""
     path = Path(out) if out else RESULTS / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"benchmark": name, **provenance(), **result}, indent=1) + "\n")
+    save(path, {"benchmark": name, **provenance(), **result})
     return path

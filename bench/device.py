@@ -60,6 +60,9 @@ class Host:
     def on(self, stream: Any) -> AbstractContextManager[Any]:
         return nullcontext()
 
+    def wait(self, stream: Any, event: Any) -> None:
+        """The stream waits for the event."""
+
     def event(self, timing: bool = False) -> Any:
         return HostEvent()
 
@@ -190,6 +193,9 @@ class Cuda(Host):
     def on(self, stream: Any) -> AbstractContextManager[Any]:
         return torch.cuda.stream(stream)
 
+    def wait(self, stream: Any, event: Any) -> None:
+        stream.wait_event(event)
+
     def event(self, timing: bool = False) -> Any:
         return torch.cuda.Event(enable_timing=timing)
 
@@ -278,8 +284,8 @@ def find(name: str | None, rehearse: bool) -> Host:
 
 
 @contextmanager
-def side_by_side(device: Host) -> Iterator[None]:
-    """A stream of our own: cudaMemcpyBatchAsync refuses the default one."""
+def own_stream(device: Host) -> Iterator[None]:
+    """A stream of our own is current: cudaMemcpyBatchAsync refuses the default one."""
     stream = device.new_stream()
     with device.on(stream):
         yield

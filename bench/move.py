@@ -11,7 +11,7 @@ PROGRAMS = 16
 
 
 @triton.jit
-def _move(src, dst, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _move(src, dst, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     step = tl.num_programs(0) * BLOCK
     for first in range(tl.program_id(0) * BLOCK, count, step):
         at = first + tl.arange(0, BLOCK)

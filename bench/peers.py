@@ -12,8 +12,10 @@ import importlib.util
 import sys
 import zipfile
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from bench.device import Absent
@@ -75,6 +77,12 @@ class Sources:
         Raises:
             Absent: no such file, or it has no such definition.
         """
+        namespace = dict(given)
+        exec(self._compiled(package, path, tuple(names)), namespace)
+        return {name: namespace[name.rpartition(".")[2]] for name in names}
+
+    @cache  # noqa: B019  (one object a run)
+    def _compiled(self, package: str, path: str, names: tuple[str, ...]) -> CodeType:
         tree = ast.parse(self.read(package, path))
         found: list[ast.stmt] = []
         for name in names:
@@ -88,7 +96,5 @@ class Sources:
             found.append(match[0])
         # Annotations stay text: their names are not needed.
         future = ast.parse("from __future__ import annotations").body
-        namespace = dict(given)
         module = ast.Module(body=[*future, *found], type_ignores=[])
-        exec(compile(module, f"{package}/{path}", "exec"), namespace)  # noqa: S102
-        return {name: namespace[name.rpartition(".")[2]] for name in names}
+        return compile(module, f"{package}/{path}", "exec")
