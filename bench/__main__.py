@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench.common import RESULTS, provenance, save
-from bench.contenders import Contenders
+from bench.contenders import FLOOR, Contenders
 from bench.device import Absent, find, own_stream
 from bench.peers import Sources
 from bench.regimes import REGIMES, Bench
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "roles": bench.contenders.roles,
         "notes": bench.contenders.notes,
         "absent": bench.contenders.absent,
-        "errors": {},
+        "errors": bench.contenders.errors,
         "targets": [],
     }
     path = args.out or RESULTS / f"suite-{device.name.lower().replace(' ', '-')}.json"
@@ -167,8 +167,13 @@ def regime_table(regime: str, cells: dict[str, Any]) -> Table:
             for kind, times, extra in measures(row):
                 label = name if kind == "total" else f"{name}, {kind}"
                 table.add_row(cell, label, *(f"{times[p]:,.1f}" for p in PERCENTILES), extra)
+            if "bytes_per_id" in row:
+                table.add_row(cell, name, *[""] * 5, f"{row['bytes_per_id']:g} bytes an id")
             if "error" in row or "absent" in row:
                 table.add_row(cell, name, *[""] * 5, "failed" if "error" in row else "absent")
+        for name in FLOOR if "floor" in measured else ():
+            times = measured["floor"][name]
+            table.add_row(cell, f"floor: {name}", *(f"{times[p]:,.1f}" for p in PERCENTILES), "")
         if "absent" in measured or "error" in measured:
             table.add_row(cell, "", *[""] * 5, "failed" if "error" in measured else "absent")
         table.add_section()
@@ -199,8 +204,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     """What is absent, what failed, and the targets."""
     for name, why in result["absent"].items():
         console.print(f"absent: {name}: {why}", markup=False)
-    for where in result["errors"]:
-        console.print(f"failed: {where}", markup=False)
+    for where, text in result["errors"].items():
+        console.print(f"failed: {where}: {text.strip().splitlines()[-1]}", markup=False)
     if result["means"]:
         console.print(result["means"])
     if not result["targets"]:

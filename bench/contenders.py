@@ -11,7 +11,7 @@ import traceback
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, cycle
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -38,7 +38,7 @@ CUPY = "CuPy pinned pool"
 BATCH = "cudaMemcpyBatchAsync"
 READY = "cudaMemcpyAsync, ready buffer"
 READY_BATCH = "cudaMemcpyBatchAsync, ready buffer"
-FLOOR = ("floor: launch", "floor: allocation", "floor: memcpy")
+FLOOR = ("launch", "empty", "memcpy")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ class Contender:
         takes: which kinds of requests.
         most: ids it has room for.
         note: what a reader must know to judge its figures.
+        pinned: bytes of pinned memory held, and allocations so far; None: those of torch's own
+            allocator.
+        close: gives back what it holds.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Contender:
     takes: Sequence[str] = KINDS
     most: int = 1 << 62
     note: str = ""
+    pinned: Callable[[], tuple[int, int]] | None = None
     close: Callable[[], None] = lambda: None
 
 
@@ -91,10 +95,16 @@ POOLS: dict[str, dict[str, Any]] = {
 }
 
 
-def ours(name: str, device: Host, **options: Any) -> Contender:
-    pool = pystage.StagingPool(device.torch, **POOLS[name], **options)
+def ours(name: str, device: Host) -> Contender:
+    pool = pystage.StagingPool(device.torch, **POOLS[name])
+
+    def pinned() -> tuple[int, int]:
+        stats = pool.stats()
+        return stats.reserved_bytes, stats.allocations
+
+    note = ", ".join(f"{option}={value}" for option, value in POOLS[name].items())
     return Contender(
-        name, "ours", pool.stage, pystage.resolve, close=pool.close, note=_options(POOLS[name])
+        name, "ours", pool.stage, pystage.resolve, note=note, pinned=pinned, close=pool.close
     )
 
 
@@ -105,13 +115,9 @@ def ours_checked(device: Host) -> Contender:
         "ours",
         lambda batch: pool.stage(batch, vocab_size=VOCAB),
         pystage.resolve,
-        close=pool.close,
         note="each id checked against the vocabulary",
+        close=pool.close,
     )
-
-
-def _options(options: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
 # --- peers -------------------------------------------------------------------------------------
@@ -271,7 +277,14 @@ def cupy_pool(device: Host) -> Contender:
         import cupy
     except ImportError as error:
         raise Absent(f"CuPy is not installed ({error})") from error
-    pool = cupy.cuda.PinnedMemoryPool()
+    held = [0, 0]
+
+    def allocate(size: int) -> Any:  # as CuPy's own, and counted
+        held[0] += size
+        held[1] += 1
+        return cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(size), 0)
+
+    pool = cupy.cuda.PinnedMemoryPool(allocate)
     to_device = cupy.cuda.runtime.memcpyHostToDevice
 
     def stage(batch: Batch) -> tuple[Any, int]:
@@ -294,6 +307,7 @@ def cupy_pool(device: Host) -> Contender:
         resolve,
         note=f"cupy.cuda.PinnedMemoryPool of {cupy.__version__} and its memcpyAsync; it knows no "
         "stream, so the caller keeps the memory until the copy is done: not counted here",
+        pinned=lambda: (held[0], held[1]),
     )
 
 
@@ -347,52 +361,50 @@ def ready(device: Host, name: str, count: int, out: torch.Tensor | None = None) 
     return Contender(name, "reference", lambda batch: None, resolve, note=note)
 
 
-def floor(device: Host, count: int, rotate_bytes: int) -> list[Contender]:
+def floor(device: Host, count: int, rotate_bytes: int) -> dict[str, Callable[[Any], Any]]:
     """What no way can do without: a launch, the output's allocation, one read of the ids.
 
+    Called from Python, each with the call's own cost.
+
     Args:
+        device: where to.
         count: ids.
         rotate_bytes: how much memory the memcpy's sources rotate through.
     """
     size = 8 * count
     pinned = device.pinned(count)
-    places = max(1, rotate_bytes // size)
-    source = np.random.default_rng(3).integers(0, VOCAB, places * count)
+    source = np.random.default_rng(3).integers(0, VOCAB, max(1, rotate_bytes // size) * count)
     first, into = source.ctypes.data, pinned.data_ptr()
-    addresses = iter(())
+    addresses = cycle(range(first, first + source.nbytes, size))
 
     def memcpy(_: Any) -> Any:
-        nonlocal addresses
-        address = next(addresses, None)
-        if address is None:
-            addresses = iter(range(first, first + source.nbytes, size))
-            address = next(addresses)
-        ctypes.memmove(into, address, size)
-        return pinned
+        ctypes.memmove(into, next(addresses), size)
+        return pinned, source  # kept as long as the call is
 
-    def nothing(batch: Any) -> None:
-        return None
+    return {
+        "launch": lambda _: device.launch(),
+        "empty": lambda _: torch.empty(count, dtype=torch.int64, device=device.torch),
+        "memcpy": memcpy,
+    }
 
-    calls: list[Callable[[Any], Any]] = [
-        lambda _: device.launch(),
-        lambda _: torch.empty(count, dtype=torch.int64, device=device.torch),
-        memcpy,
-    ]
-    return [
-        Contender(name, "reference", nothing, call, note="called from Python")
-        for name, call in zip(FLOOR, calls, strict=True)
-    ]
+
+def floor_sum(parts: dict[str, Any]) -> dict[str, Any]:
+    """The parts' summaries, and the sum of their medians."""
+    return {name: parts[name] for name in FLOOR} | {
+        "sum": round(sum(parts[name]["p50"] for name in FLOOR), 3)
+    }
 
 
 # --- all of them -------------------------------------------------------------------------------
 
 
 class Contenders:
-    """Makes contenders, and remembers who could not be had and why."""
+    """Makes contenders, and remembers who could not be had and why, and who failed."""
 
     def __init__(self, device: Host, sources: Sources) -> None:
         self.device, self.sources = device, sources
         self.absent: dict[str, str] = {}
+        self.errors: dict[str, str] = {}
         self.notes: dict[str, str] = {}
         self.roles: dict[str, str] = {}
 
@@ -419,10 +431,14 @@ class Contenders:
             self.absent[name] = str(why)
             return None
         except Exception:
-            self.absent[name] = f"it failed when made:\n{traceback.format_exc()}"
+            self.errors[f"making {name}"] = traceback.format_exc()
             return None
         self.roles[name], self.notes[name] = contender.role, contender.note
         return contender
+
+    def why_not(self, name: str) -> str:
+        """After :meth:`make` gave None."""
+        return self.absent.get(name) or f"failed: see the error of making {name}"
 
     def all(self, names: Sequence[str], room: int = 1 << 20) -> list[Contender]:
         """Those of them that can be had."""

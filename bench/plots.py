@@ -13,7 +13,6 @@ from bench.contenders import (
     BUFFER,
     DEFERRED,
     EAGER,
-    FLOOR,
     READY,
     SGLANG,
     TORCH,
@@ -85,7 +84,7 @@ def _host(cells: dict[str, Any]) -> Any:
         at = [i + (k - 1.5) * 0.2 for i in range(len(shapes))]
         values = [_p50(cells, f"{s} array", name, "total") for s in shapes]
         axis.bar(at, values, 0.2, color=COLORS[name], label=name)
-    floors = [sum(_p50(cells, f"{s} array", part, "total") for part in FLOOR) for s in shapes]
+    floors = [cells.get(f"{s} array", {}).get("floor", {}).get("sum", float("nan")) for s in shapes]
     axis.plot(range(len(shapes)), floors, "_", color="black", ms=22, label="the floor's sum")
     axis.set_xticks(range(len(shapes)), shapes, fontsize=7)
     axis.set(title="host time of a batch from array, us, p50", yscale="log")

@@ -33,6 +33,10 @@ from bench.contenders import (
     EAGER,
     ENGINE,
     EVERYBODY,
+    FLOOR,
+    OURS,
+    PEERS,
+    POOLS,
     READY,
     READY_BATCH,
     SGLANG,
@@ -45,6 +49,7 @@ from bench.contenders import (
     ForwardBatch,
     count_of,
     floor,
+    floor_sum,
     sglang_code,
 )
 from bench.device import IN_STREAM_ORDER, Absent, Host
@@ -148,6 +153,7 @@ def host(bench: Bench) -> dict[str, Cell]:
             cells[f"{shape} {kind}"] = partial(_host_cell, bench, kind, SHAPES[shape], False)
     cells["1 x 8192 list, cold"] = partial(_host_cell, bench, "list", SHAPES["1 x 8192"], True)
     cells["trace array, cold"] = partial(_trace_cell, bench)
+    cells["bytes over the link"] = partial(_link_cell, bench)
     return cells
 
 
@@ -155,37 +161,61 @@ def _host_cell(bench: Bench, kind: str, lengths: Sequence[int], cold: bool) -> d
     count = sum(lengths)
     samples, warmup = budget(bench, count)
     everybody = [c for c in bench.contenders.all(EVERYBODY, count) if kind in c.takes]
-    calls = (samples + warmup) * (len(everybody) + 3)
+    calls = (samples + warmup) * (len(everybody) + len(FLOOR))
     inputs, rotated = bench.inputs(kind, lengths, cold, calls)
-    everybody += floor(bench.device, count, rotated if kind != "list" else rotated // 5)
-    return _two_calls(bench, everybody, inputs, samples, warmup, rotated)
+    # A list is read where its int objects are; one read of ids is 8 bytes each.
+    parts = floor(bench.device, count, rotated // 5 if kind == "list" else rotated)
+    return _two_calls(bench, everybody, parts, inputs, samples, warmup) | {
+        "ids": count,
+        "rotated_bytes": rotated,
+    }
 
 
 def _trace_cell(bench: Bench) -> dict[str, Any]:
     """Batches as they come in a trace: sizes vary from call to call."""
     samples, warmup = budget(bench, 8192)
-    everybody = [c for c in bench.contenders.all(EVERYBODY, 8192) if "array" in c.takes]
     batches = bench.trace
     rotated = sum(8 * count_of(b) for b in batches)
     mean = rotated // 8 // len(batches)
-    everybody += floor(bench.device, mean, rotated)
+    everybody = bench.contenders.all([*OURS, *PEERS], 8192)
+    everybody = [c for c in everybody if "array" in c.takes]
+    parts = floor(bench.device, mean, rotated)
     result = _two_calls(
-        bench, everybody, lambda k: batches[k % len(batches)], samples, warmup, rotated
+        bench, everybody, parts, lambda k: batches[k % len(batches)], samples, warmup
     )
-    return result | {"ids": mean, "note": "references are those of a batch of the mean size"}
+    return result | {"ids": mean, "rotated_bytes": rotated, "floor_of": "the mean size"}
+
+
+def _link_cell(bench: Bench) -> dict[str, Any]:
+    """Counted by the pools, over batches of the trace."""
+    rows: dict[str, Any] = {}
+    for name, options in POOLS.items():
+        with pystage.StagingPool(bench.device.torch, **options) as pool:
+            for batch in bench.trace[:100]:
+                pystage.resolve(pool.stage(batch, vocab_size=VOCAB))
+            stats = pool.stats()
+            bench.device.synchronize()
+        rows[name] = {"bytes_per_id": round(stats.wire_bytes / stats.tokens, 3)}
+    return {"contenders": rows}
 
 
 def _two_calls(
     bench: Bench,
     everybody: list[Contender],
+    parts: dict[str, Callable[[Any], Any]],
     inputs: Callable[[int], Batch],
     samples: int,
     warmup: int,
-    rotated: int,
 ) -> dict[str, Any]:
+    """All contenders and the floor's parts, in turn."""
+
+    def nothing(batch: Any) -> None:
+        return None
+
     try:
         rows = two_calls_time(
-            {c.name: (c.stage, c.resolve) for c in everybody},
+            {c.name: (c.stage, c.resolve) for c in everybody}
+            | {name: (nothing, call) for name, call in parts.items()},
             inputs,
             samples,
             warmup,
@@ -194,7 +224,9 @@ def _two_calls(
     finally:
         for contender in everybody:
             contender.close()
-    return {"ids": count_of(inputs(0)), "rotated_bytes": rotated, "contenders": rows}
+    below = {name: rows.pop(name).get("resolve") for name in FLOOR}
+    floor_row = {} if None in below.values() else {"floor": floor_sum(below)}
+    return {"contenders": rows} | floor_row
 
 
 # --- 2: the compute stream ---------------------------------------------------------------------
@@ -517,19 +549,10 @@ class Pinned:
     def __init__(self, device: Host, contender: Contender, before: tuple[int, int]) -> None:
         self.device, self.contender, self.before = device, contender, before
 
-    def _stats(self) -> pystage.StagingStats | None:
-        pool = getattr(self.contender.stage, "__self__", None)
-        return pool.stats() if isinstance(pool, pystage.StagingPool) else None
-
-    def wire_bytes_per_id(self) -> float | None:
-        """What crossed the link; None where it is not counted."""
-        stats = self._stats()
-        return None if stats is None else round(stats.wire_bytes / stats.tokens, 3)
-
     def now(self) -> tuple[int, int]:
         """Bytes, and allocations so far."""
-        if (stats := self._stats()) is not None:
-            return stats.reserved_bytes, stats.allocations
+        if self.contender.pinned is not None:
+            return self.contender.pinned()
         now = self.device.pinned_bytes()
         return now[0] - self.before[0], now[1] - self.before[1]
 
@@ -544,7 +567,7 @@ def _drift_cell(bench: Bench, name: str) -> dict[str, Any]:
     contender = bench.contenders.make(name, max(map(count_of, batches)))
     made_us = (time.perf_counter_ns() - start) / 1e3
     if contender is None:
-        raise Absent(bench.contenders.absent[name])
+        raise Absent(bench.contenders.why_not(name))
     pinned = Pinned(device, contender, before)
     warm = len(batches) // 10
     times: list[float] = []
@@ -566,10 +589,9 @@ def _drift_cell(bench: Bench, name: str) -> dict[str, Any]:
                 held.append((i, pinned.now()[0]))
         del last, staged, ids
         end_bytes, end_allocations = pinned.now()
-        wire = pinned.wire_bytes_per_id()
     finally:
         contender.close()
-    counted = name not in (CUPY, BATCH)
+    counted = name != BATCH  # the driver's own memory, which nobody can see
     return {
         "batches": len(batches),
         "warm_up_batches": warm,
@@ -583,7 +605,6 @@ def _drift_cell(bench: Bench, name: str) -> dict[str, Any]:
                 "worst_call": round(max(times), 3),
                 "allocations_after_warm_up": end_allocations - allocations if counted else None,
                 "allocations": end_allocations if counted else None,
-                "wire_bytes_per_id": wire,
                 "pinned_bytes": end_bytes if counted else None,
                 "pinned_bytes_over_batches": held if counted else [],
             }
@@ -605,7 +626,7 @@ def _new_sizes_cell(bench: Bench, name: str) -> dict[str, Any]:
         contender = bench.contenders.make(name, max(sizes))
         made.append((time.perf_counter_ns() - start) / 1e3)
         if contender is None:
-            raise Absent(bench.contenders.absent[name])
+            raise Absent(bench.contenders.why_not(name))
         try:
             for n, batch in zip(sizes, batches, strict=True):
                 start = time.perf_counter_ns()
