@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench.common import RESULTS, provenance, save
+from bench.common import RESULTS, cpu_cache_bytes, provenance, save
 from bench.contenders import FLOOR, Contenders
 from bench.device import Absent, find, own_stream
 from bench.peers import Sources
@@ -50,6 +50,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         samples,
         warmup=min(50, max(2, samples // 6)),
         quick=quick,
+        cache_bytes=1 << 20 if args.rehearse else cpu_cache_bytes(),
         trace_batches=args.trace_batches or (200 if quick else 12_000),
     )
     result: dict[str, Any] = {
@@ -225,7 +226,11 @@ def plot(result: dict[str, Any], path: Path, console: Console) -> list[Path]:
     except ImportError as error:
         console.print(f"no plots: {error}; pip install matplotlib", markup=False)
         return []
-    return draw(result, path)
+    try:
+        return draw(result, path)
+    except Exception:
+        console.print(f"the plots failed:\n{traceback.format_exc()}", markup=False)
+        return []
 
 
 if __name__ == "__main__":

@@ -21,6 +21,12 @@ from typing import Any
 from bench.device import Absent
 
 
+def installed(package: str) -> list[Path]:
+    """Where Python would import it from, without importing it."""
+    spec = importlib.util.find_spec(package)
+    return [] if spec is None else [Path(root) for root in spec.submodule_search_locations or ()]
+
+
 class Sources:
     """Looks for packages in a folder of wheels or unpacked packages, then where Python looks."""
 
@@ -29,11 +35,15 @@ class Sources:
         if folder is not None:
             if not folder.is_dir():
                 raise SystemExit(f"--peers {folder}: no such folder")
-            sys.path.append(str(folder))
+            sys.path.append(str(folder))  # for those that are imported: CuPy
 
     def _wheel(self, package: str) -> Path | None:
         wheels = [] if self.folder is None else sorted(self.folder.glob(f"{package}-*.whl"))
         return wheels[-1] if wheels else None
+
+    def _roots(self, package: str) -> list[Path]:
+        carried = [] if self.folder is None else [self.folder / package]
+        return [root for root in [*carried, *installed(package)] if root.is_dir()]
 
     def read(self, package: str, path: str) -> str:
         """The text of a package's file, ``path`` as in ``v1/utils.py``.
@@ -48,19 +58,21 @@ class Sources:
                     return archive.read(f"{package}/{path}").decode()
                 except KeyError:
                     raise Absent(f"{wheel.name} has no {package}/{path}") from None
-        spec = importlib.util.find_spec(package)
-        if spec is None:
+        roots = self._roots(package)
+        if not roots:
             raise Absent(f"{package} is neither installed nor in --peers")
-        for root in spec.submodule_search_locations or ():
-            if (file := Path(root) / path).is_file():
-                return file.read_text()
+        for root in roots:
+            if (root / path).is_file():
+                return (root / path).read_text()
         raise Absent(f"{package} is there, but without {path}")
 
     def version(self, package: str) -> str:
-        """As its metadata says; ``"unknown"`` without any."""
+        """As its wheel or its metadata says; ``"unknown"`` without any."""
         wheel = self._wheel(package)
+        if wheel is None and self.folder is not None:
+            wheel = next(self.folder.glob(f"{package}-*.dist-info"), None)
         if wheel is not None:
-            return wheel.name.split("-")[1]
+            return wheel.name.removesuffix(".dist-info").split("-")[1]
         try:
             return metadata.version(package)
         except metadata.PackageNotFoundError:

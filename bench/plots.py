@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
@@ -70,6 +71,14 @@ def _axes(columns: int) -> tuple[Any, list[Axes]]:
     return figure, list(axes[0])
 
 
+def _log(axis: Axes, x: bool = False) -> None:
+    """Logarithmic, where there is anything to show."""
+    if np.isfinite(axis.dataLim.minposy):
+        axis.set_yscale("log")
+    if x and np.isfinite(axis.dataLim.minposx):
+        axis.set_xscale("log")
+
+
 def _legend(axis: Axes) -> None:
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=6, frameon=False)
@@ -87,7 +96,8 @@ def _host(cells: dict[str, Any]) -> Any:
     floors = [cells.get(f"{s} array", {}).get("floor", {}).get("sum", float("nan")) for s in shapes]
     axis.plot(range(len(shapes)), floors, "_", color="black", ms=22, label="the floor's sum")
     axis.set_xticks(range(len(shapes)), shapes, fontsize=7)
-    axis.set(title="host time of a batch from array, us, p50", yscale="log")
+    axis.set(title="host time of a batch from array, us, p50")
+    _log(axis)
     _legend(axis)
     return figure
 
@@ -105,7 +115,8 @@ def _stream(cells: dict[str, Any]) -> Any:
             color=COLORS[name],
             label=name,
         )
-    axis.set(title="added to the compute stream, us", xlabel="ids", xscale="log", yscale="log")
+    axis.set(title="added to the compute stream, us", xlabel="ids")
+    _log(axis, x=True)
     _legend(axis)
     return figure
 
@@ -126,9 +137,8 @@ def _latency(cells: dict[str, Any]) -> Any:
         axis.set(
             title=f"8,192 ids ready, us, p50; traffic by {mover}",
             xlabel="pieces, KiB",
-            xscale="log",
-            yscale="log",
         )
+        _log(axis, x=True)
         if mover == ENGINE_MOVER:
             _legend(axis)
     return figure

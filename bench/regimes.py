@@ -14,7 +14,7 @@ import time
 import traceback
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import pystage
-from bench.common import VOCAB, arriving, cpu_cache_bytes, summary, two_calls_time
+from bench.common import VOCAB, arriving, summary, two_calls_time
 from bench.contenders import (
     BATCH,
     BUFFER,
@@ -69,13 +69,13 @@ class Bench:
     warmup: int
     quick: bool
     trace_batches: int
-    cache_bytes: int = field(default_factory=cpu_cache_bytes)
+    cache_bytes: int
 
     @cached_property
     def arena(self) -> np.ndarray[Any, Any]:
         """Random ids, a quarter more than the CPU's largest cache holds."""
-        size = (8 if self.quick else 1.25 * self.cache_bytes / MIB) * MIB
-        return np.random.default_rng(7).integers(0, VOCAB, max(int(size) // 8, 1 << 21))
+        size = max(int(1.25 * self.cache_bytes), 16 * MIB)
+        return np.random.default_rng(7).integers(0, VOCAB, size // 8)
 
     @cached_property
     def trace(self) -> list[list[array[int]]]:
