@@ -71,9 +71,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     path = args.out or RESULTS / f"suite-{device.name.lower().replace(' ', '-')}.json"
     with own_stream(device):
         measure(bench, args.regimes, result, path, console)
-    if device.cuda:
-        result["targets"] = targets(result)
-    save(path, result)
     for name in args.regimes:
         console.print(regime_table(name, result["regimes"][name]))
     show(result, console)
@@ -144,6 +141,9 @@ def measure(
                     console.print(f"{regime}, {where} failed:\n{text}", markup=False)
                 progress.advance(bar)
                 save(path, result)
+            if bench.device.cuda:
+                result["targets"] = targets(result)
+                save(path, result)
             seconds = time.perf_counter() - begin
             progress.print(f"{regime}: {len(cells)} cells, {seconds:.1f} s")
 
@@ -168,6 +168,9 @@ def regime_table(regime: str, cells: dict[str, Any]) -> Table:
             for kind, times, extra in measures(row):
                 label = name if kind == "total" else f"{name}, {kind}"
                 table.add_row(cell, label, *(f"{times[p]:,.1f}" for p in PERCENTILES), extra)
+            if "kernels" in row:
+                remark = f"{row['kernels']} kernels, {row['copies']} copies"
+                table.add_row(cell, name, *[""] * 5, remark)
             if "bytes_per_id" in row:
                 table.add_row(cell, name, *[""] * 5, f"{row['bytes_per_id']:g} bytes an id")
             if "error" in row or "absent" in row:
@@ -189,8 +192,6 @@ def measures(row: dict[str, Any]) -> list[tuple[str, dict[str, float], str]]:
         remark = f"{row['pinned_bytes'] / 2**20:.1f} MiB, {row['allocations']} allocations"
     if "batches_per_second" in row:
         remark = f"{row['batches_per_second']:,.0f} batches/s"
-    if "kernels" in row:
-        remark = f"{row['kernels']} kernels, {row['copies']} copies"
     if row.get("behind_traffic"):
         remark = f"{row['behind_traffic']:.0%} behind"
     for kind in ("total", "added", "ready"):

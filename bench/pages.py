@@ -11,6 +11,7 @@ from bench.regimes import (
     DIRECTIONS,
     DRIFTERS,
     EMPTY,
+    KERNELS,
     MOVERS,
     NEW_SIZES,
     PIECES,
@@ -227,15 +228,15 @@ def _threads(result: dict[str, Any]) -> str:
 
 
 def _mixed(result: dict[str, Any]) -> str:
-    rows = []
-    for cell, measured in _cells(result, "mixed").items():
-        plain = measured["contenders"].get(PLAIN_MIXED, {})
+    rows, cells = [], _cells(result, "mixed")
+    counts = cells.pop(KERNELS, {}).get("contenders", {})
+    for cell, measured in cells.items():
+        plain = measured["contenders"].get(PLAIN_MIXED, {}).get("added")
         for name, row in measured["contenders"].items():
             if "total" not in row:
                 continue
-            share = ""
-            if "added" in row and "added" in plain:
-                share = f"{row['added']['p50'] / plain['added']['p50']:.0%}"
+            share = f"{row['added']['p50'] / plain['p50']:.0%}" if plain and "added" in row else ""
+            count = counts.get(name, {})
             rows.append(
                 [
                     _label(cell),
@@ -243,8 +244,8 @@ def _mixed(result: dict[str, Any]) -> str:
                     _pair(row["total"]),
                     _half(row.get("added")),
                     share,
-                    _number(row.get("kernels"), "d"),
-                    _number(row.get("copies"), "d"),
+                    _number(count.get("kernels"), "d"),
+                    _number(count.get("copies"), "d"),
                 ]
             )
     head = ["us", "", "host time, p50 / p99", "added to the stream, p50", "of the plain way"]

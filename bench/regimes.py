@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import pystage
-from bench.common import VOCAB, arriving, summary, two_calls_time
+from bench.common import VOCAB, TwoCalls, arriving, summary, two_calls_time
 from bench.contenders import (
     BATCH,
     BUFFER,
@@ -51,6 +51,7 @@ from bench.contenders import (
     floor,
     floor_sum,
     sglang_code,
+    torch_array,
 )
 from bench.device import IN_STREAM_ORDER, Absent, Host
 from pystage.trace import draw_ids, sample_trace
@@ -780,9 +781,8 @@ def _history_cell(bench: Bench, before: int) -> dict[str, Any]:
     samples, warmup = budget(bench, chunk)
     whole, rotated = bench.inputs("array", [before + chunk], False, samples)
     pool = pystage.StagingPool(device.torch)
-    plain = bench.contenders.make(TORCH)
-    assert plain is not None
-    calls: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    plain = torch_array(device)
+    calls: dict[str, TwoCalls] = {
         DEFERRED: (lambda batch: pool.stage(batch, starts=[before]), pystage.resolve),
         CUT: (lambda batch: plain.stage([batch[0][before:]]), plain.resolve),
     }
@@ -814,68 +814,80 @@ FUSED, APART, MIXED_SGLANG = "pystage, one kernel", "pystage copy + gather + cat
 PLAIN_MIXED = "copy + gather + cat"
 
 
+KERNELS = "kernels, 8192 ids + 64 running"
+MIXED = ((128, 32), (2048, 128), (8192, 64), (8192, 256))
+
+
 def mixed(bench: Bench) -> dict[str, Cell]:
     """A prefill and running requests in one batch: ids from the host, then ids from the device."""
-    return {
-        f"{n} ids + {k} running": partial(_mixed_cell, bench, n, k)
-        for n, k in ((128, 32), (2048, 128), (8192, 64), (8192, 256))
+    cells: dict[str, Cell] = {
+        f"{n} ids + {k} running": partial(_mixed_cell, bench, n, k) for n, k in MIXED
     }
+    cells[KERNELS] = partial(_kernels_cell, bench)  # last: a profiler slows what comes after
+    return cells
+
+
+@contextlib.contextmanager
+def _mixed_ways(bench: Bench, count: int, running: int) -> Iterator[tuple[Any, Any, Any]]:
+    """The two calls of each way, all seen to give the same; inputs; and who is absent."""
+    device = bench.device
+    relay = torch.randint(0, VOCAB, (4096,), device=device.torch)
+    indices = torch.randperm(4096, device=device.torch)[:running]
+    inputs, _ = bench.inputs("array", [count], False, bench.samples)
+    plain = torch_array(device)
+    missing: dict[str, Any] = {}
+    with pystage.StagingPool(device.torch) as pool:
+        calls: dict[str, TwoCalls] = {
+            FUSED: (pool.stage, lambda staged: pystage.resolve_mixed(staged, relay, indices)),
+            APART: (
+                pool.stage,
+                lambda staged: torch.cat([pystage.resolve(staged), relay[indices]]),
+            ),
+            PLAIN_MIXED: (
+                plain.stage,
+                lambda pinned: torch.cat([plain.resolve(pinned), relay[indices]]),
+            ),
+        }
+        try:
+            code = sglang_code(bench.contenders.sources)
+        except Absent as why:
+            missing[MIXED_SGLANG] = {"absent": str(why)}
+        else:
+            future = SimpleNamespace(output_tokens_buf=relay)
+
+            def resolve(pinned: torch.Tensor) -> torch.Tensor:
+                batch = ForwardBatch(pinned, device.torch, mix_running_indices=indices)
+                code.resolve_forward_inputs(batch, future)
+                return batch.input_ids  # type: ignore[no-any-return]
+
+            calls[MIXED_SGLANG] = (lambda batch: code.flatten(batch, device.cuda), resolve)
+        want = torch.cat([torch.tensor(inputs(0)[0], device=device.torch), relay[indices]])
+        for name, (stage, finish) in calls.items():
+            if not torch.equal(finish(stage(inputs(0))), want):
+                raise RuntimeError(f"{name} gives other ids")
+        yield calls, inputs, missing
 
 
 def _mixed_cell(bench: Bench, count: int, running: int) -> dict[str, Any]:
-    device = bench.device
     samples, warmup = budget(bench, count)
-    relay = torch.randint(0, VOCAB, (4096,), device=device.torch)
-    indices = torch.randperm(4096, device=device.torch)[:running]
-    inputs, rotated = bench.inputs("array", [count], False, samples)
-    pool = pystage.StagingPool(device.torch)
-    pinned_peer = bench.contenders.make(TORCH)
-    assert pinned_peer is not None
-    failed: dict[str, Any] = {}
-    calls: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
-        FUSED: (pool.stage, lambda staged: pystage.resolve_mixed(staged, relay, indices)),
-        APART: (pool.stage, lambda staged: torch.cat([pystage.resolve(staged), relay[indices]])),
-        PLAIN_MIXED: (
-            pinned_peer.stage,
-            lambda pinned: torch.cat([pinned_peer.resolve(pinned), relay[indices]]),
-        ),
-    }
-    try:
-        code = sglang_code(bench.contenders.sources)
-    except Absent as why:
-        failed[MIXED_SGLANG] = {"absent": str(why)}
-    else:
-        future = SimpleNamespace(output_tokens_buf=relay)
+    with _mixed_ways(bench, count, running) as (calls, inputs, missing):
+        rows = two_calls_time(calls, inputs, samples, warmup, bench.device.synchronize)
+        if bench.device.gpu_regimes:
+            for name, added in _mixed_stream(bench, calls, inputs(0)).items():
+                rows[name] = rows[name] | added
+    return {"ids": count, "running": running, "contenders": rows | missing}
 
-        def resolve(pinned: torch.Tensor) -> torch.Tensor:
-            batch = ForwardBatch(pinned, device.torch, mix_running_indices=indices)
-            code.resolve_forward_inputs(batch, future)
-            return batch.input_ids  # type: ignore[no-any-return]
 
-        calls[MIXED_SGLANG] = (lambda batch: code.flatten(batch, device.cuda), resolve)
-    try:
-        batch = inputs(0)
-        want = torch.cat([torch.tensor(batch[0], device=device.torch), relay[indices]])
-        for name, (stage, finish) in calls.items():
-            if not torch.equal(finish(stage(batch)), want):
-                raise RuntimeError(f"{name} gives other ids")
-        rows = two_calls_time(calls, inputs, samples, warmup, device.synchronize)
-        for name, row in list(rows.items()):
-            if "error" in row or not device.gpu_regimes:
-                continue
-            stage, finish = calls[name]
-            rows[name] = row | device.kernels(partial(finish, stage(batch)))
-        added = _mixed_stream(bench, calls, batch) if device.gpu_regimes else {}
-        for name, value in added.items():
-            rows[name] = rows[name] | value
-    finally:
-        pool.close()
-    return {
-        "ids": count,
-        "running": running,
-        "rotated_bytes": rotated,
-        "contenders": rows | failed,
-    }
+def _kernels_cell(bench: Bench) -> dict[str, Any]:
+    """What each puts on the device, counted by torch's profiler."""
+    if not bench.device.gpu_regimes:
+        raise Absent("no kernels on the host device")
+    with _mixed_ways(bench, 8192, 64) as (calls, inputs, missing):
+        rows = {
+            name: bench.device.kernels(partial(finish, stage(inputs(0))))
+            for name, (stage, finish) in calls.items()
+        }
+    return {"contenders": rows | missing}
 
 
 def _mixed_stream(bench: Bench, calls: dict[str, Any], batch: Batch) -> dict[str, Any]:

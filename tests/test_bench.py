@@ -33,7 +33,7 @@ from bench.contenders import (
 )
 from bench.device import DURING_CALL, IN_STREAM_ORDER, Absent, Cuda, Host
 from bench.peers import Sources
-from bench.regimes import BULK, EMPTY, FUSED, PLAIN_MIXED, REGIMES, Bench
+from bench.regimes import BULK, EMPTY, FUSED, KERNELS, PLAIN_MIXED, REGIMES, Bench
 from bench.targets import targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +138,7 @@ def test_every_cell_of_a_gpu_run_runs_on_stand_ins(tmp_path: Path, package: Path
 
 def test_options_that_are_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for option, value, problem in (
-        ("--regimes", "host,hots", "no regime hots"),
+        ("--regimes", "host,hots", "no such regime: hots"),
         ("--samples", "0", "--samples must be at least 1"),
         ("--trace-batches", "-1", "--trace-batches must be at least 1"),
     ):
@@ -276,9 +276,10 @@ def made_up() -> dict[str, Any]:
         }
 
     mixed = {
-        FUSED: {"total": times(10), "added": times(4), "kernels": 1, "copies": 0},
-        PLAIN_MIXED: {"total": times(30), "added": times(20), "kernels": 2, "copies": 1},
+        FUSED: {"total": times(10), "added": times(4)},
+        PLAIN_MIXED: {"total": times(30), "added": times(20)},
     }
+    kernels = {FUSED: {"kernels": 1, "copies": 0}, PLAIN_MIXED: {"kernels": 2, "copies": 1}}
     ready = {DEFERRED: 30, READY: 9500, SGLANG: 9600}
     return {
         "date": "2026-01-02T00:00:00+00:00",
@@ -316,7 +317,10 @@ def made_up() -> dict[str, Any]:
                 f"trace, {SGLANG}": {"contenders": {SGLANG: drift(900)}},
                 f"trace, {BUFFER}": {"contenders": {BUFFER: drift(400)}},
             },
-            "mixed": {"8192 ids + 64 running": {"contenders": mixed}},
+            "mixed": {
+                "8192 ids + 64 running": {"contenders": mixed},
+                KERNELS: {"contenders": kernels},
+            },
         },
     }
 
@@ -349,7 +353,7 @@ def test_targets_are_met_by_what_meets_them() -> None:
             1,
             "pinned allocations",
         ),
-        (("mixed", "8192 ids + 64 running", FUSED, "kernels"), 2, "mixed batch, kernels"),
+        (("mixed", KERNELS, FUSED, "copies"), 1, "mixed batch, kernels"),
         (("mixed", "8192 ids + 64 running", FUSED, "total", "p50"), 18.1, "  host time of copy"),
         (("mixed", "8192 ids + 64 running", FUSED, "added", "p50"), 12.1, "  compute stream of"),
     ],
@@ -508,4 +512,7 @@ def test_a_short_run_on_a_gpu(tmp_path: Path) -> None:
     result = run(tmp_path / "run.json", *few)
     assert result["errors"] == {}
     assert {row["met"] for row in result["targets"] if SGLANG not in row["measure"]} >= {True}
-    assert result["regimes"]["mixed"]["8192 ids + 64 running"]["contenders"][FUSED]["kernels"] == 1
+    assert result["regimes"]["mixed"][KERNELS]["contenders"][FUSED] == {
+        "kernels": 1,
+        "copies": 0,
+    }
