@@ -23,6 +23,7 @@ from bench.regimes import DIRECTIONS, EMPTY, ENGINE_MOVER, MOVERS, PIECES, SHAPE
 
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "pystage"  # the same figures give the same file
+mpl.rcParams.update({"axes.titlesize": 9, "axes.labelsize": 8})
 COLORS = {
     DEFERRED: "#1f6fb4",
     EAGER: "#5fb45f",
@@ -62,12 +63,11 @@ def _p50(cells: dict[str, Any], cell: str, name: str, kind: str, part: str = "p5
 
 def _axes(columns: int) -> tuple[Any, list[Axes]]:
     figure, axes = plt.subplots(
-        1, columns, figsize=(4.4 * columns, 3.6), layout="constrained", squeeze=False
+        1, columns, figsize=(4.6 * columns, 3.6), layout="constrained", squeeze=False, sharey=True
     )
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=7)
-        axis.title.set_fontsize(9)
     return figure, list(axes[0])
 
 
@@ -135,7 +135,7 @@ def _latency(cells: dict[str, Any]) -> Any:
                     sizes, values, style, ms=3, color=COLORS[name], label=f"{name}, {direction}"
                 )
         axis.set(
-            title=f"8,192 ids ready, us, p50; traffic by {mover}",
+            title=f"8,192 ids ready, us; traffic by {mover}",
             xlabel="pieces, KiB",
         )
         _log(axis, x=True)
