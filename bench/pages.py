@@ -235,7 +235,9 @@ def _mixed(result: dict[str, Any]) -> str:
         for name, row in measured["contenders"].items():
             if "total" not in row:
                 continue
-            share = f"{row['added']['p50'] / plain['p50']:.0%}" if plain and "added" in row else ""
+            share = ""
+            if plain and plain["p50"] > 0 and "added" in row:
+                share = f"{row['added']['p50'] / plain['p50']:.0%}"
             count = counts.get(name, {})
             rows.append(
                 [

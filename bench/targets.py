@@ -174,8 +174,10 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
             "x",
             lambda kind=kind: worst(
                 (
-                    cells.time("mixed", cell, FUSED, kind)
-                    / cells.time("mixed", cell, PLAIN_MIXED, kind),
+                    ratio(
+                        cells.time("mixed", cell, FUSED, kind),
+                        cells.time("mixed", cell, PLAIN_MIXED, kind),
+                    ),
                     cell,
                 )
                 for cell in cells.of("mixed", "")
@@ -183,6 +185,13 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
             ),
         )
     return rows
+
+
+def ratio(ours: float, theirs: float) -> float:
+    """Of two times."""
+    if theirs <= 0:
+        raise Missing(f"the other one took {theirs:g} us: no ratio")
+    return ours / theirs
 
 
 def worst(values: Iterable[Found]) -> Found:
@@ -248,7 +257,7 @@ class Cells:
     def added_ratio(self, count: int, other: str) -> Found:
         cell = f"idle, {count} ids"
         ours = self.time("stream", cell, DEFERRED, "added")
-        return ours / self.time("stream", cell, other, "added"), cell
+        return ratio(ours, self.time("stream", cell, other, "added")), cell
 
     def beside(self, cell: str, part: str) -> str:
         rows = self.regimes["latency"][cell]["contenders"]

@@ -379,6 +379,9 @@ def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
     assert len(rows) == 6
     assert all(row["value"] is None and row["where"] for row in rows)
     assert len(targets(made_up() | {"regimes": {}})) == 17
+    result = made_up()
+    result["regimes"]["stream"]["idle, 1024 ids"]["contenders"][READY]["added"]["p50"] = -0.1
+    assert [row["met"] for row in targets(result)].count(None) == 1  # noise is no reference
 
 
 @pytest.fixture
