@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench.common import RESULTS, cpu_cache_bytes, provenance, save
-from bench.contenders import FLOOR, Contenders
+from bench.contenders import Contenders
 from bench.device import Absent, find, own_stream
 from bench.peers import Sources
 from bench.regimes import REGIMES, Bench
@@ -175,8 +175,9 @@ def regime_table(regime: str, cells: dict[str, Any]) -> Table:
                 table.add_row(cell, name, *[""] * 5, f"{row['bytes_per_id']:g} bytes an id")
             if "error" in row or "absent" in row:
                 table.add_row(cell, name, *[""] * 5, "failed" if "error" in row else "absent")
-        for name in FLOOR if "floor" in measured else ():
-            times = measured["floor"][name]
+        for name, times in measured.get("floor", {}).items():
+            if name == "sum":
+                continue
             table.add_row(cell, f"floor: {name}", *(f"{times[p]:,.1f}" for p in PERCENTILES), "")
         if "absent" in measured or "error" in measured:
             table.add_row(cell, "", *[""] * 5, "failed" if "error" in measured else "absent")

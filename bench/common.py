@@ -98,45 +98,53 @@ def two_calls_time(
     samples: int,
     warmup: int,
     settle: Callable[[], None],
+    inside: dict[str, Callable[[], Sequence[float]]] | None = None,
 ) -> dict[str, Any]:
     """As :func:`host_time`, of two calls, ``second(first(input))``: each, and both together.
 
-    ``inputs`` gives the input of the n-th call; no two calls in a row share one. A contender that
-    raises is out of the turn from then on, and its result is ``{"error": traceback}``.
+    ``inputs`` gives the input of the n-th call; no two calls in a row share one. ``inside`` take
+    turns with the others, and time their own parts, in microseconds: their result is the list of
+    the parts' summaries. Who raises is out of the turn from then on, and its result is ``{"error":
+    traceback}``.
     """
-    times: dict[str, list[tuple[int, int]]] = {name: [] for name in contenders}
-    failed: dict[str, Any] = {}
-    names, call = list(contenders), 0
+    inside = inside or {}
+    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in [*contenders, *inside]}
+    result: dict[str, Any] = {}
+    names, call = list(times), 0
     with collector_off():
         for i in range(-warmup, samples):
             turn = i % max(1, len(names))
             for name in names[turn:] + names[:turn]:
-                first, second = contenders[name]
-                given = inputs(call)
-                call += 1
                 try:
-                    start = time.perf_counter_ns()
-                    held = first(given)
-                    middle = time.perf_counter_ns()
-                    result = second(held)
-                    stop = time.perf_counter_ns()
-                    settle()
+                    if name in inside:
+                        row = tuple(inside[name]())
+                        settle()
+                    else:
+                        first, second = contenders[name]
+                        given = inputs(call)
+                        call += 1
+                        start = time.perf_counter_ns()
+                        held = first(given)
+                        middle = time.perf_counter_ns()
+                        made = second(held)
+                        stop = time.perf_counter_ns()
+                        settle()
+                        del held, made
+                        row = ((middle - start) / 1e3, (stop - middle) / 1e3)
                 except Exception:
-                    failed[name] = {"error": traceback.format_exc()}
+                    result[name] = {"error": traceback.format_exc()}
                     names.remove(name)
                     continue
-                del held, result
                 if i >= 0:
-                    times[name].append((middle - start, stop - middle))
-    return failed | {
-        name: {
-            "stage": summary([first / 1e3 for first, _ in times[name]]),
-            "resolve": summary([second / 1e3 for _, second in times[name]]),
-            "total": summary([(first + second) / 1e3 for first, second in times[name]]),
-        }
-        for name in names
-        if times[name]
-    }
+                    times[name].append(row)
+    for name in names:
+        parts = [summary(values) for values in zip(*times[name], strict=True)]
+        if name in inside:
+            result[name] = parts
+        elif parts:
+            total = summary([sum(row) for row in times[name]])
+            result[name] = {"stage": parts[0], "resolve": parts[1], "total": total}
+    return result
 
 
 def cpu_cache_bytes() -> int:

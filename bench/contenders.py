@@ -7,11 +7,12 @@ they show what a part of it costs.
 from __future__ import annotations
 
 import ctypes
+import time
 import traceback
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, cycle
+from itertools import chain, pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -38,7 +39,7 @@ CUPY = "CuPy pinned pool"
 BATCH = "cudaMemcpyBatchAsync"
 READY = "cudaMemcpyAsync, ready buffer"
 READY_BATCH = "cudaMemcpyBatchAsync, ready buffer"
-FLOOR = ("launch", "empty", "memcpy")
+FLOOR = ("memcpy", "allocation", "launch")
 
 
 @dataclass(frozen=True)
@@ -361,38 +362,43 @@ def ready(device: Host, name: str, count: int, out: torch.Tensor | None = None) 
     return Contender(name, "reference", lambda batch: None, resolve, note=note)
 
 
-def floor(device: Host, count: int, rotate_bytes: int) -> dict[str, Callable[[Any], Any]]:
-    """What no way can do without: a launch, the output's allocation, one read of the ids.
+class PythonFloor:
+    """What no way can do without, each part with the cost of its call from Python."""
 
-    Called from Python, each with the call's own cost.
+    parts = FLOOR
 
-    Args:
-        device: where to.
-        count: ids.
-        rotate_bytes: how much memory the memcpy's sources rotate through.
-    """
-    size = 8 * count
-    pinned = device.pinned(count)
-    source = np.random.default_rng(3).integers(0, VOCAB, max(1, rotate_bytes // size) * count)
-    first, into = source.ctypes.data, pinned.data_ptr()
-    addresses = cycle(range(first, first + source.nbytes, size))
+    def __init__(self, device: Host, count: int) -> None:
+        self.device, self.pinned = device, device.pinned(count)
 
-    def memcpy(_: Any) -> Any:
-        ctypes.memmove(into, next(addresses), size)
-        return pinned, source  # kept as long as the call is
+    def once(self, ids: array[int]) -> Sequence[float]:
+        """Microseconds of each part."""
+        address, count = ids.buffer_info()
+        start = time.perf_counter_ns()
+        ctypes.memmove(self.pinned.data_ptr(), address, 8 * count)
+        copied = time.perf_counter_ns()
+        out = torch.empty(count, dtype=torch.int64, device=self.device.torch)
+        allocated = time.perf_counter_ns()
+        self.device.launch()
+        launched = time.perf_counter_ns()
+        del out
+        return [(b - a) / 1e3 for a, b in pairwise((start, copied, allocated, launched))]
 
-    return {
-        "launch": lambda _: device.launch(),
-        "empty": lambda _: torch.empty(count, dtype=torch.int64, device=device.torch),
-        "memcpy": memcpy,
-    }
+    def close(self) -> None:
+        """Nothing to give back."""
 
 
-def floor_sum(parts: dict[str, Any]) -> dict[str, Any]:
-    """The parts' summaries, and the sum of their medians."""
-    return {name: parts[name] for name in FLOOR} | {
-        "sum": round(sum(parts[name]["p50"] for name in FLOOR), 3)
-    }
+class CompiledFloor:
+    """The same, timed in C, and an event with it."""
+
+    def __init__(self, count: int) -> None:
+        from bench import floor
+
+        self.parts = floor.PARTS
+        self._floor = floor.Floor(count)
+        self.once = self._floor.once
+
+    def close(self) -> None:
+        self._floor.__exit__(None, None, None)
 
 
 # --- all of them -------------------------------------------------------------------------------
@@ -435,6 +441,15 @@ class Contenders:
             return None
         self.roles[name], self.notes[name] = contender.role, contender.note
         return contender
+
+    def floor(self, count: int) -> PythonFloor | CompiledFloor:
+        """Of up to ``count`` ids; from Python where it cannot be compiled."""
+        if self.device.cuda:
+            try:
+                return CompiledFloor(count)
+            except Exception:
+                self.errors["making the floor in C"] = traceback.format_exc()
+        return PythonFloor(self.device, count)
 
     def why_not(self, name: str) -> str:
         """After :meth:`make` gave None."""

@@ -6,6 +6,7 @@ Every cell stands alone: one that fails says why, and the next runs.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -48,8 +49,6 @@ from bench.contenders import (
     Contenders,
     ForwardBatch,
     count_of,
-    floor,
-    floor_sum,
     sglang_code,
     torch_array,
 )
@@ -162,11 +161,10 @@ def _host_cell(bench: Bench, kind: str, lengths: Sequence[int], cold: bool) -> d
     count = sum(lengths)
     samples, warmup = budget(bench, count)
     everybody = [c for c in bench.contenders.all(EVERYBODY, count) if kind in c.takes]
-    calls = (samples + warmup) * (len(everybody) + len(FLOOR))
-    inputs, rotated = bench.inputs(kind, lengths, cold, calls)
-    # A list is read where its int objects are; one read of ids is 8 bytes each.
-    parts = floor(bench.device, count, rotated // 5 if kind == "list" else rotated)
-    return _two_calls(bench, everybody, parts, inputs, samples, warmup) | {
+    inputs, rotated = bench.inputs(kind, lengths, cold, (samples + warmup) * len(everybody))
+    # The floor reads as many ids, of an array of its own.
+    whole, _ = bench.inputs("array", [count], cold, samples + warmup)
+    return _two_calls(bench, everybody, whole, inputs, samples, warmup) | {
         "ids": count,
         "rotated_bytes": rotated,
     }
@@ -176,15 +174,18 @@ def _trace_cell(bench: Bench) -> dict[str, Any]:
     """Batches as they come in a trace: sizes vary from call to call."""
     samples, warmup = budget(bench, 8192)
     batches = bench.trace
-    rotated = sum(8 * count_of(b) for b in batches)
-    mean = rotated // 8 // len(batches)
     everybody = bench.contenders.all([*OURS, *PEERS], 8192)
     everybody = [c for c in everybody if "array" in c.takes]
-    parts = floor(bench.device, mean, rotated)
+    whole = [sum(batch, array("q")) for batch in batches[: samples + warmup]]
     result = _two_calls(
-        bench, everybody, parts, lambda k: batches[k % len(batches)], samples, warmup
+        bench,
+        everybody,
+        lambda k: whole[k % len(whole)],
+        lambda k: batches[k % len(batches)],
+        samples,
+        warmup,
     )
-    return result | {"ids": mean, "rotated_bytes": rotated, "floor_of": "the mean size"}
+    return result | {"rotated_bytes": sum(8 * count_of(b) for b in batches)}
 
 
 def _link_cell(bench: Bench) -> dict[str, Any]:
@@ -203,31 +204,39 @@ def _link_cell(bench: Bench) -> dict[str, Any]:
 def _two_calls(
     bench: Bench,
     everybody: list[Contender],
-    parts: dict[str, Callable[[Any], Any]],
+    whole: Callable[[int], Any],
     inputs: Callable[[int], Batch],
     samples: int,
     warmup: int,
 ) -> dict[str, Any]:
-    """All contenders and the floor's parts, in turn."""
+    """All contenders and the floor, in turn; ``whole`` gives the floor's n-th array."""
+    floor = bench.contenders.floor(max(8192, count_of(inputs(0))))
+    number = itertools.count()
 
-    def nothing(batch: Any) -> None:
-        return None
+    def once() -> Sequence[float]:
+        ids = whole(next(number))
+        return floor.once(ids[0] if isinstance(ids, list) else ids)
 
     try:
         rows = two_calls_time(
-            {c.name: (c.stage, c.resolve) for c in everybody}
-            | {name: (nothing, call) for name, call in parts.items()},
+            {c.name: (c.stage, c.resolve) for c in everybody},
             inputs,
             samples,
             warmup,
             bench.device.synchronize,
+            {"floor": once},
         )
     finally:
+        floor.close()
         for contender in everybody:
             contender.close()
-    below = {name: rows.pop(name).get("resolve") for name in FLOOR}
-    floor_row = {} if None in below.values() else {"floor": floor_sum(below)}
-    return {"contenders": rows} | floor_row
+    below = rows.pop("floor")
+    if isinstance(below, dict):  # its error
+        return {"contenders": rows | {"floor": below}}
+    below = dict(zip(floor.parts, below, strict=True))
+    # Of the parts that each way needs; an event need not be.
+    below["sum"] = round(sum(below[part]["p50"] for part in FLOOR), 3)
+    return {"contenders": rows, "floor": below}
 
 
 # --- 2: the compute stream ---------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from common import VOCAB, arriving, host_time, random_ids, summary, write_result
+from floor import PARTS, Floor
 from rich.console import Console
 from rich.table import Table
 
@@ -98,6 +99,28 @@ def host_times(device: torch.device, samples: int) -> dict[str, Any]:
         {"stage": stage_only, "resolve": resolve_only}, samples, 50, settle
     )
     pool.close()
+    return result
+
+
+def floor_times(device: torch.device, samples: int) -> dict[str, Any]:
+    """What every way must spend, by parts, with the peer's call and a drain before each."""
+    rng = random.Random(5)
+    result: dict[str, Any] = {}
+    with Floor(131072) as floor:
+        for count in (128, 8192, 131072):
+            inputs = [random_ids(count, rng) for _ in range(INPUTS if count <= 16384 else 8)]
+            rows = []
+            for i in range(-20, samples):
+                sglang_idiom([inputs[(i + 1) % len(inputs)]], device)
+                torch.cuda.synchronize()
+                row = floor.once(inputs[i % len(inputs)])
+                torch.cuda.synchronize()
+                if i >= 0:
+                    rows.append((*row, sum(row)))
+            result[f"1 x {count}"] = {
+                name: summary(values)
+                for name, values in zip((*PARTS, "sum"), zip(*rows, strict=True), strict=True)
+            }
     return result
 
 
@@ -314,6 +337,7 @@ def show(result: dict[str, Any]) -> None:
     console = Console(width=110)
     for title, cells in (
         ("Host time, us", result["host"]),
+        ("The floor, in C, us", result.get("floor", {})),
         ("Added to the compute stream, us", result.get("stream", {})),
         ("Added between 4096^3 products, us", {"8192": result["busy"]} if "busy" in result else {}),
         ("Call to ids on the device, us", result.get("latency", {})),
@@ -358,6 +382,7 @@ def main() -> None:
     steps: list[tuple[str, Callable[[], Any]]] = [("host", lambda: host_times(device, samples))]
     if device.type == "cuda":
         steps += [
+            ("floor", lambda: floor_times(device, samples)),
             ("stream", lambda: stream_times(device, max(10, samples // 20))),
             ("busy", lambda: busy_times(device, max(10, samples // 20))),
             ("latency", lambda: behind_copies(device, max(10, samples // 10))),

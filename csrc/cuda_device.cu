@@ -9,6 +9,7 @@
 
 #undef NDEBUG  // indices are checked in every build, as torch's are
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cassert>
 #include <chrono>
@@ -149,63 +150,43 @@ unsigned blocks_for(size_t work, size_t per_block) {
   return static_cast<unsigned>(std::max<size_t>(1, (work + per_block - 1) / per_block));
 }
 
+// What a launch looks like; the index of a kernel among those of its types.
+enum Shape : uint8_t { kSingle, kFew, kMany };
+
+struct Grid {
+  Shape shape;
+  unsigned blocks;
+};
+
+Grid grid_for(const Transfer& t) {
+  if (!t.count) return {kSingle, 0};
+  if (!aligned16(t.src_device) || !aligned16(t.dst))
+    return {kSingle, blocks_for(t.count, kThreads)};
+  const size_t vectors = t.count / (16 / size_of(t.wire));
+  if (vectors <= kFewVectors) return {kFew, blocks_for(vectors, kThreads)};
+  return {kMany, blocks_for(vectors, size_t{kThreads} * 4)};
+}
+
+// The kernels by wire type, output type and shape.
+template <typename Kernel>
+const void* address(Kernel* kernel) {
+  return reinterpret_cast<const void*>(kernel);
+}
 template <typename In, typename Out>
-cudaError_t launch_transfer(const void* src, void* dst, size_t count, cudaStream_t stream) {
-  void* args[] = {&src, &dst, &count};
-  constexpr size_t kIds = 16 / sizeof(In);
-  if (!aligned16(src) || !aligned16(dst))
-    return cudaLaunchKernel(reinterpret_cast<const void*>(transfer_single<In, Out>),
-                            dim3(blocks_for(count, kThreads)), dim3(kThreads), args, 0, stream);
-  const size_t vectors = count / kIds;
-  if (vectors <= kFewVectors)
-    return cudaLaunchKernel(reinterpret_cast<const void*>(transfer_vectors<In, Out, 1>),
-                            dim3(blocks_for(vectors, kThreads)), dim3(kThreads), args, 0, stream);
-  return cudaLaunchKernel(reinterpret_cast<const void*>(transfer_vectors<In, Out, 4>),
-                          dim3(blocks_for(vectors, size_t{kThreads} * 4)), dim3(kThreads), args, 0,
-                          stream);
+std::array<const void*, 3> transfer_kernels() {
+  return {address(transfer_single<In, Out>), address(transfer_vectors<In, Out, 1>),
+          address(transfer_vectors<In, Out, 4>)};
 }
-
 template <typename In>
-cudaError_t launch_mixed(const void* src, void* dst, size_t count, const RelayTail& relay_tail,
-                         cudaStream_t stream) {
-  const size_t vectors = count / (16 / sizeof(In));
-  const void* kernel;
-  unsigned slot_blocks;
-  if (!aligned16(src) || !aligned16(dst)) {
-    kernel = reinterpret_cast<const void*>(transfer_mixed<In, 0>);
-    slot_blocks = blocks_for(count, kThreads);
-  } else if (vectors <= kFewVectors) {
-    kernel = reinterpret_cast<const void*>(transfer_mixed<In, 1>);
-    slot_blocks = blocks_for(vectors, kThreads);
-  } else {
-    kernel = reinterpret_cast<const void*>(transfer_mixed<In, 4>);
-    slot_blocks = blocks_for(vectors, size_t{kThreads} * 4);
-  }
-  if (!count) slot_blocks = 0;
-  Tail tail{relay_tail.relay,
-            relay_tail.indices,
-            static_cast<int64_t>(relay_tail.relay_size),
-            relay_tail.count,
-            relay_tail.relay_type == IntType::kInt64,
-            relay_tail.index_type == IntType::kInt64};
-  void* args[] = {&src, &dst, &count, &slot_blocks, &tail};
-  return cudaLaunchKernel(kernel, dim3(slot_blocks + blocks_for(tail.count, kThreads)),
-                          dim3(kThreads), args, 0, stream);
+std::array<const void*, 3> mixed_kernels() {
+  return {address(transfer_mixed<In, 0>), address(transfer_mixed<In, 1>),
+          address(transfer_mixed<In, 4>)};
 }
 
-template <typename In, typename Out>
-void load_kernels(std::vector<const void*>& kernels) {
-  kernels.push_back(reinterpret_cast<const void*>(transfer_vectors<In, Out, 1>));
-  kernels.push_back(reinterpret_cast<const void*>(transfer_vectors<In, Out, 4>));
-  kernels.push_back(reinterpret_cast<const void*>(transfer_single<In, Out>));
-}
-
-template <typename In>
-void load_mixed_kernels(std::vector<const void*>& kernels) {
-  kernels.push_back(reinterpret_cast<const void*>(transfer_mixed<In, 0>));
-  kernels.push_back(reinterpret_cast<const void*>(transfer_mixed<In, 1>));
-  kernels.push_back(reinterpret_cast<const void*>(transfer_mixed<In, 4>));
-}
+// cuLaunchKernel. Past the runtime's look for the kernel behind its host address, which takes 0.4
+// of a launch's 4 us.
+using LaunchKernel = int (*)(cudaFunction_t, unsigned, unsigned, unsigned, unsigned, unsigned,
+                             unsigned, unsigned, cudaStream_t, void**, void**);
 
 // --- device ------------------------------------------------------------------------------------
 
@@ -263,18 +244,20 @@ class CudaDevice final : public Device {
       // pinned there is copied through a bounce buffer, synchronously.
       why_pageable_ =
           name_ + " does not support registering host memory (as under Confidential Computing)";
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    PYSTAGE_CUDA(cudaGetDriverEntryPointByVersion("cuLaunchKernel", &entry, 12000,
+                                                  cudaEnableDefault, &found));
+    if (found != cudaDriverEntryPointSuccess)
+      throw DeviceError("the driver has no cuLaunchKernel [" + name_ + "]");
+    launch_kernel_ = reinterpret_cast<LaunchKernel>(entry);
     // Loads the kernels now: with lazy loading the first launch would wait for a busy device.
-    std::vector<const void*> kernels;
-    load_kernels<int32_t, int32_t>(kernels);
-    load_kernels<int32_t, int64_t>(kernels);
-    load_kernels<int64_t, int32_t>(kernels);
-    load_kernels<int64_t, int64_t>(kernels);
-    load_mixed_kernels<int32_t>(kernels);
-    load_mixed_kernels<int64_t>(kernels);
-    for (const void* kernel : kernels) {
-      cudaFuncAttributes attributes;
-      PYSTAGE_CUDA(cudaFuncGetAttributes(&attributes, kernel));
-    }
+    transfers_[0][0] = load(transfer_kernels<int32_t, int32_t>());
+    transfers_[0][1] = load(transfer_kernels<int32_t, int64_t>());
+    transfers_[1][0] = load(transfer_kernels<int64_t, int32_t>());
+    transfers_[1][1] = load(transfer_kernels<int64_t, int64_t>());
+    mixed_[0] = load(mixed_kernels<int32_t>());
+    mixed_[1] = load(mixed_kernels<int64_t>());
   }
 
   const std::string& name() const override { return name_; }
@@ -322,25 +305,34 @@ class CudaDevice final : public Device {
 
   void launch(const Transfer& t, StreamHandle stream) override {
     if (!t.count && !t.tail) return;
-    CurrentDevice guard(index_);
     auto* s = static_cast<cudaStream_t>(stream);
-    if (t.tail) return launch_with_tail(t, s);
     if (t.kind == TransferKind::kCopyEngine) {
-      if (t.wire != t.out)
-        throw DeviceError("a copy engine cannot convert between int32 and int64 [" + name_ + "]");
+      if (t.tail || t.wire != t.out)
+        throw DeviceError("a copy engine cannot gather, nor convert between int32 and int64 [" +
+                          name_ + "]");
       PYSTAGE_CUDA(
           cudaMemcpyAsync(t.dst, t.src, t.count * size_of(t.wire), cudaMemcpyHostToDevice, s));
       return;
     }
+    Grid grid = grid_for(t);
     const bool wide_in = t.wire == IntType::kInt64, wide_out = t.out == IntType::kInt64;
-    cudaError_t error;
-    if (wide_in)
-      error = wide_out ? launch_transfer<int64_t, int64_t>(t.src_device, t.dst, t.count, s)
-                       : launch_transfer<int64_t, int32_t>(t.src_device, t.dst, t.count, s);
-    else
-      error = wide_out ? launch_transfer<int32_t, int64_t>(t.src_device, t.dst, t.count, s)
-                       : launch_transfer<int32_t, int32_t>(t.src_device, t.dst, t.count, s);
-    if (error != cudaSuccess) raise_cuda(error, "cudaLaunchKernel(transfer)", name_);
+    const void* src = t.src_device;
+    void* dst = t.dst;
+    size_t count = t.count;
+    if (!t.tail) {
+      void* args[] = {&src, &dst, &count};
+      return run(transfers_[wide_in][wide_out][grid.shape], "transfer", grid.blocks, s, args);
+    }
+    if (!wide_out) throw DeviceError("a tail is written as int64 [" + name_ + "]");
+    Tail tail{t.tail->relay,
+              t.tail->indices,
+              static_cast<int64_t>(t.tail->relay_size),
+              t.tail->count,
+              t.tail->relay_type == IntType::kInt64,
+              t.tail->index_type == IntType::kInt64};
+    void* args[] = {&src, &dst, &count, &grid.blocks, &tail};
+    run(mixed_[wide_in][grid.shape], "transfer_mixed",
+        grid.blocks + blocks_for(tail.count, kThreads), s, args);
   }
 
   FenceHandle create_fence() override {
@@ -418,20 +410,35 @@ class CudaDevice final : public Device {
   }
 
  private:
-  void launch_with_tail(const Transfer& t, cudaStream_t stream) {
-    if (t.kind != TransferKind::kKernel || t.out != IntType::kInt64)
-      throw DeviceError("a tail is written by a kernel, as int64 [" + name_ + "]");
-    const cudaError_t error =
-        t.wire == IntType::kInt64
-            ? launch_mixed<int64_t>(t.src_device, t.dst, t.count, *t.tail, stream)
-            : launch_mixed<int32_t>(t.src_device, t.dst, t.count, *t.tail, stream);
-    if (error != cudaSuccess) raise_cuda(error, "cudaLaunchKernel(transfer_mixed)", name_);
+  using Kernels = std::array<cudaFunction_t, 3>;  // by Shape
+
+  Kernels load(const std::array<const void*, 3>& addresses) {
+    Kernels kernels;
+    for (size_t i = 0; i < kernels.size(); ++i)
+      PYSTAGE_CUDA(cudaGetFuncBySymbol(&kernels[i], addresses[i]));
+    return kernels;
+  }
+
+  void run(cudaFunction_t kernel, const char* name, unsigned blocks, cudaStream_t stream,
+           void** args) {
+    // In a thread without a CUDA call so far the runtime would make the context current; the driver
+    // does not.
+    thread_local bool has_context = false;
+    if (!has_context) PYSTAGE_CUDA(cudaSetDevice(index_));
+    has_context = true;
+    const auto error = static_cast<cudaError_t>(  // the driver's codes are the runtime's
+        launch_kernel_(kernel, blocks, 1, 1, kThreads, 1, 1, 0, stream, args, nullptr));
+    if (error != cudaSuccess)
+      raise_cuda(error, (std::string("cuLaunchKernel(") + name + ")").c_str(), name_);
   }
 
   const int index_;
   const std::string name_;
   std::string why_pageable_;
   int can_map_ = 0;
+  LaunchKernel launch_kernel_ = nullptr;
+  Kernels transfers_[2][2];  // by int64 wire, int64 output
+  Kernels mixed_[2];         // by int64 wire
 };
 
 }  // namespace

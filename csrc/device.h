@@ -1,7 +1,8 @@
 // What the pool needs of a device: host memory, transfers on streams, fences.
 //
 // Two implementations: cuda_device.cu (mapped pinned memory, CUDA streams and events) and
-// host_device.cpp (ordered queues on worker threads). Every call may be made from any thread.
+// host_device.cpp (ordered queues on worker threads). Every call may be made from any thread; calls
+// that take a stream need its device to be the current one.
 #pragma once
 
 #include <cstddef>
@@ -44,7 +45,7 @@ struct RelayTail {
   IntType index_type = IntType::kInt64;
   size_t count = 0;  // indices
 
-  // Owners of what is read, as Transfer::dst_owner is of what is written.
+  // Owners of what is read: until the launch at least, and on the host device until it ran.
   std::vector<std::shared_ptr<void>> owners;
 
   struct BadIndex {

@@ -19,23 +19,31 @@ inline uint64_t copy_block(const In* __restrict__ src, Out* __restrict__ dst, si
   return bad;
 }
 
-// One contiguous run. A request's ids were last touched when it came in, so they come from the
-// outer caches: asking for them 2 KiB ahead takes 5 to 11 % off, where wider vectors take nothing.
+// One contiguous run. A request's ids were last touched when it came in, and the slot's lines were
+// taken away by the device that read them, so both come from the outer caches. A core asks for more
+// of them at a time when it is told what comes, and walks through four places at once.
 template <typename In, typename Out, bool kChecked>
 bool copy_run(const In* __restrict__ src, Out* __restrict__ dst, size_t count, Bounds bounds) {
-  constexpr size_t kBlock = 512 / sizeof(In);
-  constexpr size_t kAhead = 2048 / sizeof(In);
-  constexpr size_t kLine = 64 / sizeof(In);
+  constexpr size_t kRuns = 4;
+  constexpr size_t kBlock = 256 / sizeof(In);
+  constexpr size_t kAhead = 1024 / sizeof(In);
   const auto lo = static_cast<uint64_t>(bounds.lo);
   const auto hi = static_cast<uint64_t>(bounds.hi);
+  const size_t run = count / kRuns / kBlock * kBlock;
   uint64_t bad = 0;
-  size_t i = 0;
-  for (; i + kBlock <= count; i += kBlock) {
-    if (i + kAhead + kBlock <= count)
-      for (size_t k = 0; k < kBlock; k += kLine) __builtin_prefetch(src + i + kAhead + k);
-    bad |= copy_block<In, Out, kChecked>(src + i, dst + i, kBlock, lo, hi);
+  for (size_t i = 0; i < run; i += kBlock) {
+    for (size_t at = i; at < run * kRuns; at += run) {
+      if (i + kAhead + kBlock <= run) {
+        for (size_t k = 0; k < kBlock; k += 64 / sizeof(In))
+          __builtin_prefetch(src + at + kAhead + k);
+        for (size_t k = 0; k < kBlock; k += 64 / sizeof(Out))
+          __builtin_prefetch(dst + at + kAhead + k, 1);
+      }
+      bad |= copy_block<In, Out, kChecked>(src + at, dst + at, kBlock, lo, hi);
+    }
   }
-  bad |= copy_block<In, Out, kChecked>(src + i, dst + i, count - i, lo, hi);
+  bad |= copy_block<In, Out, kChecked>(src + run * kRuns, dst + run * kRuns, count - run * kRuns,
+                                       lo, hi);
   return static_cast<int64_t>(bad) >= 0;
 }
 

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <thread>
 
 namespace pystage {
 namespace {
@@ -298,6 +297,13 @@ std::shared_ptr<Lease> Pool::make_lease(Slot* slot) {
   return std::make_shared<Lease>(shared_from_this(), slot);
 }
 
+Slot* Pool::spare_slot() {
+  if (spare_slots_.empty()) return &slots_.emplace_back();
+  Slot* slot = spare_slots_.back();
+  spare_slots_.pop_back();
+  return slot;
+}
+
 Slot* Pool::take(size_t bytes) {
   Slot probe;
   probe.bytes = bytes;
@@ -306,13 +312,7 @@ Slot* Pool::take(size_t bytes) {
   auto node = free_.extract(it);
   Slot* slot = node.value();
   if (slot->bytes > bytes) {
-    Slot* rest;
-    if (spare_slots_.empty()) {
-      rest = &slots_.emplace_back();
-    } else {
-      rest = spare_slots_.back();
-      spare_slots_.pop_back();
-    }
+    Slot* rest = spare_slot();
     *rest = Slot{slot->segment, slot->offset + bytes, slot->bytes - bytes, slot, slot->after};
     if (rest->after) rest->after->before = rest;
     slot->after = rest;
@@ -499,13 +499,7 @@ void Pool::allocate_segment(Lock& lock, size_t bytes) {
   Segment& segment = segments_.emplace_back();
   segment.memory = memory;
   segment.id = next_segment_id_++;
-  Slot* slot;
-  if (spare_slots_.empty()) {
-    slot = &slots_.emplace_back();
-  } else {
-    slot = spare_slots_.back();
-    spare_slots_.pop_back();
-  }
+  Slot* slot = spare_slot();
   *slot = Slot{&segment, 0, bytes};
   segment.first = slot;
   free_.insert(slot);

@@ -4,7 +4,6 @@
 #include <ATen/core/CachingHostAllocator.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/Allocator.h>
-#include <c10/core/DeviceGuard.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -74,10 +73,6 @@ std::shared_ptr<void> owner_of(const at::Tensor& tensor) {
   return std::make_shared<c10::Storage>(tensor.storage());
 }
 
-std::optional<c10::Device> to_guard(c10::Device device) {
-  return device.is_cuda() ? std::optional<c10::Device>(device) : std::nullopt;
-}
-
 StreamHandle current_stream_of(c10::Device device) {
   if (device.is_cpu()) return host_current_stream();
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
@@ -115,7 +110,9 @@ std::shared_ptr<RelayTail> make_tail(const at::Tensor& relay, const at::Tensor& 
   tail->indices = packed.const_data_ptr();
   tail->index_type = int_type(packed.scalar_type());
   tail->count = static_cast<size_t>(packed.numel());
-  if (device.is_cpu()) tail->owners = {owner_of(relay), owner_of(packed)};
+  // Until it is launched nothing else may take the memory of `packed`, the output least of all.
+  tail->owners.push_back(owner_of(packed));
+  if (device.is_cpu()) tail->owners.push_back(owner_of(relay));
   record_on_current_stream(relay);
   record_on_current_stream(indices);
   return tail;
@@ -153,6 +150,19 @@ Resolved launch_gather(Device& backend, StreamHandle stream, const std::shared_p
 }
 
 }  // namespace
+
+DeviceScope::DeviceScope(c10::Device device) {
+  if (!device.is_cuda()) return;
+  const c10::impl::VirtualGuardImpl impl(device.type());
+  const c10::Device current = impl.getDevice();
+  if (current == device) return;
+  previous_ = current;
+  impl.setDevice(device);
+}
+
+DeviceScope::~DeviceScope() {
+  if (previous_) c10::impl::VirtualGuardImpl(previous_->type()).uncheckedSetDevice(*previous_);
+}
 
 // --- StagingPool -------------------------------------------------------------------------------
 
@@ -249,7 +259,7 @@ FenceHandle StagedTokens::transfer_to(const at::Tensor& out, StreamHandle stream
 
 void StagedTokens::start_eager() {
   if (!lease_) return;
-  const c10::OptionalDeviceGuard guard(to_guard(pool_->device_));
+  const DeviceScope scope(pool_->device_);
   // Allocated on the stream that writes it: memory of the consumer's stream would be safe to write
   // only behind everything that stream still has to do.
   const c10::OptionalStreamGuard stream_guard(pool_->eager_stream_);
@@ -287,7 +297,7 @@ Resolved StagedTokens::resolve(const std::optional<at::Tensor>& out, at::ScalarT
   }
   TORCH_CHECK_VALUE(int_type(dtype) == IntType::kInt64 || fits_int32_,
                     "these ids do not all fit int32: resolve to int64");
-  const c10::OptionalDeviceGuard guard(to_guard(device));
+  const DeviceScope scope(device);
   const StreamHandle stream = resolving_stream();
 
   if (fallback_.defined()) {
@@ -309,7 +319,7 @@ Resolved StagedTokens::resolve_mixed(const at::Tensor& relay, const at::Tensor& 
                                      const std::optional<at::Tensor>& out) {
   pool_->core().check_process();
   const c10::Device device = pool_->device_;
-  const c10::OptionalDeviceGuard guard(to_guard(device));
+  const DeviceScope scope(device);
   const auto prefill = static_cast<int64_t>(count_);
   if (out) {
     check_out(*out, device, count_ + static_cast<size_t>(indices.numel()));
@@ -345,7 +355,7 @@ Resolved gather_relay(const at::Tensor& relay, const at::Tensor& indices,
                       const std::optional<at::Tensor>& out) {
   const c10::Device device = relay.device();
   Device& backend = backend_of(device);
-  const c10::OptionalDeviceGuard guard(to_guard(device));
+  const DeviceScope scope(device);
   if (out) {
     check_out(*out, device, static_cast<size_t>(indices.numel()));
     check_int64(*out);
@@ -386,7 +396,7 @@ void transfer_tensor(const at::Tensor& wire, const at::Tensor& out) {
   TORCH_CHECK_VALUE(wire.is_cpu() || wire.device() == device,
                     "wire is on " + wire.device().str() + ", out on " + device.str());
   Device& backend = backend_of(device);
-  const c10::DeviceGuard guard(device);
+  const DeviceScope scope(device);
   const c10::impl::VirtualGuardImpl impl(device.type());
   const c10::Stream stream = impl.getStream(device);
   Transfer t;

@@ -20,6 +20,19 @@ struct StagingOptions {
   bool narrow_wire = true;   // int32 on the wire where the ids fit
 };
 
+// Makes a device current for a scope. Costs one query where it is current already; c10's guards
+// make three.
+class DeviceScope {
+ public:
+  explicit DeviceScope(c10::Device device);
+  ~DeviceScope();
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  std::optional<c10::Device> previous_;
+};
+
 class StagedTokens;
 
 class StagingPool {

@@ -161,6 +161,7 @@ class StagingPool:
             copy_engine=transfer == "copy_engine",
             narrow_wire=wire == "auto",
         )
+        self._handle = self._pool.handle()
 
     @property
     def device(self) -> torch.device:
@@ -208,7 +209,7 @@ class StagingPool:
             TypeError, ValueError: no such ids, or ``starts`` and ``stops`` that do not fit them.
         """
         try:
-            return StagedTokens(self, self._pool.stage(token_ids, starts, stops, vocab_size))
+            return _C.stage(self._handle, self, token_ids, starts, stops, vocab_size)
         except PoolExhaustedError as error:
             error.stats = self.stats()
             raise
@@ -247,7 +248,7 @@ class StagingPool:
         return f"StagingPool(device={str(self._device)!r})"
 
 
-class StagedTokens:
+class StagedTokens(_C.StagedTokens):
     """Token ids in a slot of a pool: a 1-D int64 CPU tensor as far as readers can tell.
 
     It is no ``torch.Tensor`` (making one costs as much as staging) but stands in for one: torch
@@ -259,11 +260,7 @@ class StagedTokens:
     ``device_tensor.copy_(staged)``, also of a slice. Each reads the slot on the current stream.
     """
 
-    __slots__ = ("__weakref__", "_pool", "_tokens")
-
-    def __init__(self, pool: StagingPool, tokens: _C.StagedTokens) -> None:
-        self._pool = pool
-        self._tokens = tokens
+    __slots__ = ()
 
     # --- as a tensor tells of itself
 
@@ -278,7 +275,7 @@ class StagedTokens:
     @property
     def shape(self) -> torch.Size:
         """``[n]``."""
-        return torch.Size((len(self._tokens),))
+        return torch.Size((len(self),))
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """As ``Tensor.size``."""
@@ -290,14 +287,11 @@ class StagedTokens:
 
     def numel(self) -> int:
         """The number of ids."""
-        return len(self._tokens)
-
-    def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self)
 
     def is_pinned(self, device: torch.device | str | None = None) -> bool:
         """Whether the ids lie in pinned memory. False on the host device."""
-        return self._tokens.is_pinned
+        return self._is_pinned
 
     def is_contiguous(self) -> bool:
         """True."""
@@ -311,7 +305,7 @@ class StagedTokens:
     @property
     def wire_dtype(self) -> torch.dtype:
         """Their type in the slot and on the bus: ``torch.int32`` where all fit."""
-        return torch.int32 if self._tokens.wire_bits == 32 else torch.int64
+        return torch.int32 if self._wire_bits == 32 else torch.int64
 
     # --- to a device
 
@@ -350,14 +344,6 @@ class StagedTokens:
             device = torch.device("cuda", device)
         return self.to(device, non_blocking=non_blocking)
 
-    def _resolve(
-        self, out: Tensor | None, dtype: torch.dtype | None, blocking: bool = False
-    ) -> Tensor:
-        return self._tokens.resolve(out, dtype, blocking)
-
-    def _resolve_mixed(self, relay: Tensor, indices: Tensor, out: Tensor | None) -> Tensor:
-        return self._tokens.resolve_mixed(relay, indices, out)
-
     def _copy_into(self, out: Tensor, non_blocking: bool) -> Tensor:
         """``out.copy_(self)``."""
         here = self._pool._device
@@ -365,7 +351,7 @@ class StagedTokens:
             plain = out.dtype in (torch.int32, torch.int64) and out.is_contiguous()
             if plain and out.shape == self.shape:
                 return self._resolve(out, None, not non_blocking)
-            return out.copy_(self._resolve(None, torch.int64), non_blocking)
+            return out.copy_(self._resolve(None, torch.int64, False), non_blocking)
         if out.device.type != "cpu":
             self._wrong_device(out.device)
         return out.copy_(self.cpu())
@@ -380,7 +366,7 @@ class StagedTokens:
 
     def cpu(self) -> Tensor:
         """A plain int64 CPU tensor with a copy of the ids, in memory of its own."""
-        return self._tokens.cpu()
+        return self._copy()
 
     def pin_memory(self) -> StagedTokens:
         """Itself: pinned already, where it can be."""
@@ -399,13 +385,13 @@ class StagedTokens:
         if isinstance(key, slice):
             start, stop, step = key.indices(len(self))
             if step == 1:
-                return StagedTokens(self._pool, self._tokens.slice(start, max(start, stop)))
+                return self._slice(start, max(start, stop))
         elif isinstance(key, int) and not isinstance(key, bool):
             size = len(self)
             if not -size <= key < size:
                 raise IndexError(f"index {key} is out of bounds for {size} staged ids")
             at = key % size
-            return self._tokens.slice(at, at + 1).cpu()[0]
+            return self._slice(at, at + 1)._copy()[0]
         return self.cpu()[key]
 
     def __setitem__(self, key: Any, value: Any) -> NoReturn:
@@ -495,7 +481,7 @@ def resolve(
     """
     if not isinstance(staged, StagedTokens):
         raise TypeError(f"resolve takes StagedTokens, not {type(staged).__name__}")
-    return staged._resolve(out, dtype if out is None else None)
+    return staged._resolve(out, dtype if out is None else None, False)
 
 
 def resolve_mixed(
@@ -575,6 +561,7 @@ _OPERATORS = """
 for _name in _OPERATORS.split():
     setattr(StagedTokens, f"__{_name}__", _operator(f"__{_name}__"))
 StagedTokens.__hash__ = object.__hash__  # type: ignore[method-assign, assignment]
+_C.set_staged_tokens_type(StagedTokens)
 
 
 def _require(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -364,6 +364,17 @@ def test_wrong_arguments_of_resolve_mixed(pool: pystage.StagingPool, device: str
     assert pystage.resolve_mixed(tokens, relay, every_other).tolist() == [1, 2, 7, 7]
 
 
+def test_strided_indices_are_not_overwritten(pool: pystage.StagingPool, device: str) -> None:
+    """Their packed copy is as large as the output, and must not share its memory."""
+    size = 1 << 20
+    relay = torch.randperm(size).to(device)
+    indices = torch.randint(size, (2 * size,)).to(device)[::2]
+    for _ in range(3):
+        ids = pystage.resolve_mixed(pool.stage([[1, 2]]), relay, indices)
+        assert ids[:2].tolist() == [1, 2]
+        assert torch.equal(ids[2:], relay[indices])
+
+
 @pytest.mark.gpu
 def test_not_while_a_graph_is_captured() -> None:
     with pystage.StagingPool("cuda:0", 1 << 16) as pool:

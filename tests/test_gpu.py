@@ -164,3 +164,14 @@ def test_nvtx_ranges_when_asked_for() -> None:
     both = ["pystage.stage", "pystage.resolve"]
     assert out.strip() == str([*both, *both, "pystage.stage"])
     assert run(RANGES, PYSTAGE_NVTX="0", PYTHONWARNINGS="ignore").strip() == "[]"
+
+
+def test_first_cuda_call_of_a_thread() -> None:
+    """A launch by the driver's API finds no context in a thread that made no call yet."""
+    wire = torch.arange(5000, dtype=torch.int32).pin_memory()
+    out = torch.zeros(5000, dtype=torch.int64, device="cuda")
+    thread = threading.Thread(target=torch.ops.pystage.transfer_out, args=(wire, out))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert torch.equal(out.cpu(), wire.long())

@@ -221,7 +221,7 @@ def test_bad_ends(
         pool.stage([run_of(0, 3), [1, 2, 3]], starts, stops)
 
 
-@pytest.mark.parametrize("vocab_size", [0, -5])
+@pytest.mark.parametrize("vocab_size", [0, -5, 1 << 63])
 def test_bad_vocab_size(pool: pystage.StagingPool, vocab_size: int) -> None:
     with pytest.raises(ValueError, match="vocab_size"):
         pool.stage([[1]], vocab_size=vocab_size)
@@ -272,6 +272,18 @@ class Shrinks:
     def __index__(self) -> int:
         self.victim.clear()
         return 1
+
+
+@pytest.mark.parametrize("at", [0, 31, 32, 63, 250, 255, 256])
+@pytest.mark.parametrize("value", [-1, 1 << 29, 1 << 30, -(1 << 62)])
+def test_any_int_anywhere_in_a_list(pool: pystage.StagingPool, at: int, value: int) -> None:
+    """Small ints are read from several places at once; one that is not small ends that."""
+    values = list(range(1000, 1257))
+    values[at] = value
+    assert pool.stage([values, tuple(values)]).tolist() == values * 2
+    with pytest.raises(pystage.TokenRangeError) as raised:
+        pool.stage([[1], values], vocab_size=2000)
+    assert (raised.value.request, raised.value.position, raised.value.value) == (1, at, value)
 
 
 def test_a_list_that_shrinks_is_an_error(pool: pystage.StagingPool) -> None:

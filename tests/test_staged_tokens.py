@@ -245,3 +245,10 @@ def test_references(staged: pystage.StagedTokens) -> None:
     assert hash(staged) != hash(staged[:])
     assert staged in {staged: 1}
     assert staged.pin_memory() is staged
+
+
+def test_is_made_by_stage_alone() -> None:
+    with pytest.raises(TypeError, match="cannot create"):
+        pystage.StagedTokens()
+    with pytest.raises(TypeError, match="not safe"):
+        object.__new__(pystage.StagedTokens)

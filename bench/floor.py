@@ -1,0 +1,72 @@
+"""The floor under every contender: a memcpy of the ids into pinned memory, memory for the output, a
+launch and an event, each timed in C (floor.cu). What a Python call costs is not in it."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch.utils.cpp_extension import CUDA_HOME
+
+HERE = Path(__file__).resolve().parent
+PARTS = ("memcpy", "allocation", "launch", "event")
+
+
+def build() -> Path:
+    """Compiles floor.cu with nvcc alone, if it is newer than what was built. Needs a toolkit."""
+    source, library = HERE / "floor.cu", HERE.parent / "build" / "floor.so"
+    if library.exists() and library.stat().st_mtime > source.stat().st_mtime:
+        return library
+    if CUDA_HOME is None:
+        raise RuntimeError("no CUDA toolkit to build bench/floor.cu with: set CUDA_HOME")
+    site = Path(torch.__file__).parent
+    library.parent.mkdir(exist_ok=True)
+    command = [
+        f"{CUDA_HOME}/bin/nvcc", "-O3", "-std=c++20", "-shared", "-cudart", "shared",
+        "-Xcompiler", "-fPIC", f"-I{site}/include", str(source), "-o", str(library),
+        f"-L{site}/lib", "-lc10",
+    ]  # fmt: skip
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return library
+
+
+class Floor:
+    """Times the parts on torch's current stream, for arrays of up to ``max_ids`` ids."""
+
+    def __init__(self, max_ids: int) -> None:
+        torch.cuda.init()  # the allocator is there from then on
+        self._library = ctypes.CDLL(str(build()))
+        self._once = self._library.floor_once
+        self._once.argtypes = [
+            ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.POINTER(ctypes.c_double)
+        ]  # fmt: skip
+        self._us = (ctypes.c_double * len(PARTS))()
+        self._library.floor_open.argtypes = [ctypes.c_size_t]
+        if not self._library.floor_open(8 * max_ids):
+            raise RuntimeError(f"no pinned memory for {max_ids} ids")
+
+    def once(self, ids: array[int]) -> Sequence[float]:
+        """Microseconds of each of `PARTS` for one `array('q')`."""
+        address, count = ids.buffer_info()
+        stream = torch.cuda.current_stream().cuda_stream
+        if not self._once(address, 8 * count, stream, self._us):
+            raise RuntimeError("a CUDA call of the floor failed")
+        return tuple(self._us)
+
+    def __enter__(self) -> Floor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._library.floor_close()
