@@ -110,11 +110,10 @@ def two_calls_time(
     inside = inside or {}
     times: dict[str, list[tuple[float, ...]]] = {name: [] for name in [*contenders, *inside]}
     result: dict[str, Any] = {}
-    names, call = list(times), 0
+    names, call, order = list(times), 0, random.Random(5)
     with collector_off():
         for i in range(-warmup, samples):
-            turn = i % max(1, len(names))
-            for name in names[turn:] + names[:turn]:
+            for name in order.sample(names, len(names)):  # nobody always runs behind the same one
                 try:
                     if name in inside:
                         row = tuple(inside[name]())
