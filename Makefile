@@ -44,10 +44,10 @@ test: build  ## the test suite
 cpp-test:  ## the C++ tests of pool and gather; they need doctest
 	$(MAKE) -C csrc/tests
 
-bench:  ## measure on this machine's device; results go to bench/results
-	$(PY) bench/staging.py $(if $(DEVICE),--device $(DEVICE))
+bench:  ## measure all peers in all regimes; results go to bench/results (ARGS='--quick --peers DIR')
+	$(PY) -m bench $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
-report:  ## put the figures of bench/results into the README, and draw them
+report:  ## put the figures of bench/results into README and docs, and draw them
 	$(PY) bench/report.py
 
 clean:  ## remove what was built

@@ -12,15 +12,20 @@ import random
 import subprocess
 import sys
 import time
+import traceback
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 import pystage
+from pystage.trace import Batch, Request, prefill_batches
 
 RESULTS = Path(__file__).resolve().parent / "results"
 VOCAB = 128_256
@@ -33,14 +38,27 @@ def random_ids(count: int, rng: random.Random) -> array[int]:
 
 def summary(samples_us: Sequence[float]) -> dict[str, float]:
     """Microseconds."""
-    p50, p90, p99 = np.percentile(samples_us, [50, 90, 99])
+    p50, p90, p99, p999 = np.percentile(samples_us, [50, 90, 99, 99.9])
     return {
         "p50": round(float(p50), 3),
         "p90": round(float(p90), 3),
         "p99": round(float(p99), 3),
+        "p99.9": round(float(p999), 3),
         "max": round(float(max(samples_us)), 3),
         "samples": len(samples_us),
     }
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """No pauses of Python's garbage collector within."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def host_time(
@@ -57,9 +75,7 @@ def host_time(
     """
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with collector_off():
         for i in range(-warmup, samples):
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 call = contenders[name]
@@ -70,10 +86,84 @@ def host_time(
                 del result
                 if i >= 0:
                     times[name].append((stop - start) / 1e3)
-    finally:
-        if collecting:
-            gc.enable()
     return {name: summary(values) for name, values in times.items()}
+
+
+TwoCalls: TypeAlias = "tuple[Callable[[Any], Any], Callable[[Any], Any]]"
+
+
+def two_calls_time(
+    contenders: dict[str, TwoCalls],
+    inputs: Callable[[int], Any],
+    samples: int,
+    warmup: int,
+    settle: Callable[[], None],
+    inside: dict[str, Callable[[], Sequence[float]]] | None = None,
+) -> dict[str, Any]:
+    """As :func:`host_time`, of two calls, ``second(first(input))``: each, and both together.
+
+    ``inputs`` gives the input of the n-th call; no two calls in a row share one. ``inside`` take
+    turns with the others, and time their own parts, in microseconds: their result is the list of
+    the parts' summaries. Who raises is out of the turn from then on, and its result is ``{"error":
+    traceback}``.
+    """
+    inside = inside or {}
+    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in [*contenders, *inside]}
+    result: dict[str, Any] = {}
+    names, call, order = list(times), 0, random.Random(5)
+    with collector_off():
+        for i in range(-warmup, samples):
+            for name in order.sample(names, len(names)):  # nobody always runs behind the same one
+                try:
+                    if name in inside:
+                        row = tuple(inside[name]())
+                        settle()
+                    else:
+                        first, second = contenders[name]
+                        given = inputs(call)
+                        call += 1
+                        start = time.perf_counter_ns()
+                        held = first(given)
+                        middle = time.perf_counter_ns()
+                        made = second(held)
+                        stop = time.perf_counter_ns()
+                        settle()
+                        del held, made
+                        row = ((middle - start) / 1e3, (stop - middle) / 1e3)
+                except Exception:
+                    result[name] = {"error": traceback.format_exc()}
+                    names.remove(name)
+                    continue
+                if i >= 0:
+                    times[name].append(row)
+    for name in names:
+        parts = [summary(values) for values in zip(*times[name], strict=True)]
+        if name in inside:
+            result[name] = parts
+        elif parts:
+            total = summary([sum(row) for row in times[name]])
+            result[name] = {"stage": parts[0], "resolve": parts[1], "total": total}
+    return result
+
+
+def cpu_cache_bytes() -> int:
+    """The largest cache of the CPU, as the kernel tells it; 64 MiB where it does not."""
+    sizes = [64 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        if text.endswith(("K", "M")):
+            sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
+    return max(sizes)
+
+
+def arriving(requests: list[Request]) -> Iterator[Batch]:
+    """Batches of the one to four requests that are there at a time, so of all sizes."""
+    first = 0
+    for count in cycle((1, 2, 3, 4)):
+        group = [requests[(first + i) % len(requests)] for i in range(count)]
+        for batch in prefill_batches(group):
+            yield replace(batch, requests=[first + r for r in batch.requests])
+        first += count
 
 
 def _output(*command: str) -> str:
@@ -85,10 +175,13 @@ def _output(*command: str) -> str:
 
 def _command() -> str:
     """What was run, without where its results went."""
-    words = ["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]
-    if "--out" in words:
-        at = words.index("--out")
-        del words[at : at + 2]
+    script = os.path.relpath(sys.argv[0])
+    program = ["-m", os.path.dirname(script)] if script.endswith("__main__.py") else [script]
+    words = ["python", *program, *sys.argv[1:]]
+    for option in ("--out", "--peers"):
+        if option in words:
+            at = words.index(option)
+            del words[at : at + 2]
     return " ".join(words)
 
 
@@ -123,9 +216,16 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Writes JSON; a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)
+
+
 def write_result(name: str, result: dict[str, Any], out: str | Path | None) -> Path:
     """Writes ``result`` with its provenance as JSON; returns the file."""
     path = Path(out) if out else RESULTS / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"benchmark": name, **provenance(), **result}, indent=1) + "\n")
+    save(path, {"benchmark": name, **provenance(), **result})
     return path

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with a GPU, in one call, with the packages already there.
-#   bench/gpu.sh [build] [test] [stress] [sanitize] [bench] [demo]     default: all of them
-# Results go to ${OUT:-bench/results}. Give the commit as PYSTAGE_COMMIT where git is not.
+#   bench/gpu.sh [build] [test] [stress] [sanitize] [bench] [suite] [demo]    default: all of them
+# Results go to ${OUT:-bench/results}. Give the commit as PYSTAGE_COMMIT where git is not. The suite
+# takes peers that are not installed from the folder PEERS.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-bench/results}
 python=${PYTHON:-python3}
-parts=${*:-build test stress sanitize bench demo}
+parts=${*:-build test stress sanitize bench suite demo}
 failed=0
 step() {  # step NAME COMMAND...: runs it, says how it went and how long it took
   local name=$1 start=$SECONDS; shift
@@ -33,6 +34,8 @@ for part in $parts; do
         grep -E "ERROR SUMMARY|RACECHECK SUMMARY|passed|failed" "$out/$tool.log" | tail -n 4
       done ;;
     bench) step bench "$python" bench/staging.py --out "$out/staging.json"; cat "$out/bench.log" ;;
+    suite) step suite "$python" -m bench --out "$out/suite.json" ${PEERS:+--peers "$PEERS"}
+           tail -c 9000 "$out/suite.log" ;;
     demo) step demo "$python" -m pystage demo --json "$out/demo.json"; tail -n 45 "$out/demo.log" ;;
   esac
 done

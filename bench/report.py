@@ -1,7 +1,7 @@
-"""Puts the figures of bench/results into the README, and draws them.
+"""Puts the figures of bench/results into the README and the docs, and draws them.
 
-python bench/report.py          writes the README's tables and docs/staging.svg
-python bench/report.py --check  fails if the README's tables are not those of the results
+python bench/report.py          writes the tables of README.md and docs/benchmarks.md, and the plots
+python bench/report.py --check  fails if these tables are not those of the results
 """
 
 from __future__ import annotations
@@ -14,25 +14,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
+
+from bench import pages  # noqa: E402
+from bench.pages import tabulate  # noqa: E402
+
 RESULT = ROOT / "bench/results/staging-nvidia-h100-80gb-hbm3.json"
 EARLIER = ROOT / "bench/results/earlier"
 README = ROOT / "README.md"
+DOCS = ROOT / "docs/benchmarks.md"
 PLOT = ROOT / "docs/staging.svg"
 SHAPES = ("1 x 128", "1 x 8192", "8 x 1024", "64 x 128", "1 x 16384", "1 x 131072")
-
-
-def tabulate(head: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-
-    def line(cells: list[str]) -> str:
-        first, *rest = (
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "| " + " | ".join([first, *rest]) + " |"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
-    return "\n".join([line(head), rule, *map(line, rows)])
 
 
 def pair(cell: dict[str, float]) -> str:
@@ -143,14 +135,38 @@ def sections(result: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def fill(text: str, parts: dict[str, str]) -> str:
-    """Replaces what stands between <!-- figures: NAME --> and <!-- end -->."""
-    for name, part in parts.items():
-        pattern = re.compile(rf"(<!-- figures: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text, count = pattern.subn(lambda m, part=part: m[1] + part + "\n" + m[2], text)
-        if count != 1:
-            sys.exit(f"README.md has {count} places for the figures {name!r}, not 1")
-    return text
+MARK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str, parts: dict[str, str], name: str) -> str:
+    """Replaces what stands between <!-- figures: NAME --> and <!-- end -->; ``name``: the file's.
+
+    Exits if there is a mark without figures, or one twice.
+    """
+    marks = [match[2] for match in MARK.finditer(text)]
+    for mark in marks:
+        if mark not in parts or marks.count(mark) > 1:
+            sys.exit(f"{name} has {marks.count(mark)} places for the figures {mark!r}")
+    return MARK.sub(lambda m: m[1] + parts[m[2]] + "\n" + m[3], text)
+
+
+def newest_suite(folder: Path) -> dict[str, Any] | None:
+    """The last whole run of ``python -m bench`` on a GPU; None if there is none yet."""
+    runs = [json.loads(path.read_text()) for path in folder.glob("suite-*.json")]
+    whole = [run for run in runs if run["devices"] and not run["quick"]]
+    return max(whole, key=lambda run: str(run["date"]), default=None)
+
+
+def pages_with_figures(root: Path) -> dict[Path, tuple[str, str]]:
+    """Each page, as it is and as the results say."""
+    staging = json.loads((root / RESULT.relative_to(ROOT)).read_text())
+    suite = newest_suite(root / RESULT.parent.relative_to(ROOT))
+    parts = sections(staging) | pages.sections(suite)
+    found = {}
+    for page in (root / README.name, root / DOCS.relative_to(ROOT)):
+        before = page.read_text()
+        found[page] = (before, fill(before, parts, page.name))
+    return found
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -230,23 +246,31 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
-    args = parser.parse_args()
-    result = json.loads(RESULT.read_text())
-    before = README.read_text()
-    after = fill(before, sections(result))
+    parser.add_argument("--root", type=Path, default=ROOT, help="of the repository")
+    args = parser.parse_args(arguments)
+    found = pages_with_figures(args.root)
     if args.check:
-        if after != before:
-            sys.exit("README.md has other figures than bench/results: run python bench/report.py")
-        print("README.md has the figures of", RESULT.relative_to(ROOT))
+        wrong = [page.name for page, (before, after) in found.items() if before != after]
+        if wrong:
+            sys.exit(
+                f"{', '.join(wrong)}: other figures than bench/results has; run bench/report.py"
+            )
+        print("as bench/results says:", *(page.name for page in found))
         return
-    README.write_text(after)
-    draw(result, PLOT)
-    print("written:", README.relative_to(ROOT), PLOT.relative_to(ROOT))
+    for page, (_, after) in found.items():
+        page.write_text(after)
+    plots = [args.root / PLOT.relative_to(ROOT)]
+    draw(json.loads((args.root / RESULT.relative_to(ROOT)).read_text()), plots[0])
+    if (suite := newest_suite(args.root / RESULT.parent.relative_to(ROOT))) is not None:
+        from bench import plots as suite_plots
+
+        plots += suite_plots.draw(suite, plots[0].with_name("suite.json"))
+    print("written:", *(path.relative_to(args.root) for path in [*found, *plots]))
 
 
 if __name__ == "__main__":

@@ -10,20 +10,19 @@ import argparse
 import random
 import time
 from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from itertools import cycle, islice
+from collections.abc import Callable
+from itertools import islice
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from common import VOCAB, host_time, random_ids, summary, write_result
+from common import VOCAB, arriving, host_time, random_ids, summary, write_result
 from floor import PARTS, Floor
 from rich.console import Console
 from rich.table import Table
 
 import pystage
-from pystage.trace import Batch, Request, draw_ids, prefill_batches, sample_trace
+from pystage.trace import draw_ids, sample_trace
 
 Ids: TypeAlias = "list[array[int]]"
 INPUTS = 64  # batches that a contender's inputs rotate through
@@ -261,16 +260,6 @@ def behind_copies(device: torch.device, samples: int) -> dict[str, Any]:
         }
     pool.close()
     return result
-
-
-def arriving(requests: list[Request]) -> Iterator[Batch]:
-    """Batches of the one to four requests that are there at a time, so of all sizes."""
-    first = 0
-    for count in cycle((1, 2, 3, 4)):
-        group = [requests[(first + i) % len(requests)] for i in range(count)]
-        for batch in prefill_batches(group):
-            yield replace(batch, requests=[first + r for r in batch.requests])
-        first += count
 
 
 def trace_allocations(device: torch.device, batches: int) -> dict[str, Any]:

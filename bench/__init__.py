@@ -1,0 +1,1 @@
+"""``python -m bench``: pystage and its peers, every regime, in one run."""

@@ -1,0 +1,467 @@
+"""Who is measured: each takes a batch of ragged ids to an int64 tensor on the device, in two calls.
+
+``stage`` runs where the batch is made, ``resolve`` where its forward starts. References do less:
+they show what a part of it costs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+import traceback
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+import pystage
+from bench.common import VOCAB
+from bench.device import DURING_CALL, IN_STREAM_ORDER, Absent, Host
+from bench.peers import Sources
+
+Batch: TypeAlias = "Sequence[Any]"  # one list, array('q'), NumPy array or tensor for each request
+KINDS = ("array", "list", "numpy", "tensor")
+DEFERRED = "pystage deferred"
+EAGER = "pystage eager"
+ENGINE = "pystage copy engine"
+WIDE = "pystage int64 wire"
+CHECKED = "pystage, ids checked"
+SGLANG = "SGLang"
+BUFFER = "vLLM CpuGpuBuffer"
+UVA = "vLLM UvaBufferPool"
+TORCH = "torch, pinned array"
+TORCH_LIST = "torch, list"
+CUPY = "CuPy pinned pool"
+BATCH = "cudaMemcpyBatchAsync"
+READY = "cudaMemcpyAsync, ready buffer"
+READY_BATCH = "cudaMemcpyBatchAsync, ready buffer"
+FLOOR = ("memcpy", "allocation", "launch")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way from ids to the device.
+
+    Attributes:
+        role: ``"ours"``, ``"peer"`` (the whole way) or ``"reference"`` (a part of it).
+        stage: from a batch to whatever ``resolve`` takes.
+        resolve: to an int64 tensor on the device, ordered on the current stream.
+        takes: which kinds of requests.
+        most: ids it has room for.
+        note: what a reader must know to judge its figures.
+        pinned: bytes of pinned memory held, and allocations so far; None: those of torch's own
+            allocator.
+        close: gives back what it holds.
+    """
+
+    name: str
+    role: str
+    stage: Callable[[Any], Any]
+    resolve: Callable[[Any], Any]
+    takes: Sequence[str] = KINDS
+    most: int = 1 << 62
+    note: str = ""
+    pinned: Callable[[], tuple[int, int]] | None = None
+    close: Callable[[], None] = lambda: None
+
+
+def ids_of(request: Any) -> Any:
+    """A request as an int64 NumPy array, without a copy where there need not be one."""
+    return np.frombuffer(request, np.int64) if isinstance(request, array) else np.asarray(request)
+
+
+def gather(batch: Batch, into: Any) -> None:
+    """The fastest way that NumPy has."""
+    if len(batch) == 1:
+        into[:] = ids_of(batch[0])
+    else:
+        np.concatenate([ids_of(request) for request in batch], out=into)
+
+
+def count_of(batch: Batch) -> int:
+    return sum(map(len, batch))
+
+
+# --- ours --------------------------------------------------------------------------------------
+
+POOLS: dict[str, dict[str, Any]] = {
+    DEFERRED: {},
+    EAGER: {"issue": "eager"},
+    ENGINE: {"transfer": "copy_engine", "wire": "int64"},
+    WIDE: {"wire": "int64"},
+}
+
+
+def ours(name: str, device: Host) -> Contender:
+    pool = pystage.StagingPool(device.torch, **POOLS[name])
+
+    def pinned() -> tuple[int, int]:
+        stats = pool.stats()
+        return stats.reserved_bytes, stats.allocations
+
+    note = ", ".join(f"{option}={value}" for option, value in POOLS[name].items())
+    return Contender(
+        name, "ours", pool.stage, pystage.resolve, note=note, pinned=pinned, close=pool.close
+    )
+
+
+def ours_checked(device: Host) -> Contender:
+    pool = pystage.StagingPool(device.torch)
+    return Contender(
+        CHECKED,
+        "ours",
+        lambda batch: pool.stage(batch, vocab_size=VOCAB),
+        pystage.resolve,
+        note="each id checked against the vocabulary",
+        close=pool.close,
+    )
+
+
+# --- peers -------------------------------------------------------------------------------------
+
+
+def torch_array(device: Host) -> Contender:
+    """The fewest copies that torch allows: gathered straight into a block of its allocator."""
+
+    def stage(batch: Batch) -> torch.Tensor:
+        pinned = device.pinned(count_of(batch))
+        gather(batch, pinned.numpy())
+        return pinned
+
+    return Contender(
+        TORCH,
+        "peer",
+        stage,
+        lambda pinned: pinned.to(device.torch, non_blocking=True),
+        note="torch.empty(pin_memory=True), filled through NumPy, .to(non_blocking=True)",
+    )
+
+
+def torch_list(device: Host) -> Contender:
+    def stage(batch: Batch) -> torch.Tensor:
+        flat = batch[0] if len(batch) == 1 else list(chain.from_iterable(batch))
+        return torch.tensor(flat, dtype=torch.int64, pin_memory=device.cuda)
+
+    return Contender(
+        TORCH_LIST,
+        "peer",
+        stage,
+        lambda pinned: pinned.to(device.torch, non_blocking=True),
+        takes=("list",),
+        note="torch.tensor(list, pin_memory=True), .to(non_blocking=True)",
+    )
+
+
+class NoSpeculation:
+    """Its ``spec_algorithm``."""
+
+    def is_none(self) -> bool:
+        return True
+
+
+@dataclass
+class ForwardBatch:
+    """The fields of a SGLang batch that its function reads, for a batch without speculation."""
+
+    prefill_input_ids_cpu: Any
+    device: torch.device
+    mix_running_indices: Any = None
+    input_ids: Any = None
+    enable_overlap: bool = True
+    spec_algorithm: Any = field(default_factory=NoSpeculation)
+
+
+@dataclass
+class SglangCode:
+    """Its functions, as they stand in the wheel."""
+
+    flatten: Callable[[Any, bool], torch.Tensor]
+    resolve_forward_inputs: Callable[[Any, Any], None]
+    get_fill_ids: Callable[[Any], Any]
+    version: str
+
+
+def sglang_code(sources: Sources) -> SglangCode:
+    given = {"np": np, "torch": torch, "_DEBUG_ASSERT": False}
+    flatten = sources.take("sglang", "srt/utils/common.py", ["flatten_arrays_to_pinned_cpu"], given)
+    resolve = sources.take(
+        "sglang", "srt/managers/overlap_utils.py", ["resolve_forward_inputs"], given
+    )
+    fill = sources.take("sglang", "srt/managers/schedule_batch.py", ["Req.get_fill_ids"], given)
+    return SglangCode(
+        flatten["flatten_arrays_to_pinned_cpu"],
+        resolve["resolve_forward_inputs"],
+        fill["Req.get_fill_ids"],
+        sources.version("sglang"),
+    )
+
+
+def sglang(device: Host, sources: Sources) -> Contender:
+    code = sglang_code(sources)
+
+    def resolve(pinned: torch.Tensor) -> torch.Tensor:
+        batch = ForwardBatch(pinned, device.torch)
+        code.resolve_forward_inputs(batch, None)
+        return batch.input_ids  # type: ignore[no-any-return]
+
+    return Contender(
+        SGLANG,
+        "peer",
+        lambda batch: code.flatten(batch, device.cuda),
+        resolve,
+        takes=("array", "numpy"),
+        note=f"flatten_arrays_to_pinned_cpu and resolve_forward_inputs of {code.version}; the "
+        "rest of prepare_for_extend, and its copy of the history, are left out",
+    )
+
+
+def vllm_buffer(device: Host, sources: Sources, room: int) -> Contender:
+    given = {"torch": torch, "PIN_MEMORY": device.cuda}
+    taken = sources.take("vllm", "v1/utils.py", ["CpuGpuBuffer"], given)
+    buffer = taken["CpuGpuBuffer"](
+        room, dtype=torch.int64, device=device.torch, pin_memory=device.cuda
+    )
+
+    def stage(batch: Batch) -> int:
+        count = count_of(batch)
+        gather(batch, buffer.np[:count])
+        return count
+
+    return Contender(
+        BUFFER,
+        "peer",
+        stage,
+        buffer.copy_to_gpu,
+        most=room,
+        note=f"CpuGpuBuffer of {sources.version('vllm')}; one buffer for all batches, filled "
+        "without the event that vLLM waits for once a step: in its favour",
+    )
+
+
+def vllm_uva(device: Host, sources: Sources, room: int) -> Contender:
+    if not device.cuda:
+        raise Absent("no device that would read the host's memory")
+    given = {
+        "np": np,
+        "torch": torch,
+        "is_uva_available": lambda: True,
+        "get_accelerator_view_from_cpu_tensor": device.view,
+        "_DEFAULT_MAX_CONCURRENCY": 2,
+    }
+    names = ["UvaBuffer", "UvaBufferPool"]
+    taken = sources.take("vllm", "v1/worker/gpu/buffer_utils.py", names, given)
+    pool = taken["UvaBufferPool"](room, torch.int64)
+
+    def stage(batch: Batch) -> torch.Tensor:
+        flat = ids_of(batch[0]) if len(batch) == 1 else np.concatenate([*map(ids_of, batch)])
+        return pool.copy_to_uva(flat)  # type: ignore[no-any-return]
+
+    return Contender(
+        UVA,
+        "peer",
+        stage,
+        torch.clone,
+        most=room,
+        note=f"UvaBufferPool of {sources.version('vllm')}; the device's view of its memory is made "
+        "through torch, as vLLM's own is in its compiled part; two buffers in turn, no fence",
+    )
+
+
+def cupy_pool(device: Host) -> Contender:
+    if not device.cuda:
+        raise Absent("CuPy works on CUDA devices only")
+    try:
+        import cupy
+    except ImportError as error:
+        raise Absent(f"CuPy is not installed ({error})") from error
+    held = [0, 0]
+
+    def allocate(size: int) -> Any:  # as CuPy's own, and counted
+        held[0] += size
+        held[1] += 1
+        return cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(size), 0)
+
+    pool = cupy.cuda.PinnedMemoryPool(allocate)
+    to_device = cupy.cuda.runtime.memcpyHostToDevice
+
+    def stage(batch: Batch) -> tuple[Any, int]:
+        count = count_of(batch)
+        memory = pool.malloc(8 * count)
+        gather(batch, np.frombuffer(memory, np.int64, count))
+        return memory, count
+
+    def resolve(staged: tuple[Any, int]) -> torch.Tensor:
+        memory, count = staged
+        out = torch.empty(count, dtype=torch.int64, device=device.torch)
+        stream = torch.cuda.current_stream().cuda_stream
+        cupy.cuda.runtime.memcpyAsync(out.data_ptr(), memory.ptr, 8 * count, to_device, stream)
+        return out
+
+    return Contender(
+        CUPY,
+        "peer",
+        stage,
+        resolve,
+        note=f"cupy.cuda.PinnedMemoryPool of {cupy.__version__} and its memcpyAsync; it knows no "
+        "stream, so the caller keeps the memory until the copy is done: not counted here",
+        pinned=lambda: (held[0], held[1]),
+    )
+
+
+def memcpy_batch(device: Host) -> Contender:
+    device.batch([], [], [], DURING_CALL)  # raises where there is none
+
+    def resolve(batch: Batch) -> torch.Tensor:
+        out = torch.empty(count_of(batch), dtype=torch.int64, device=device.torch)
+        srcs, dsts, sizes, at = [], [], [], out.data_ptr()
+        for request in batch:
+            source, count = request.buffer_info()
+            srcs.append(source)
+            dsts.append(at)
+            sizes.append(8 * count)
+            at += 8 * count
+        device.batch(dsts, srcs, sizes, DURING_CALL)()
+        return out
+
+    return Contender(
+        BATCH,
+        "peer",
+        lambda batch: batch,
+        resolve,
+        takes=("array",),
+        note="straight from the arrays, srcAccessOrder=DuringApiCall; called through ctypes",
+    )
+
+
+# --- references --------------------------------------------------------------------------------
+
+
+def ready(device: Host, name: str, count: int, out: torch.Tensor | None = None) -> Contender:
+    """A copy alone, from a pinned buffer that holds the ids already."""
+    pinned = device.pinned(count)
+    pinned.random_(0, VOCAB)
+    out = torch.empty(count, dtype=torch.int64, device=device.torch) if out is None else out
+    dst, src, size = out.data_ptr(), pinned.data_ptr(), 8 * count
+    keep = (pinned, out)
+    if name == READY_BATCH:
+        call = device.batch([dst], [src], [size], IN_STREAM_ORDER)
+    else:
+
+        def call() -> None:
+            device.memcpy(dst, src, size)
+
+    def resolve(_: Any) -> torch.Tensor:
+        call()
+        return keep[1]
+
+    note = "the copy alone, into a tensor that is there; called through ctypes"
+    return Contender(name, "reference", lambda batch: None, resolve, note=note)
+
+
+class PythonFloor:
+    """What no way can do without, each part with the cost of its call from Python."""
+
+    parts = FLOOR
+
+    def __init__(self, device: Host, count: int) -> None:
+        self.device, self.pinned = device, device.pinned(count)
+
+    def once(self, ids: array[int]) -> Sequence[float]:
+        """Microseconds of each part."""
+        address, count = ids.buffer_info()
+        start = time.perf_counter_ns()
+        ctypes.memmove(self.pinned.data_ptr(), address, 8 * count)
+        copied = time.perf_counter_ns()
+        out = torch.empty(count, dtype=torch.int64, device=self.device.torch)
+        allocated = time.perf_counter_ns()
+        self.device.launch()
+        launched = time.perf_counter_ns()
+        del out
+        return [(b - a) / 1e3 for a, b in pairwise((start, copied, allocated, launched))]
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class CompiledFloor:
+    """The same, timed in C, and an event with it."""
+
+    def __init__(self, count: int) -> None:
+        from bench import floor
+
+        self.parts = floor.PARTS
+        self._floor = floor.Floor(count)
+        self.once = self._floor.once
+
+    def close(self) -> None:
+        self._floor.__exit__(None, None, None)
+
+
+# --- all of them -------------------------------------------------------------------------------
+
+
+class Contenders:
+    """Makes contenders, and remembers who could not be had and why, and who failed."""
+
+    def __init__(self, device: Host, sources: Sources) -> None:
+        self.device, self.sources = device, sources
+        self.absent: dict[str, str] = {}
+        self.errors: dict[str, str] = {}
+        self.notes: dict[str, str] = {}
+        self.roles: dict[str, str] = {}
+
+    def make(self, name: str, room: int = 1 << 20) -> Contender | None:
+        """A fresh one of that name, with room for so many ids; None if it cannot be had."""
+        device, sources = self.device, self.sources
+        makers: dict[str, Callable[[], Contender]] = {
+            CHECKED: lambda: ours_checked(device),
+            SGLANG: lambda: sglang(device, sources),
+            BUFFER: lambda: vllm_buffer(device, sources, room),
+            UVA: lambda: vllm_uva(device, sources, room),
+            TORCH: lambda: torch_array(device),
+            TORCH_LIST: lambda: torch_list(device),
+            CUPY: lambda: cupy_pool(device),
+            BATCH: lambda: memcpy_batch(device),
+            READY: lambda: ready(device, READY, room),
+            READY_BATCH: lambda: ready(device, READY_BATCH, room),
+        }
+        if name in POOLS:
+            makers[name] = lambda: ours(name, device)
+        try:
+            contender = makers[name]()
+        except Absent as why:
+            self.absent[name] = str(why)
+            return None
+        except Exception:
+            self.errors[f"making {name}"] = traceback.format_exc()
+            return None
+        self.roles[name], self.notes[name] = contender.role, contender.note
+        return contender
+
+    def floor(self, count: int) -> PythonFloor | CompiledFloor:
+        """Of up to ``count`` ids; from Python where it cannot be compiled."""
+        failed = "making the floor in C"
+        if self.device.cuda and failed not in self.errors:  # no second long compilation
+            try:
+                return CompiledFloor(count)
+            except Exception:
+                self.errors[failed] = traceback.format_exc()
+        return PythonFloor(self.device, count)
+
+    def why_not(self, name: str) -> str:
+        """After :meth:`make` gave None."""
+        return self.absent.get(name) or f"failed: see the error of making {name}"
+
+    def all(self, names: Sequence[str], room: int = 1 << 20) -> list[Contender]:
+        """Those of them that can be had."""
+        return [c for c in (self.make(name, room) for name in names) if c is not None]
+
+
+OURS = (DEFERRED, EAGER, ENGINE, WIDE, CHECKED)
+PEERS = (TORCH, TORCH_LIST, SGLANG, BUFFER, UVA, CUPY, BATCH)
+REFERENCES = (READY, READY_BATCH)
+EVERYBODY = (*OURS, *PEERS, *REFERENCES)

@@ -1,0 +1,287 @@
+"""The tables of docs/benchmarks.md and of the README, from a run of the suite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.contenders import DEFERRED, EVERYBODY, READY
+from bench.regimes import (
+    BULK,
+    DIRECTIONS,
+    DRIFTERS,
+    EMPTY,
+    KERNELS,
+    MOVERS,
+    NEW_SIZES,
+    PIECES,
+    PLAIN_MIXED,
+    SHAPES,
+)
+from bench.targets import Cells, Missing
+
+NOT_YET = "Not measured yet: `make bench` on an H100, then `make report`."
+SHORT = ("1 x 128", "1 x 8192", "8 x 1024", "64 x 128", "1 x 16384", "1 x 131072")
+
+
+def tabulate(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up."""
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "| " + " | ".join([first, *rest]) + " |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
+    return "\n".join([line(head), rule, *map(line, rows)])
+
+
+def sections(result: dict[str, Any] | None) -> dict[str, str]:
+    """What stands at each mark, by its name. None: there is no run yet."""
+    makers = {
+        "suite": lambda r: _host_summary(r, [f"{shape} array" for shape in SHORT]),
+        "suite-targets": _targets,
+        "suite-source": source,
+        "suite-host": lambda r: _host_summary(r, _cells(r, "host")),
+        "suite-contenders": _host_contenders,
+        "suite-stream": _stream,
+        "suite-latency": _latency,
+        "suite-traffic": _traffic,
+        "suite-drift": _drift,
+        "suite-new-sizes": _new_sizes,
+        "suite-threads": _threads,
+        "suite-history": lambda r: _totals(r, "history"),
+        "suite-mixed": _mixed,
+        "suite-notes": _notes,
+        "suite-plots": _plots,
+    }
+    if result is None:
+        return dict.fromkeys(makers, NOT_YET)
+    return {name: make(result) for name, make in makers.items()}
+
+
+def source(result: dict[str, Any]) -> str:
+    return (
+        f"{result['device_name']}, {result['cores']}-core VM ({result['cpu']}), driver "
+        f"{result['driver']}, torch {result['torch']}, {result['date'][:10]}, commit "
+        f"`{result['commit'][:9]}`: `{result['command']}`."
+    )
+
+
+def _cells(result: dict[str, Any], regime: str) -> dict[str, Any]:
+    """The cells that have contenders."""
+    cells = result["regimes"].get(regime, {})
+    return {name: cell for name, cell in cells.items() if cell.get("contenders")}
+
+
+def _pair(times: dict[str, float] | None) -> str:
+    return f"{times['p50']:,.1f} / {times['p99']:,.1f}" if times else ""
+
+
+def _half(times: dict[str, float] | None) -> str:
+    return f"{times['p50'] + 0.0:,.1f}".replace("-0.0", "0.0") if times else ""
+
+
+def _number(value: float | None, form: str = ",.1f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def _label(cell: str) -> str:
+    """Numbers of a cell's name with commas."""
+    words = [f"{int(w):,}" if w.isdigit() else w for w in cell.split(" ")]
+    return " ".join(words)
+
+
+def _host_summary(result: dict[str, Any], names: Any) -> str:
+    look, rows = Cells(result), []
+    for name in names:
+        cell = result["regimes"].get("host", {}).get(name, {})
+        ours = cell.get("contenders", {}).get(DEFERRED, {})
+        if "total" not in ours:
+            continue
+        try:
+            ratio, where = look.best_peer(name)
+            peer = where.removeprefix(f"{name}: ")
+            theirs = cell["contenders"][peer]["total"]
+        except Missing:
+            ratio, peer, theirs = None, "", None
+        rows.append(
+            [
+                _label(name),
+                _pair(ours["total"]),
+                f"{_half(ours['stage'])} + {_half(ours['resolve'])}",
+                _number(cell.get("floor", {}).get("sum")),
+                _pair(theirs),
+                peer,
+                "" if ratio is None else f"{ratio:.1f} x",
+            ]
+        )
+    head = ["host time, us, p50 / p99", "pystage", "stage + resolve", "floor", "best peer", "", ""]
+    return tabulate(head, rows)
+
+
+def _host_contenders(result: dict[str, Any]) -> str:
+    cells = _cells(result, "host")
+    shapes = [shape for shape in SHAPES if f"{shape} array" in cells]
+    rows = []
+    for name in EVERYBODY:
+        row = [cells[f"{s} array"]["contenders"].get(name, {}).get("total") for s in shapes]
+        if any(row):
+            rows.append([name, *map(_half, row)])
+    return tabulate(["host time from array, us, p50", *map(_label, shapes)], rows)
+
+
+def _by_contender(result: dict[str, Any], regime: str, kind: str, show: Any, title: str) -> str:
+    """A row for each cell, a column for each contender."""
+    cells = _cells(result, regime)
+    names: dict[str, None] = {}
+    for cell in cells.values():
+        names |= {name: None for name, row in cell["contenders"].items() if kind in row}
+    rows = [
+        [_label(name), *(show(cell["contenders"].get(n, {}).get(kind)) for n in names)]
+        for name, cell in cells.items()
+    ]
+    return tabulate([title, *names], rows)
+
+
+def _stream(result: dict[str, Any]) -> str:
+    return _by_contender(result, "stream", "added", _half, "added to the compute stream, us, p50")
+
+
+def _totals(result: dict[str, Any], regime: str) -> str:
+    return _by_contender(result, regime, "total", _pair, "host time, us, p50 / p99")
+
+
+def _latency(result: dict[str, Any]) -> str:
+    cells = {name: c for name, c in _cells(result, "latency").items() if name in ("alone", BULK)}
+    names: dict[str, None] = {}
+    for cell in cells.values():
+        names |= dict.fromkeys(cell["contenders"])
+    rows = [
+        [name, *(_pair(cell["contenders"].get(name, {}).get("ready")) for cell in cells.values())]
+        for name in names
+    ]
+    return tabulate(["8,192 ids ready, us, p50 / p99", *cells], rows)
+
+
+def _traffic(result: dict[str, Any]) -> str:
+    cells = _cells(result, "latency")
+    head = ["8,192 ids ready, us, p50 / p99"]
+    for mover in MOVERS:
+        head += [f"by {mover}: cudaMemcpyAsync", "pystage"]
+    rows = []
+    for direction in DIRECTIONS:
+        for piece in PIECES:
+            row = [f"{direction}, pieces of {piece}"]
+            for mover in MOVERS:
+                cell = cells.get(f"{direction}, {piece} by {mover}", {}).get("contenders", {})
+                row += [_pair(cell.get(name, {}).get("ready")) for name in (READY, DEFERRED)]
+            rows.append(row)
+    return tabulate(head, rows)
+
+
+def _drift(result: dict[str, Any]) -> str:
+    cells, rows = _cells(result, "drift"), []
+    for name in DRIFTERS:
+        row = cells.get(f"trace, {name}", {}).get("contenders", {}).get(name)
+        if row:
+            held = row["pinned_bytes"]
+            rows.append(
+                [
+                    name,
+                    _pair(row["total"]),
+                    _number(row["first_call"], ",.0f"),
+                    _number(row["worst_call"], ",.0f"),
+                    _number(row["made"], ",.0f"),
+                    _number(None if held is None else held / 2**20, ".1f"),
+                    _number(row["allocations"], "d"),
+                    _number(row["allocations_after_warm_up"], "d"),
+                ]
+            )
+    head = ["us", "call, p50 / p99", "first", "worst", "to make it", "pinned MiB", "allocations"]
+    return tabulate([*head, "after warm-up"], rows)
+
+
+def _new_sizes(result: dict[str, Any]) -> str:
+    cells, rows = _cells(result, "drift"), []
+    for name in DRIFTERS:
+        row = cells.get(f"new sizes, {name}", {}).get("contenders", {}).get(name)
+        if row:
+            first = row["first_call_of_a_size"]
+            rows.append([name, *(_half(first.get(str(n))) for n in NEW_SIZES), _half(row["made"])])
+    return tabulate(
+        ["first call of a size, us, p50", *(f"{n:,}" for n in NEW_SIZES), "to make it"], rows
+    )
+
+
+def _threads(result: dict[str, Any]) -> str:
+    rows = []
+    for cell, measured in _cells(result, "threads").items():
+        for name, row in measured["contenders"].items():
+            if "total" in row and result["roles"].get(name) != "reference":
+                rate = row.get("batches_per_second")
+                rows.append([_label(cell), name, _pair(row["total"]), _number(rate, ",.0f")])
+    return tabulate(["host time, us, p50 / p99", "", "", "batches a second"], rows)
+
+
+def _mixed(result: dict[str, Any]) -> str:
+    rows, cells = [], _cells(result, "mixed")
+    counts = cells.pop(KERNELS, {}).get("contenders", {})
+    for cell, measured in cells.items():
+        plain = measured["contenders"].get(PLAIN_MIXED, {}).get("added")
+        for name, row in measured["contenders"].items():
+            if "total" not in row:
+                continue
+            share = ""
+            if plain and plain["p50"] > 0 and "added" in row:
+                share = f"{row['added']['p50'] / plain['p50']:.0%}"
+            count = counts.get(name, {})
+            rows.append(
+                [
+                    _label(cell),
+                    name,
+                    _pair(row["total"]),
+                    _half(row.get("added")),
+                    share,
+                    _number(count.get("kernels"), "d"),
+                    _number(count.get("copies"), "d"),
+                ]
+            )
+    head = ["us", "", "host time, p50 / p99", "added to the stream, p50", "of the plain way"]
+    return tabulate([*head, "kernels", "copies"], rows)
+
+
+def _targets(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["measure"].replace("  ", "&nbsp;&nbsp;"),
+            row["target"],
+            "" if row["value"] is None else f"{row['value']:,.2f} {row['unit']}".strip(),
+            {True: "yes", False: "no", None: "not measured"}[row["met"]],
+            row["where"],
+        ]
+        for row in result["targets"]
+    ]
+    return tabulate(["measure", "target", "measured", "met", "where"], rows)
+
+
+def _notes(result: dict[str, Any]) -> str:
+    lines = [f"- {name}: {note}." for name, note in result["notes"].items() if note]
+    lines += [f"- {name}: absent, {why}." for name, why in result["absent"].items()]
+    lines += [f"- {where}: failed." for where in result["errors"]]
+    lines.append(
+        f"- {EMPTY}: `torch.cuda._sleep(0)`. Caches of the CPU: "
+        f"{result['cpu_cache_bytes'] / 2**20:,.0f} MiB."
+    )
+    return "\n".join(lines)
+
+
+def _plots(result: dict[str, Any]) -> str:
+    return "\n".join(
+        f"![{name}](suite-{name}.svg)"
+        for name in ("host", "stream", "latency", "drift")
+        if _cells(result, name)
+    )

@@ -1,0 +1,281 @@
+"""What pystage promises on an H100, against what a run measured. Ratios are within the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from bench.contenders import BUFFER, DEFERRED, EAGER, READY, SGLANG
+from bench.regimes import BULK, EMPTY, FUSED, KERNELS, PLAIN_MIXED
+
+LINK = "bytes over the link"
+Found = tuple[float, str]  # a value, and where it was
+
+
+class Missing(Exception):
+    """The run has no such cell; the message says which."""
+
+
+def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each promise.
+
+    Returns:
+        Dicts of ``measure``, ``target``, ``value`` (None if not measured), ``unit``, ``where`` (the
+        cell that decided, or why there is none) and ``met`` (None if not measured).
+    """
+    rows: list[dict[str, Any]] = []
+
+    def row(measure: str, sign: str, limit: float, unit: str, find: Callable[[], Found]) -> None:
+        target = f"{sign} {limit:g}".removeprefix("= ")
+        value: float | None
+        met: bool | None
+        try:
+            value, where = find()
+        except Missing as missing:
+            value, where, met = None, str(missing), None
+        else:
+            met = {"<=": value <= limit, ">=": value >= limit, ">": value > limit}.get(
+                sign, value == limit
+            )
+            value = round(value, 3)
+        rows.append(
+            {
+                "measure": measure,
+                "target": f"{target} {unit}".strip(),
+                "value": value,
+                "unit": unit,
+                "where": where,
+                "met": met,
+            }
+        )
+
+    cells = Cells(result)
+    row(
+        "stage + resolve, of the floor's sum, worst shape from array",
+        "<=",
+        1.5,
+        "x",
+        lambda: worst(
+            cells.host_ratio(cell, lambda c: cells.floor(c)) for cell in cells.host("array")
+        ),
+    )
+    row(
+        "  its p99 of its p50, worst shape from array",
+        "<=",
+        2,
+        "x",
+        lambda: worst(
+            (
+                cells.time("host", cell, DEFERRED, "total", "p99")
+                / cells.time("host", cell, DEFERRED, "total"),
+                cell,
+            )
+            for cell in cells.host("array")
+        ),
+    )
+    row(
+        "the best peer's host time over ours, worst of all cells",
+        ">",
+        1,
+        "x",
+        lambda: least(cells.best_peer(cell) for cell in cells.host("")),
+    )
+    for peer, limit in ((BUFFER, 1.8), (SGLANG, 2.5)):
+        row(
+            f"  {peer} over ours, 1 x 8,192 array",
+            ">=",
+            limit,
+            "x",
+            lambda peer=peer: (
+                cells.time("host", "1 x 8192 array", peer, "total")
+                / cells.time("host", "1 x 8192 array", DEFERRED, "total"),
+                "1 x 8192 array",
+            ),
+        )
+    row(
+        "compute stream, deferred, of an empty kernel, up to 16,384 ids",
+        "<=",
+        2.5,
+        "x",
+        lambda: worst(cells.added_ratio(n, EMPTY) for n in (128, 1024, 8192, 16384)),
+    )
+    row(
+        "  of cudaMemcpyAsync, 1,024 to 131,072 ids",
+        "<=",
+        1,
+        "x",
+        lambda: worst(cells.added_ratio(n, READY) for n in (1024, 8192, 16384, 131072)),
+    )
+    row(
+        "compute stream, eager, GPU busy",
+        "<=",
+        0.5,
+        "us",
+        lambda: worst(
+            (cells.time("stream", cell, EAGER, "added"), cell)
+            for cell in cells.of("stream", "busy")
+        ),
+    )
+    for percentile, limit in (("p50", 50), ("p99", 200)):
+        row(
+            f"ids ready behind bulk H2D, 8,192 ids, {percentile}",
+            "<=",
+            limit,
+            "us",
+            lambda percentile=percentile: (
+                cells.time("latency", BULK, DEFERRED, "ready", percentile),
+                cells.beside(BULK, percentile),
+            ),
+        )
+    row(
+        "bytes over the link, of int64's",
+        "<=",
+        0.5,
+        "x",
+        lambda: (cells.value("host", LINK, DEFERRED, "bytes_per_id") / 8, "trace batches"),
+    )
+    trace = f"trace, {DEFERRED}"
+    row(
+        "pinned allocations after warm-up, trace",
+        "=",
+        0,
+        "",
+        lambda: (cells.value("drift", trace, DEFERRED, "allocations_after_warm_up"), trace),
+    )
+    row(
+        "worst call of the trace, cold start included, of the best peer's",
+        "<=",
+        1,
+        "x",
+        lambda: cells.worst_call(),
+    )
+    row(
+        "stage + resolve, list input, 8,192 ids",
+        "<=",
+        20,
+        "us",
+        lambda: (cells.time("host", "1 x 8192 list", DEFERRED, "total"), "1 x 8192 list"),
+    )
+    row(
+        "mixed batch, kernels and copies",
+        "=",
+        1,
+        "",
+        lambda: (
+            sum(cells.value("mixed", KERNELS, FUSED, kind) for kind in ("kernels", "copies")),
+            KERNELS,
+        ),
+    )
+    for kind, label in (("total", "host time"), ("added", "compute stream")):
+        row(
+            f"  {label} of copy + gather + cat, worst",
+            "<=",
+            0.6,
+            "x",
+            lambda kind=kind: worst(
+                (
+                    ratio(
+                        cells.time("mixed", cell, FUSED, kind),
+                        cells.time("mixed", cell, PLAIN_MIXED, kind),
+                    ),
+                    cell,
+                )
+                for cell in cells.of("mixed", "")
+                if cell != KERNELS
+            ),
+        )
+    return rows
+
+
+def ratio(ours: float, theirs: float) -> float:
+    """Of two times."""
+    if theirs <= 0:
+        raise Missing(f"the other one took {theirs:g} us: no ratio")
+    return ours / theirs
+
+
+def worst(values: Iterable[Found]) -> Found:
+    """The largest."""
+    return max([*values] or _none())
+
+
+def least(values: Iterable[Found]) -> Found:
+    """The smallest."""
+    return min([*values] or _none())
+
+
+def _none() -> list[Found]:
+    raise Missing("not measured in this run")
+
+
+class Cells:
+    """Looks into a result."""
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        self.regimes = result["regimes"]
+        self.roles = result["roles"]
+
+    def of(self, regime: str, prefix: str) -> list[str]:
+        return [name for name in self.regimes.get(regime, {}) if name.startswith(prefix)]
+
+    def host(self, kind: str) -> list[str]:
+        """Cells of the host regime with requests of that kind."""
+        return [name for name in self.of("host", "") if kind in name and name != LINK]
+
+    def value(self, regime: str, cell: str, contender: str, key: str) -> Any:
+        rows = self.regimes.get(regime, {}).get(cell, {}).get("contenders", {})
+        found = rows.get(contender, {}).get(key)
+        if found is None:
+            raise Missing(f"{regime}, {cell}: {contender} has no {key}")
+        return found
+
+    def time(self, regime: str, cell: str, contender: str, key: str, part: str = "p50") -> float:
+        return float(self.value(regime, cell, contender, key)[part])
+
+    def floor(self, cell: str) -> float:
+        below = self.regimes["host"][cell].get("floor")
+        if below is None:
+            raise Missing(f"host, {cell}: no floor")
+        return float(below["sum"])
+
+    def host_ratio(self, cell: str, other: Callable[[str], float]) -> Found:
+        return self.time("host", cell, DEFERRED, "total") / other(cell), cell
+
+    def best_peer(self, cell: str) -> Found:
+        rows = self.regimes["host"][cell].get("contenders", {})
+        peers = {
+            name: row["total"]["p50"]
+            for name, row in rows.items()
+            if self.roles.get(name) == "peer" and "total" in row
+        }
+        if not peers:
+            raise Missing(f"host, {cell}: no peer was measured")
+        name = min(peers, key=lambda name: peers[name])
+        ours = self.time("host", cell, DEFERRED, "total")
+        return peers[name] / ours, f"{cell}: {name}"
+
+    def added_ratio(self, count: int, other: str) -> Found:
+        cell = f"idle, {count} ids"
+        ours = self.time("stream", cell, DEFERRED, "added")
+        return ratio(ours, self.time("stream", cell, other, "added")), cell
+
+    def beside(self, cell: str, part: str) -> str:
+        rows = self.regimes["latency"][cell]["contenders"]
+        return ", ".join(
+            f"{name} {row['ready'][part]:,.0f} us"
+            for name, row in rows.items()
+            if name != DEFERRED and "ready" in row
+        )
+
+    def worst_call(self) -> Found:
+        calls = {
+            name: self.value("drift", cell, name, "worst_call")
+            for cell in self.of("drift", "trace, ")
+            for name, row in self.regimes["drift"][cell].get("contenders", {}).items()
+            if "worst_call" in row and self.roles.get(name) == "peer"
+        }
+        if not calls:
+            raise Missing("drift: no peer was measured")
+        best = min(calls, key=lambda name: calls[name])
+        ours = self.value("drift", f"trace, {DEFERRED}", DEFERRED, "worst_call")
+        return ours / calls[best], f"{best} {calls[best]:,.0f} us, ours {ours:,.0f} us"

@@ -1,0 +1,526 @@
+"""The benchmark itself: it runs, leaves nobody out in silence, and its pages say what it found."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench import pages, report
+from bench.__main__ import main
+from bench.common import save, summary, two_calls_time
+from bench.contenders import (
+    BUFFER,
+    CHECKED,
+    CUPY,
+    DEFERRED,
+    EAGER,
+    FLOOR,
+    POOLS,
+    READY,
+    SGLANG,
+    TORCH,
+    UVA,
+    Contenders,
+)
+from bench.device import DURING_CALL, IN_STREAM_ORDER, Absent, Cuda, Host
+from bench.peers import Sources
+from bench.regimes import BULK, EMPTY, FUSED, KERNELS, PLAIN_MIXED, REGIMES, Bench
+from bench.targets import targets
+
+ROOT = Path(__file__).resolve().parent.parent
+KEYS = {"p50", "p90", "p99", "p99.9", "max", "samples"}
+# Laid out as SGLang, with functions of the same names: what is taken, and that nothing else runs.
+PACKAGE = {
+    "sglang/srt/utils/common.py": """
+import no_such_module
+def flatten_arrays_to_pinned_cpu(parts: List[array[int]], pin: NoSuchType) -> torch.Tensor:
+    return torch.cat([torch.frombuffer(p, dtype=torch.int64) for p in parts])
+""",
+    "sglang/srt/managers/overlap_utils.py": """
+def resolve_forward_inputs(batch: ScheduleBatch, future_map):
+    batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
+    if batch.mix_running_indices is not None:
+        tail = future_map.output_tokens_buf[batch.mix_running_indices]
+        batch.input_ids = torch.cat([batch.input_ids, tail])
+""",
+    "sglang/srt/managers/schedule_batch.py": """
+class Req(NoSuchBase):
+    def get_fill_ids(self):
+        return self.full_untruncated_fill_ids[: self.extend_end]
+""",
+    "sglang-0.5.23.dist-info/METADATA": "Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.23\n",
+}
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small caches, since inputs that exceed a server's take seconds to make, and no peers."""
+    monkeypatch.setattr("bench.__main__.cpu_cache_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("bench.peers.installed", lambda package: [])
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    for name, text in PACKAGE.items():
+        file = tmp_path / "peers" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return tmp_path / "peers"
+
+
+def run(out: Path, *arguments: str) -> dict[str, Any]:
+    result = main(["--out", str(out), *arguments])
+    assert json.loads(out.read_text()) == json.loads(json.dumps(result))
+    return result
+
+
+def test_the_host_device_gives_every_cell_a_result_or_a_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("--device", "cpu", "--quick", "--samples", "3", "--trace-batches", "20")
+    result = run(tmp_path / "run.json", *few)
+    assert list(result["regimes"]) == list(REGIMES)
+    assert result["errors"] == {}
+    assert "no target applies" in result["means"]
+    assert result["targets"] == []
+    for name in ("commit", "command", "cpu", "torch", "driver", "device", "date"):
+        assert name in result
+    cell = result["regimes"]["host"]["1 x 8192 array"]
+    assert {*POOLS, CHECKED, TORCH} <= set(cell["contenders"])
+    assert set(cell["contenders"][DEFERRED]["total"]) == KEYS
+    assert cell["contenders"][DEFERRED]["total"]["samples"] == 6  # short calls: twice as many
+    assert cell["floor"]["sum"] == pytest.approx(
+        sum(cell["floor"][part]["p50"] for part in FLOOR), abs=0.002
+    )
+    drift = result["regimes"]["drift"][f"trace, {DEFERRED}"]["contenders"][DEFERRED]
+    assert drift["total"]["samples"] == 20
+    assert drift["allocations_after_warm_up"] == 0
+    assert all("absent" in cell for cell in result["regimes"]["stream"].values())
+    for peer in (SGLANG, BUFFER):
+        assert "neither installed nor in --peers" in result["absent"][peer]
+        assert peer not in cell["contenders"]
+    printed = capsys.readouterr().out
+    assert f"absent: {SGLANG}" in printed
+    assert "no target applies" in printed
+
+
+def test_every_cell_of_a_gpu_run_runs_on_stand_ins(tmp_path: Path, package: Path) -> None:
+    few = ("--rehearse", "--samples", "2", "--trace-batches", "20", "--peers", str(package))
+    result = run(tmp_path / "run.json", *few)
+    assert result["errors"] == {}
+    assert set(result["absent"]) == {BUFFER, UVA, CUPY}
+    assert "0.5.23" in result["notes"][SGLANG]
+    regimes = result["regimes"]
+    for regime, cells in regimes.items():
+        for name, cell in cells.items():
+            assert "contenders" in cell or name.endswith((BUFFER, UVA, CUPY)), (regime, name, cell)
+    for regime, name in (
+        ("host", "64 x 128 array"),
+        ("stream", "idle, 8192 ids"),
+        ("latency", BULK),
+        ("threads", "4 threads, 8 x 1024 array"),
+        ("history", "8192 behind 131072"),
+    ):
+        assert {DEFERRED, SGLANG} <= set(regimes[regime][name]["contenders"]), regime
+    assert len(regimes["latency"]) == 2 + 3 * 3 * 4
+    missing = [row["where"] for row in targets(result) if row["value"] is None]
+    assert [where for where in missing if "no ratio" not in where] == [
+        f"host, 1 x 8192 array: {BUFFER} has no total"
+    ]
+
+
+def test_options_that_are_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option, value, problem in (
+        ("--regimes", "host,hots", "no such regime: hots"),
+        ("--samples", "0", "--samples must be at least 1"),
+        ("--trace-batches", "-1", "--trace-batches must be at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            main([option, value])
+        assert problem in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="no such folder"):
+        main(["--peers", str(tmp_path / "nowhere")])
+
+
+def test_a_cell_that_fails_is_recorded_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bad() -> dict[str, Any]:
+        raise ValueError("broken on purpose")
+
+    def missing() -> dict[str, Any]:
+        raise Absent("no such thing")
+
+    good: Callable[[], dict[str, Any]] = lambda: {"contenders": {}}  # noqa: E731
+    monkeypatch.setitem(
+        REGIMES, "host", lambda bench: {"bad": bad, "missing": missing, "good": good}
+    )
+    result = run(tmp_path / "run.json", "--device", "cpu", "--regimes", "host")
+    cells = result["regimes"]["host"]
+    assert "broken on purpose" in cells["bad"]["error"]
+    assert cells["missing"]["absent"] == "no such thing"
+    assert cells["good"]["contenders"] == {}
+    assert list(result["errors"]) == ["host, bad"]
+    assert "broken on purpose" in capsys.readouterr().out
+
+
+def test_a_contender_that_fails_leaves_the_others_their_turns() -> None:
+    calls = []
+
+    def fails(given: int) -> int:
+        if len(calls) > 20:
+            raise RuntimeError("worn out")
+        return given
+
+    rows = two_calls_time(
+        {
+            "good": (lambda given: calls.append(given), lambda held: held),
+            "bad": (fails, lambda held: held),
+        },
+        lambda k: k,
+        samples=30,
+        warmup=2,
+        settle=lambda: None,
+    )
+    assert "worn out" in rows["bad"]["error"]
+    assert rows["good"]["total"]["samples"] == 30
+    assert len(set(calls)) == 32  # no input twice
+
+
+def test_one_that_cannot_be_made_is_an_error_not_an_absence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(device: Host) -> None:
+        raise RuntimeError("half installed")
+
+    monkeypatch.setattr("bench.contenders.cupy_pool", broken)
+    everybody = Contenders(Host(), Sources(None))
+    assert everybody.make(CUPY) is None
+    assert everybody.absent == {}
+    assert "half installed" in everybody.errors[f"making {CUPY}"]
+    assert "failed" in everybody.why_not(CUPY)
+
+
+def test_code_is_taken_from_wheels_too(package: Path, tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    archive = shutil.make_archive(str(tmp_path / "made"), "zip", package)
+    Path(archive).rename(wheels / "sglang-0.5.23-py3-none-any.whl")
+    sources = Sources(wheels)
+    assert sources.version("sglang") == "0.5.23"
+    path, name = "srt/utils/common.py", "flatten_arrays_to_pinned_cpu"
+    taken = sources.take("sglang", path, [name], {"torch": torch})
+    ids = np.arange(5)
+    assert taken[name]([ids, ids], False).tolist() == [*range(5), *range(5)]
+    with pytest.raises(Absent, match=r"sglang 0\.5\.23 has no gone in"):
+        sources.take("sglang", path, ["gone"], {})
+    with pytest.raises(Absent, match="has no sglang/elsewhere"):
+        sources.read("sglang", "elsewhere.py")
+
+
+def test_inputs_are_random_and_cold_ones_are_not_used_again() -> None:
+    bench = Bench(Host(), Contenders(Host(), Sources(None)), 3, 1, True, 10, 1 << 20)
+    assert np.unique(bench.arena).size > 100_000
+    for kind in ("array", "list", "numpy", "tensor"):
+        inputs, rotated = bench.inputs(kind, (100, 28), cold=True, calls=50)
+        batches = [inputs(k) for k in range(50)]
+        assert len({id(request) for batch in batches for request in batch}) == 100
+        assert [len(request) for request in batches[7]] == [100, 28]
+        assert rotated == 50 * 128 * (40 if kind == "list" else 8)
+    inputs, rotated = bench.inputs("array", (8192,), cold=True, calls=1 << 20)
+    assert rotated > bench.cache_bytes
+    inputs, rotated = bench.inputs("array", (128,), cold=False, calls=1000)
+    assert inputs(0) is inputs(64)
+    assert inputs(0) is not inputs(1)
+    assert rotated == 64 * 1024
+
+
+# --- targets and pages -------------------------------------------------------------------------
+
+
+def made_up() -> dict[str, Any]:
+    """A run that meets every target."""
+
+    def times(p50: float) -> dict[str, float]:
+        return summary([p50] * 10)
+
+    def host(ours: float) -> dict[str, Any]:
+        def row(us: float) -> dict[str, Any]:
+            return {"stage": times(us / 2), "resolve": times(us / 2), "total": times(us)}
+
+        return {
+            "contenders": {DEFERRED: row(ours), BUFFER: row(2 * ours), SGLANG: row(3 * ours)},
+            "floor": {"launch": times(4), "allocation": times(2), "memcpy": times(2), "sum": 8.0},
+        }
+
+    def added(ours: float, **others: float) -> dict[str, Any]:
+        rows = {DEFERRED: ours, READY: 10.0, EMPTY: 2.0, EAGER: 0.1}
+        return {"contenders": {name: {"added": times(us)} for name, us in rows.items()}}
+
+    def drift(worst: float) -> dict[str, Any]:
+        return {
+            "total": times(10),
+            "first_call": 20.0,
+            "worst_call": worst,
+            "made": 7000.0,
+            "allocations": 1,
+            "allocations_after_warm_up": 0,
+            "pinned_bytes": 8 << 20,
+        }
+
+    mixed = {
+        FUSED: {"total": times(10), "added": times(4)},
+        PLAIN_MIXED: {"total": times(30), "added": times(20)},
+    }
+    kernels = {FUSED: {"kernels": 1, "copies": 0}, PLAIN_MIXED: {"kernels": 2, "copies": 1}}
+    ready = {DEFERRED: 30, READY: 9500, SGLANG: 9600}
+    return {
+        "date": "2026-01-02T00:00:00+00:00",
+        "commit": "0123456789abcdef",
+        "command": "python -m bench",
+        "device": "NVIDIA H100",
+        "device_name": "NVIDIA H100",
+        "devices": 1,
+        "quick": False,
+        "driver": "580",
+        "torch": "2.11.0",
+        "cpu": "a CPU",
+        "cores": 16,
+        "cpu_cache_bytes": 1 << 20,
+        "roles": {DEFERRED: "ours", EAGER: "ours", BUFFER: "peer", SGLANG: "peer"},
+        "notes": {SGLANG: "its own code"},
+        "absent": {CUPY: "not installed"},
+        "errors": {},
+        "regimes": {
+            "host": {
+                "1 x 8192 array": host(10),
+                "64 x 128 array": host(11),
+                "1 x 8192 list": host(15),
+                "bytes over the link": {"contenders": {DEFERRED: {"bytes_per_id": 4.0}}},
+            },
+            "stream": {
+                **{f"idle, {n} ids": added(4.0) for n in (128, 1024, 8192, 16384, 131072)},
+                "busy, 8192 ids": added(4.0),
+            },
+            "latency": {
+                BULK: {"contenders": {name: {"ready": times(us)} for name, us in ready.items()}}
+            },
+            "drift": {
+                f"trace, {DEFERRED}": {"contenders": {DEFERRED: drift(300)}},
+                f"trace, {SGLANG}": {"contenders": {SGLANG: drift(900)}},
+                f"trace, {BUFFER}": {"contenders": {BUFFER: drift(400)}},
+            },
+            "mixed": {
+                "8192 ids + 64 running": {"contenders": mixed},
+                KERNELS: {"contenders": kernels},
+            },
+        },
+    }
+
+
+def test_targets_are_met_by_what_meets_them() -> None:
+    rows = targets(made_up())
+    assert len(rows) == 17
+    assert [row["measure"] for row in rows if not row["met"]] == []
+    assert "SGLang 9,600 us" in next(r["where"] for r in rows if "bulk" in r["measure"])
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "measure"),
+    [
+        (("host", "64 x 128 array", "floor", "sum"), 7.0, "of the floor's sum"),
+        (("host", "64 x 128 array", DEFERRED, "total", "p99"), 23.0, "its p99 of its p50"),
+        (("host", "1 x 8192 list", BUFFER, "total", "p50"), 15.0, "the best peer's host time"),
+        (("host", "1 x 8192 array", BUFFER, "total", "p50"), 17.0, f"{BUFFER} over ours"),
+        (("host", "1 x 8192 array", SGLANG, "total", "p50"), 24.0, f"{SGLANG} over ours"),
+        (("host", "1 x 8192 list", DEFERRED, "total", "p50"), 20.1, "list input"),
+        (("host", "bytes over the link", DEFERRED, "bytes_per_id"), 4.1, "bytes over the link"),
+        (("stream", "idle, 128 ids", DEFERRED, "added", "p50"), 5.1, "of an empty kernel"),
+        (("stream", "idle, 131072 ids", DEFERRED, "added", "p50"), 10.1, "of cudaMemcpyAsync"),
+        (("stream", "busy, 8192 ids", EAGER, "added", "p50"), 0.6, "eager, GPU busy"),
+        (("latency", BULK, DEFERRED, "ready", "p50"), 51.0, "8,192 ids, p50"),
+        (("latency", BULK, DEFERRED, "ready", "p99"), 201.0, "8,192 ids, p99"),
+        (("drift", f"trace, {DEFERRED}", DEFERRED, "worst_call"), 401.0, "worst call"),
+        (
+            ("drift", f"trace, {DEFERRED}", DEFERRED, "allocations_after_warm_up"),
+            1,
+            "pinned allocations",
+        ),
+        (("mixed", KERNELS, FUSED, "copies"), 1, "mixed batch, kernels"),
+        (("mixed", "8192 ids + 64 running", FUSED, "total", "p50"), 18.1, "  host time of copy"),
+        (("mixed", "8192 ids + 64 running", FUSED, "added", "p50"), 12.1, "  compute stream of"),
+    ],
+)
+def test_each_target_is_missed_by_its_own_figure(
+    where: tuple[str, ...], value: float, measure: str
+) -> None:
+    result = made_up()
+    regime, cell, *path = where
+    at = result["regimes"][regime][cell]
+    for key in path[:-1] if path[0] == "floor" else ["contenders", *path[:-1]]:
+        at = at[key]
+    at[path[-1]] = value
+    missed = [row["measure"] for row in targets(result) if not row["met"]]
+    assert len(missed) == 1
+    assert measure in missed[0]
+
+
+def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
+    result = made_up()
+    del result["regimes"]["stream"], result["regimes"]["mixed"]
+    rows = [row for row in targets(result) if row["met"] is None]
+    assert len(rows) == 6
+    assert all(row["value"] is None and row["where"] for row in rows)
+    assert len(targets(made_up() | {"regimes": {}})) == 17
+    result = made_up()
+    result["regimes"]["stream"]["idle, 1024 ids"]["contenders"][READY]["added"]["p50"] = -0.1
+    assert [row["met"] for row in targets(result)].count(None) == 1  # noise is no reference
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """The pages and the results, to be changed."""
+    for name in ("README.md", "docs/benchmarks.md", str(report.RESULT.relative_to(ROOT))):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def check(site: Path) -> None:
+    report.main(["--check", "--root", str(site)])
+
+
+def suite(site: Path, name: str = "suite-nvidia-h100.json", **changes: Any) -> dict[str, Any]:
+    result = made_up() | changes
+    result["targets"] = targets(result)
+    save(site / "bench/results" / name, result)
+    return result
+
+
+def test_pages_follow_the_results_and_check_notices_a_changed_figure(site: Path) -> None:
+    pytest.importorskip("matplotlib")
+    suite(site)
+    with pytest.raises(SystemExit, match=r"README\.md, benchmarks\.md: other figures"):
+        check(site)
+    report.main(["--root", str(site)])
+    check(site)
+    page = site / "docs/benchmarks.md"
+    text = page.read_text()
+    assert re.search(r"\| 1 x 8,192 array +\| +10\.0 / 10\.0 \| +5\.0 \+ 5\.0 \| +8\.0 ", text)
+    assert "9,500.0 / 9,500.0" in text
+    assert "CuPy pinned pool: absent, not installed." in text
+    assert (site / "docs/suite-host.svg").exists()
+    page.write_text(text.replace("10.0 / 10.0", "19.0 / 10.0", 1))
+    with pytest.raises(SystemExit, match=r"^benchmarks\.md: other figures"):
+        check(site)
+    page.write_text(text)
+    result = suite(site)
+    result["regimes"]["latency"][BULK]["contenders"][READY]["ready"]["p50"] = 9501.0
+    save(site / "bench/results/suite-nvidia-h100.json", result)
+    with pytest.raises(SystemExit, match=r"^benchmarks\.md: other figures"):
+        check(site)
+
+
+def test_only_whole_runs_on_a_gpu_count_and_the_newest_of_them(site: Path) -> None:
+    folder = site / "bench/results"
+    assert report.newest_suite(folder) is None
+    suite(site, "suite-a.json", quick=True)
+    suite(site, "suite-b.json", devices=0)
+    assert report.newest_suite(folder) is None
+    suite(site, "suite-c.json", commit="older")
+    suite(site, "suite-d.json", commit="newer", date="2026-02-01T00:00:00+00:00")
+    newest = report.newest_suite(folder)
+    assert newest is not None
+    assert newest["commit"] == "newer"
+
+
+def test_marks_and_figures_fit(site: Path) -> None:
+    known = set(pages.sections(None))
+    text = (ROOT / "README.md").read_text() + (ROOT / "docs/benchmarks.md").read_text()
+    assert known <= {match[2] for match in report.MARK.finditer(text)}
+    readme = site / "README.md"
+    readme.write_text(readme.read_text() + "<!-- figures: unknown -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match="'unknown'"):
+        check(site)
+
+
+def test_a_page_can_be_made_of_a_run_with_holes() -> None:
+    result = made_up()
+    result["targets"] = targets(result)
+    for name in list(result["regimes"]):
+        part = copy.deepcopy(result)
+        del part["regimes"][name]
+        assert all(isinstance(text, str) for text in pages.sections(part).values())
+    empty = result | {"regimes": {name: {"a": {"error": "x"}} for name in REGIMES}}
+    assert all(isinstance(text, str) for text in pages.sections(empty).values())
+
+
+# --- on a GPU ----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_ways_to_copy_do_copy() -> None:
+    device = Cuda(torch.device("cuda", 0))
+    with device.on(device.new_stream()):
+        pinned = device.pinned(10_000)
+        pinned.copy_(torch.arange(10_000))
+        want = pinned.tolist()
+        size = 8 * pinned.numel()
+        source = pinned.clone()
+        for way in ("memcpy", "stream", "during", "kernel", "view"):
+            out = torch.zeros(10_000, dtype=torch.int64, device="cuda")
+            to = out.data_ptr()
+            if way == "memcpy":
+                device.memcpy(to, pinned.data_ptr(), size)
+            elif way == "stream":
+                device.batch([to], [pinned.data_ptr()], [size], IN_STREAM_ORDER)()
+            elif way == "during":
+                halves = [source.data_ptr(), source.data_ptr() + size // 2]
+                device.batch([to, to + size // 2], halves, [size // 2] * 2, DURING_CALL)()
+            elif way == "kernel":
+                pytest.importorskip("triton")
+                device.move(out, pinned)
+            else:
+                out = torch.clone(device.view(pinned))
+            device.synchronize()
+            assert out.tolist() == want, way
+        back = device.pinned(10_000)
+        back.zero_()
+        device.move(back, torch.tensor(want, device="cuda"))
+        device.synchronize()
+        assert back.tolist() == want
+        held, allocations = device.pinned_bytes()
+        assert held >= 2 * size
+        assert allocations >= 2
+        counts = device.kernels(lambda: torch.ones(8, device="cuda"))
+        assert counts == {"kernels": 1, "copies": 0}
+        begin, end = device.event(True), device.event(True)
+        begin.record()
+        device.spin(500)
+        end.record()
+        end.synchronize()
+        assert 300 < begin.elapsed_time(end) * 1e3 < 1000
+
+
+@pytest.mark.gpu
+def test_a_short_run_on_a_gpu(tmp_path: Path) -> None:
+    few = ("--samples", "3", "--quick", "--regimes", "stream,threads,mixed")
+    result = run(tmp_path / "run.json", *few)
+    assert result["errors"] == {}
+    for name, cell in result["regimes"]["stream"].items():
+        assert {DEFERRED, EAGER, READY, EMPTY} <= set(cell["contenders"]), name
+    counted = result["regimes"]["mixed"][KERNELS]["contenders"]
+    assert counted[FUSED] == {"kernels": 1, "copies": 0}
+    assert counted[PLAIN_MIXED]["copies"] >= 1
+    assert any(row["met"] is not None for row in result["targets"])
