@@ -459,7 +459,7 @@ class Hook(NamedTuple):
 
     Attributes:
         part: what of the plugin it serves.
-        target: of the symbol, below ``sglang.srt``.
+        target: ``module:symbol``, the module below ``sglang.srt``.
         takes: names of its first parameters, as they have to be.
         function: called as ``function(original, *args, **kwargs)``.
     """
@@ -470,23 +470,23 @@ class Hook(NamedTuple):
     function: Function
 
 
-_BATCH = "managers.schedule_batch.ScheduleBatch"
-_SIZER = "managers.scheduler_components.dynamic_chunk_sizer.DynamicChunkSizer"
-_MIXIN = "managers.scheduler_pp_mixin.SchedulerPPMixin"
-_COLLECTOR = "observability.metrics_collector.SchedulerMetricsCollector"
+_BATCH = "managers.schedule_batch:ScheduleBatch"
+_SIZER = "managers.scheduler_components.dynamic_chunk_sizer:DynamicChunkSizer"
+_MIXIN = "managers.scheduler_pp_mixin:SchedulerPPMixin"
+_COLLECTOR = "observability.metrics_collector:SchedulerMetricsCollector"
 
 NEEDED = (
     Hook("staging", f"{_BATCH}.prepare_for_extend", ("self",), _prepare_for_extend),
-    Hook("staging", "utils.common.flatten_arrays_to_pinned_cpu", ("parts", "pin"), _flatten),
+    Hook("staging", "utils.common:flatten_arrays_to_pinned_cpu", ("parts", "pin"), _flatten),
     Hook(
         "resolve",
-        "managers.overlap_utils.resolve_forward_inputs",
+        "managers.overlap_utils:resolve_forward_inputs",
         ("batch", "future_map"),
         _resolve_forward_inputs,
     ),
     Hook(
         "guard",
-        "model_executor.forward_batch_info.ForwardBatch.init_new",
+        "model_executor.forward_batch_info:ForwardBatch.init_new",
         ("cls", "batch", "model_runner"),
         _init_new,
     ),
@@ -496,7 +496,7 @@ _FIELDS = ("input_ids", "prefill_input_ids_cpu", "mix_running_indices", "spec_al
 
 def _optional(settings: Settings) -> list[Hook]:
     hooks = [
-        Hook("log", "utils.common.configure_logger", ("server_args",), _configure_logger),
+        Hook("log", "utils.common:configure_logger", ("server_args",), _configure_logger),
         Hook("metrics", f"{_COLLECTOR}.__init__", ("self", "labels"), _metrics_init),
         Hook("metrics", f"{_COLLECTOR}.log_stats", ("self",), _log_stats),
     ]
@@ -513,13 +513,13 @@ def _optional(settings: Settings) -> list[Hook]:
     if settings.validate_ids:
         handlers = ("handle_generate_request", "handle_embedding_request")
         hooks += [
-            Hook("validation", f"managers.scheduler.Scheduler.{name}", ("self",), _handle_request)
+            Hook("validation", f"managers.scheduler:Scheduler.{name}", ("self",), _handle_request)
             for name in handlers
         ]
         hooks.append(
             Hook(
                 "validation",
-                "managers.utils.validate_input_length",
+                "managers.utils:validate_input_length",
                 ("req",),
                 _validate_input_length,
             )
@@ -530,7 +530,7 @@ def _optional(settings: Settings) -> list[Hook]:
 def _history_hook() -> Hook | None:
     """``get_fill_ids`` is ``full_untruncated_fill_ids[:END]``. Where END stands changed its name
     from release to release; it is read from the code."""
-    target = "managers.schedule_batch.Req.get_fill_ids"
+    target = "managers.schedule_batch:Req.get_fill_ids"
     function = _look_up(target, ("self",))
     code = getattr(function, "__code__", None)
     names: tuple[str, ...] = code.co_names if code else ()
@@ -546,17 +546,23 @@ class _MissingError(LookupError):
 
 def _look_up(target: str, takes: tuple[str, ...]) -> Any:
     """The symbol's function as it is now."""
-    path, name = f"sglang.srt.{target}".rsplit(".", 1)
     try:
-        owner = pkgutil.resolve_name(path)
-        function = inspect.getattr_static(owner, name)
-    except (ImportError, AttributeError) as error:
-        raise _MissingError(f"{target} ({error})") from error
+        function = inspect.getattr_static(*_owner_and_name(target))
+    except AttributeError as error:
+        raise _MissingError(f"no {target} ({error})") from error
+    except Exception as error:  # importing SGLang's modules runs anything
+        raise _MissingError(f"no {target} ({type(error).__name__}: {error})") from error
     function = getattr(function, "__func__", function)
     found = tuple(inspect.signature(function).parameters)[: len(takes)]
     if found != takes:
         raise _MissingError(f"{target} takes ({', '.join(found)}), not ({', '.join(takes)})")
     return function
+
+
+def _owner_and_name(target: str) -> tuple[Any, str]:
+    module, _, symbol = target.partition(":")
+    owner, _, name = symbol.rpartition(".")
+    return pkgutil.resolve_name(f"sglang.srt.{module}:{owner}"), name
 
 
 def _needed_symbols() -> list[Hook]:
@@ -566,7 +572,7 @@ def _needed_symbols() -> list[Hook]:
     batch = pkgutil.resolve_name(f"sglang.srt.{_BATCH}")
     for name in _FIELDS:
         if name not in getattr(batch, "__dataclass_fields__", {}):
-            raise _MissingError(f"{_BATCH}.{name}")
+            raise _MissingError(f"no {_BATCH}.{name}")
     return list(NEEDED)
 
 
@@ -581,14 +587,12 @@ def _there(hook: Hook) -> bool:
 
 def _is_reached(hook: Hook) -> str:
     """Why calls of the symbol do not reach the hook; empty if they do."""
-    target = f"sglang.srt.{hook.target}"
-    function = inspect.getattr_static(*_owner_and_name(target))
+    function = inspect.getattr_static(*_owner_and_name(hook.target))
     function = getattr(function, "__func__", function)
     chain = [function]
     while hasattr(chain[-1], "__wrapped__"):
         chain.append(chain[-1].__wrapped__)
-    cells = [cell.cell_contents for f in chain for cell in getattr(f, "__closure__", None) or ()]
-    if not any(content is hook.function for content in cells):
+    if not any(value is hook.function for f in chain for value in _closed_over(f)):
         return f"{hook.target} is not hooked"
     for name, module in list(sys.modules.items()):
         if name.startswith("sglang.") and any(
@@ -598,9 +602,13 @@ def _is_reached(hook: Hook) -> str:
     return ""
 
 
-def _owner_and_name(target: str) -> tuple[Any, str]:
-    path, name = target.rsplit(".", 1)
-    return pkgutil.resolve_name(path), name
+def _closed_over(function: Any) -> list[Any]:
+    """What a wrapper of SGLang's registry was made of: the hook is among it."""
+    return (
+        list(inspect.getclosurevars(function).nonlocals.values())
+        if hasattr(function, "__closure__")
+        else []
+    )
 
 
 @dataclass
@@ -611,6 +619,7 @@ class _State:
     hooks: list[Hook] = field(default_factory=list)
     active: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    loaded: bool = False
     off: str = "not loaded"
     checks_relay: bool = False  # SGLang checks and marks the relay on reading (its own CI does)
     metrics: _Metrics | None = None
@@ -650,6 +659,7 @@ def _once(message: str, *args: object) -> None:
 
 def plugin() -> None:
     """The entry point: registers the hooks. They are verified once SGLang has applied them."""
+    _state.loaded = True
     try:
         _state.settings = Settings.from_environment()
     except ValueError as error:
@@ -660,7 +670,9 @@ def plugin() -> None:
         hooks = _needed_symbols()
         history = _history_hook()
     except _MissingError as error:
-        return _stay_off(f"this SGLang has no {error}; the server runs as without it")
+        return _stay_off(
+            f"this SGLang is not as expected: {error}; the server runs as without pystage"
+        )
     hooks += [history] if history else []
     hooks += [hook for hook in _optional(_state.settings) if _there(hook)]
 
@@ -669,19 +681,20 @@ def plugin() -> None:
 
     _state.checks_relay = bool(getattr(overlap_utils, "_DEBUG_ASSERT", False))
     for hook in hooks:
-        HookRegistry.register(f"sglang.srt.{hook.target}", hook.function, HookType.AROUND)
+        target = f"sglang.srt.{hook.target.replace(':', '.')}"
+        HookRegistry.register(target, hook.function, HookType.AROUND)
     _state.hooks, _state.off = hooks, ""
 
     # Hooks are applied after all plugins have registered theirs. Applying them here would shut out
     # later plugins that hook the same symbols.
-    with_checks = HookRegistry.apply_hooks
+    as_it_was = vars(HookRegistry)["apply_hooks"]
 
-    def apply_hooks() -> None:
-        HookRegistry.apply_hooks = with_checks
-        with_checks()
+    def apply_hooks(registry: type) -> None:
+        HookRegistry.apply_hooks = as_it_was
+        HookRegistry.apply_hooks()
         verify()
 
-    HookRegistry.apply_hooks = apply_hooks
+    HookRegistry.apply_hooks = classmethod(apply_hooks)
     return None
 
 
@@ -696,10 +709,10 @@ def _stay_off(reason: str, level: int = logging.WARNING) -> None:
 
 def verify() -> None:
     """Looks whether each hook is reached, and says what is active."""
-    problems = {hook.part: _is_reached(hook) for hook in _state.hooks if _is_reached(hook)}
+    found = {hook.part: why for hook in _state.hooks if (why := _is_reached(hook))}
     parts = dict.fromkeys(hook.part for hook in _state.hooks if hook.part != "log")
-    _state.active = [part for part in parts if part not in problems]
-    _state.broken = [f"{part} ({why})" for part, why in problems.items()]
+    _state.active = [part for part in parts if part not in found]
+    _state.broken = [f"{part} ({why})" for part, why in found.items()]
     for part, wanted in (
         ("sizer", _state.settings.sizer),
         ("validation", _state.settings.validate_ids),
@@ -745,6 +758,9 @@ def main() -> None:
         from sglang.srt.plugins import load_plugins
 
         load_plugins()
+    if not _state.loaded:
+        allowed = os.environ.get("SGLANG_PLUGINS")
+        _state.off = f"SGLANG_PLUGINS is {allowed!r}" if allowed else "SGLang did not load it"
     print(json.dumps(status()))
 
 
