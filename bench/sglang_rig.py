@@ -26,6 +26,7 @@ import torch
 # --- what is not installed -----------------------------------------------------------------------
 
 KERNELS = ("sgl_kernel", "vllm", "torchvision", "flashinfer", "deep_gemm", "triton")
+CUDA_KERNELS = ("sgl_kernel", "vllm", "torchvision")  # SGLang looks itself for the others there
 
 
 class StandIn:
@@ -75,10 +76,24 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def stand_in(packages: Sequence[str] = KERNELS) -> list[str]:
-    """Stands in for those of ``packages`` that are not installed; returns which."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    sys.meta_path.append(_Finder(missing))
+    """Stands in for those of ``packages`` that are not installed, or broken; returns which."""
+    missing = [name for name in packages if not _imports(name)]
+    sys.meta_path.insert(0, _Finder(missing))
     return missing
+
+
+def _imports(name: str) -> bool:
+    if importlib.util.find_spec(name) is None:
+        return False
+    if name != "torchvision":  # a build for another torch is found, and fails when imported
+        return True
+    try:
+        importlib.import_module(name)
+    except Exception:
+        for module in [m for m in sys.modules if m.partition(".")[0] == name]:
+            del sys.modules[module]
+        return False
+    return True
 
 
 # --- a model's configuration ---------------------------------------------------------------------
@@ -125,6 +140,7 @@ class Rig:
         model: bool = False,
         kv_tokens: int = 1 << 18,
         row_tokens: int = 1 << 17,
+        rows: int = 64,
         overlap: bool = False,
         **arguments: Any,
     ) -> None:
@@ -149,11 +165,9 @@ class Rig:
                 "skip_tokenizer_init": True,
                 "dtype": "float32",
                 "disable_cuda_graph": True,
-                "disable_overlap_schedule": not overlap,
-                "max_total_tokens": 8192,
-                "max_running_requests": 16,
                 "chunked_prefill_size": 512 if model else 8192,
                 "mem_fraction_static": 0.1,
+                **({"max_total_tokens": 8192, "max_running_requests": 16} if model else {}),
                 **arguments,
             }
         )
@@ -164,7 +178,7 @@ class Rig:
         if model:
             self._load(PortArgs.init_new(server))
         else:
-            self._pools(kv_tokens, row_tokens)
+            self._pools(kv_tokens, row_tokens, rows)
         self.tree = RadixCache(
             CacheInitParams(
                 disable=False,
@@ -200,11 +214,11 @@ class Rig:
         self.rows = self.runner.req_to_token_pool
         self.kv = self.runner.token_to_kv_pool_allocator
 
-    def _pools(self, kv_tokens: int, row_tokens: int) -> None:
+    def _pools(self, kv_tokens: int, row_tokens: int, rows: int) -> None:
         from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
         from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
-        self.rows = ReqToTokenPool(64, row_tokens, self.device, False)
+        self.rows = ReqToTokenPool(rows, row_tokens, self.device, False)
         self.kv = TokenToKVPoolAllocator(kv_tokens, torch.float16, self.device, None, False)
 
     def request(self, ids: Iterable[int], max_new_tokens: int = 4) -> Any:
