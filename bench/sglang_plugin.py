@@ -1,9 +1,9 @@
 """The plugin in the real SGLang, with and without it in one run: python bench/sglang_plugin.py
 
-Real requests, ScheduleBatch, pools, radix cache and FutureMap; a schedule and a forward stream, as in
-overlap mode. No model: what a forward would read is compared on the forward stream. "Without" puts
-SGLang's own functions back in place for the call, "with" the hooked ones; they take turns, call by
-call, on equal requests.
+Real requests, ScheduleBatch, pools, radix cache and FutureMap; a schedule and a forward stream, as
+in overlap mode. No model: what a forward would read is compared on the forward stream. "Without"
+puts SGLang's own functions back in place for a call, "with" the hooked ones; they take turns, call
+by call, on equal requests.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import sglang_rig
 import torch
 from common import VOCAB, random_ids, summary, write_result
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from pystage.trace import Batch, Request, draw_ids, prefill_batches, sample_trace
@@ -96,7 +96,7 @@ class Bench:
     def __init__(self, device: str, console: Console) -> None:
         self.console = console
         self.rig = sglang_rig.Rig(
-            device, overlap=True, kv_tokens=1 << 19, row_tokens=(1 << 17) + 4096, rows=320
+            device, overlap=True, kv_tokens=1 << 18, row_tokens=(1 << 17) + 4096, rows=320
         )
         self.streams = Streams(device)
         from sglang.srt.managers import schedule_batch, scheduler
@@ -113,8 +113,16 @@ class Bench:
         self.schedule_batch, self.scheduler = schedule_batch, scheduler
         self.pin = is_pin_memory_available(self.rig.device)
 
-    def track(self, count: int, what: str) -> Any:
-        return track(range(count), what, console=self.console, transient=True)
+    def track(self, count: int, what: str) -> Iterator[int]:
+        """A progress bar, refreshed by hand: rich's thread would take the GIL in timed calls."""
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        progress = Progress(*columns, console=self.console, auto_refresh=False, transient=True)
+        with progress:
+            task = progress.add_task(what, total=count)
+            for i in range(count):
+                yield i
+                if i % max(1, count // 20) == 0:
+                    progress.update(task, completed=i + 1, refresh=True)
 
     # --- ids are equal
 

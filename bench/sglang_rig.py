@@ -12,7 +12,6 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
-import os
 import sys
 import tempfile
 from array import array
@@ -94,6 +93,22 @@ def _imports(name: str) -> bool:
             del sys.modules[module]
         return False
     return True
+
+
+def let_configs_be_replaced() -> None:
+    """Older releases register configurations that newer transformers has itself."""
+    from transformers.models.auto.auto_factory import _LazyAutoMapping
+    from transformers.models.auto.configuration_auto import _LazyConfigMapping
+
+    for mapping in (_LazyAutoMapping, _LazyConfigMapping):
+        register = mapping.register
+
+        def replace(
+            self: Any, key: Any, value: Any, exist_ok: bool = False, register: Any = register
+        ) -> None:
+            register(self, key, value, exist_ok=True)
+
+        mapping.register = replace
 
 
 # --- a model's configuration ---------------------------------------------------------------------
@@ -282,8 +297,3 @@ class Rig:
 
         for req in reqs:
             release_kv_cache(req, self.tree, checkpoint=False)
-
-
-def quiet() -> None:
-    """SGLang's and its packages' notes on what is not installed here."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -244,13 +244,11 @@ def _flatten(original: Function, parts: list[Any], pin: bool) -> StagedTokens | 
         # Later calls of get_fill_ids are somebody else's, who may need an array.
         _here.views = False
         try:
-            if all(type(part) is FillIds for part in parts):
-                return pool.stage(
-                    [part.ids for part in parts],
-                    [part.start for part in parts],
-                    [part.stop for part in parts],
-                )
-            return pool.stage(_arrays(parts))
+            try:
+                ids = [part.ids for part in parts]
+            except AttributeError:  # an array among them
+                return pool.stage(_arrays(parts))
+            return pool.stage(ids, [part.start for part in parts], [part.stop for part in parts])
         except PoolExhaustedError as error:
             if _state.settings.at_capacity == "raise":
                 raise
