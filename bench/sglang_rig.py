@@ -24,7 +24,7 @@ import torch
 
 # --- what is not installed -----------------------------------------------------------------------
 
-KERNELS = ("sgl_kernel", "vllm", "torchvision", "flashinfer", "deep_gemm", "triton")
+KERNELS = ("sgl_kernel", "vllm", "torchvision", "flashinfer", "deep_gemm")
 CUDA_KERNELS = ("sgl_kernel", "vllm", "torchvision")  # SGLang looks itself for the others there
 
 
