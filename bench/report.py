@@ -131,12 +131,13 @@ def sglang_tables() -> str:
     result = json.loads(SGLANG.read_text())
     sides = ("with pystage", "without")
     cells = [
-        (f"{shape.replace('8192', '8,192').replace('16384', '16,384')}: {part}", cell[part])
+        (re.sub(r"(\d)(\d{3})\b", r"\1,\2", shape) + f": {part}", cell[part])
         for shape, cell in result.get("host", {}).items()
         for part in ("flatten + resolve", "prepare + resolve")
     ]
     cells += [
-        ("8,192 behind 122,880: slice + flatten", c["us"]) for c in result["history"].values()
+        ("8,192 behind 122,880: slice + flatten", c["us"])
+        for c in result.get("history", {}).values()
     ]
     cells += [(f"8,192 ids ready, {w}", c["us"]) for w, c in result.get("latency", {}).items()]
     rows = [

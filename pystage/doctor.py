@@ -47,9 +47,10 @@ class Check:
     figures: dict[str, Any]
 
 
-def examine(device: torch.device | None = None, seconds: float = SELF_TEST_SECONDS) -> list[Check]:
+def examine(device: torch.device | None = None, seconds: float | None = None) -> list[Check]:
     """All checks, in the order they are shown. Fails on nothing: what cannot be looked at is a
-    check that is not ok."""
+    check that is not ok. ``seconds``: of the self-test, default SELF_TEST_SECONDS."""
+    seconds = SELF_TEST_SECONDS if seconds is None else seconds
     where = device or _device()
     steps: list[tuple[str, Callable[[], Check]]] = [
         ("build", _build),

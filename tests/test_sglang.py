@@ -315,16 +315,6 @@ def test_the_history_is_not_copied(engine: Engine) -> None:
     engine.rig.tree.unlock(req.lock)
 
 
-def test_a_view_of_ids() -> None:
-    ids = array("q", range(100))
-    view = plugin.FillIds(ids, 0, 90)[10:]
-    assert len(view) == 80 and view[0] == 10 and view[-1] == 89
-    assert list(view[-3:]) == [87, 88, 89] and len(view[200:]) == 0
-    assert list(view[::40]) == [10, 50]
-    assert view[5:10].copy() == array("q", range(15, 20))
-    ids.append(1)
-
-
 def test_who_forgets_to_resolve_is_told(engine: Engine) -> None:
     expected = engine.before["chunked_mixed_decode"]["extend: logits"][:1]
     req = engine.rig.request(range(10, 17))
@@ -394,6 +384,18 @@ def test_at_the_cap(
         engine.rig.release(req)
     del held
     pool.close()
+
+
+def test_eager(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launched when the batch is prepared; the ids are the same."""
+    monkeypatch.setattr(plugin._state, "settings", plugin.Settings(issue="eager"))
+    monkeypatch.setattr(plugin, "_pools", plugin._Pools())
+    for scenario in (chunked_mixed_decode, two_chunks):
+        after = scenario(engine.rig)
+        torch.testing.assert_close(after, engine.before[scenario.__name__], rtol=0, atol=0)
+    (stats,) = plugin.pool_stats()
+    assert stats.eager_transfers == 4
+    plugin._pools.close()
 
 
 def test_no_pool_no_change(
@@ -490,31 +492,7 @@ def test_a_step_has_the_history_it_says(engine: Engine, forwards: list[torch.Ten
     assert [len(ids) for ids in forwards] == [64, 64]
 
 
-# --- settings, and processes of their own ---------------------------------------------------------
-
-
-def test_settings() -> None:
-    read = plugin.Settings.from_environment
-    assert read({}) == plugin.Settings()
-    given = {
-        "PYSTAGE_SGLANG": "0",
-        "PYSTAGE_SGLANG_CAPACITY_MIB": "8",
-        "PYSTAGE_SGLANG_AT_CAPACITY": "wait",
-        "PYSTAGE_SGLANG_ISSUE": "Eager",
-        "PYSTAGE_SGLANG_VALIDATE_IDS": "1",
-        "PYSTAGE_SGLANG_SIZER": "1",
-    }
-    assert set(given) == set(plugin.ENVIRONMENT.values())
-    assert read(given) == plugin.Settings(False, 8, "wait", "eager", True, True)
-    for name in given:
-        with pytest.raises(ValueError, match=f"{name} is '-1'; it is "):
-            read({name: "-1"})
-
-
-def test_settings_are_documented() -> None:
-    text = (ROOT / "docs/sglang.md").read_text()
-    for name in plugin.ENVIRONMENT.values():
-        assert f"| `{name}` |" in text
+# --- processes of their own -----------------------------------------------------------------------
 
 
 PRELUDE = """
