@@ -643,7 +643,7 @@ def test_one_line_once_the_log_is_set_up() -> None:
 
 def test_validation_refuses_when_the_request_arrives() -> None:
     code = """
-    from types import SimpleNamespace
+    from array import array
     from sglang.srt.plugins import load_plugins
     load_plugins()
     rig = sglang_rig.Rig()
@@ -651,27 +651,41 @@ def test_validation_refuses_when_the_request_arrives() -> None:
     from sglang.srt.managers.scheduler import Scheduler
     assert "validation" in plugin.status()["active"], plugin.status()
 
-    queued = []
-    class Server:
-        model_config = rig.model_config
-        def handle(self, req):
-            error = scheduler.validate_input_length(req, 1000, False)
-            queued.append((error, req.to_finish))
-    # The handlers need a whole server; what they call is the real thing, under their hook.
-    def arrives(req):
-        plugin._handle_request(Server.handle, Server(), req)
+    class Received:  # what the tokenizer's process sends; all else is None
+        mm_inputs = None
+        sampling_params = rig.request([1]).sampling_params
+        def __init__(self, ids):
+            self.rid, self.input_text, self.input_ids = "1", "", array("q", ids)
+        def __getattr__(self, name):
+            return None
 
-    arrives(rig.request(range(20)))
-    arrives(rig.request([1, 2, 200000, -4]))
+    class Server:  # of the scheduler, what its handler of embedding requests uses
+        model_config, max_req_input_len = rig.model_config, 1000
+        tokenizer = pad_input_ids_func = None
+        _handle_embedding_request = Scheduler._handle_embedding_request
+        def _maybe_namespace_elastic_radix_cache(self, req): pass
+        def _record_kv_event_lora_name(self, req, name): pass
+        def _add_request_to_queue(self, req): queued.append(req)
+
+    queued = []
+    for ids in (range(20), [1, 2, 200000, -4]):
+        Scheduler.handle_embedding_request(Server(), Received(ids))
+    good, bad = queued
+    assert good.to_finish is None and len(good.origin_input_ids) == 20
+    error = "input_ids[2] is 200000, outside the vocabulary of 512 (2 of 4 ids are)"
+    assert bad.to_finish.message == error and bad.to_finish.status_code == 400
+    assert list(bad.origin_input_ids) == [0]  # what the GPU gets of it
+
+    # A request to generate is refused by its handler, for the error that this returns.
+    def arrives(req):
+        check = lambda server: scheduler.validate_input_length(req, 1000, False)
+        return plugin._handle_request(check, Server())
+    assert arrives(rig.request([1, 2, 200000, -4])) == error
+    assert arrives(rig.request(range(20))) is None
+    assert "maximum allowed length" in arrives(rig.request(range(1001)))
     picture = rig.request([1, 1000007])
     picture.multimodal_inputs = object()
-    arrives(picture)
-    arrives(rig.request(range(2000 % 500 + 1001)))
-    assert queued[0] == (None, None) and queued[2] == (None, None)
-    error, finish = queued[1]
-    assert error == ("input_ids[2] is 200000, outside the vocabulary of 512 (2 of 4 ids are)")
-    assert finish.message == error and finish.status_code == 400
-    assert "maximum allowed length" in queued[3][0]
+    assert arrives(picture) is None
     """
     process(code, PYSTAGE_SGLANG_VALIDATE_IDS="1")
 
