@@ -270,10 +270,12 @@ class Rig:
         req.extend_end = len(req.full_untruncated_fill_ids) if end is None else end
 
     def resolve(self, batch: Any) -> None:
-        """By the function that the scheduler would call, hooked or not."""
-        from sglang.srt.managers import scheduler
+        """By the function that the scheduler would call, hooked or not; where the scheduler cannot
+        be imported without its kernels, by the one it would import."""
+        from sglang.srt.managers import overlap_utils
 
-        scheduler.resolve_forward_inputs(batch, self.future_map)
+        module = sys.modules.get("sglang.srt.managers.scheduler", overlap_utils)
+        module.resolve_forward_inputs(batch, self.future_map)  # type: ignore[attr-defined]
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and sampled ids, stored in the relay as the scheduler does it."""

@@ -7,6 +7,7 @@ need another environment, or break something, run in processes of their own.
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -220,6 +221,7 @@ class Engine:
     def __init__(self) -> None:
         sglang_rig.stand_in()
         self.rig = sglang_rig.Rig(model=True)
+        importlib.import_module("sglang.srt.managers.scheduler")
         self.free = self.figures()
         torch.manual_seed(0)
         self.before = {scenario.__name__: scenario(self.rig) for scenario in SCENARIOS}
