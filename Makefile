@@ -16,7 +16,7 @@ endif
 STAMP := build/.installed-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: help demo test cpp-test bench report build clean
+.PHONY: help demo test sglang-test cpp-test bench report build clean
 help:  ## what there is (the default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -40,6 +40,18 @@ demo: build  ## replay a serving trace through the pool
 
 test: build  ## the test suite
 	$(PY) -m pytest -q
+
+# An environment with SGLang, made once. The extension stands in the source folder, built for one
+# torch at a time: the other environments' stamps go, so that they build again.
+SGLANG_VENV ?= .venv-sglang
+SGLANG_STAMP = $(SGLANG_VENV)/.complete-$(shell cat tests/sglang-requirements.txt tests/install_sglang.py | cksum | cut -d' ' -f1)
+
+sglang-test:  ## the plugin in the real SGLang, on the CPU (installs it into .venv-sglang)
+	@test -e $(SGLANG_STAMP) || { rm -rf $(SGLANG_VENV) && \
+	  $(PYTHON) tests/install_sglang.py $(SGLANG_VENV) && touch $(SGLANG_STAMP); }
+	PYSTAGE_CUDA=0 $(SGLANG_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@rm -f build/.installed-*
+	PYSTAGE_TEST_SGLANG_OLD=$(SGLANG_VENV)/releases $(SGLANG_VENV)/bin/python -m pytest -q -W ignore tests/test_sglang.py
 
 cpp-test:  ## the C++ tests of pool and gather; they need doctest
 	$(MAKE) -C csrc/tests

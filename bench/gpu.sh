@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with a GPU, in one call, with the packages already there.
 #   bench/gpu.sh [build] [test] [stress] [sanitize] [bench] [suite] [demo]    default: all of them
+#   SGLANG_WHEELS=DIR bench/gpu.sh sglang      the plugin in SGLang, installed from the wheels in DIR
 # Results go to ${OUT:-bench/results}. Give the commit as PYSTAGE_COMMIT where git is not. The suite
 # takes peers that are not installed from the folder PEERS.
 set -uo pipefail
@@ -36,6 +37,8 @@ for part in $parts; do
     bench) step bench "$python" bench/staging.py --out "$out/staging.json"; cat "$out/bench.log" ;;
     suite) step suite "$python" -m bench --out "$out/suite.json" ${PEERS:+--peers "$PEERS"}
            tail -c 9000 "$out/suite.log" ;;
+    sglang) step sglang "$python" bench/sglang_plugin.py --sglang-wheels "${SGLANG_WHEELS:?}" \
+              --out "$out/sglang.json"; cat "$out/sglang.log" ;;
     demo) step demo "$python" -m pystage demo --json "$out/demo.json"; tail -n 45 "$out/demo.log" ;;
   esac
 done

@@ -20,6 +20,7 @@ from bench import pages  # noqa: E402
 from bench.pages import tabulate  # noqa: E402
 
 RESULT = ROOT / "bench/results/staging-nvidia-h100-80gb-hbm3.json"
+SGLANG = ROOT / "bench/results/sglang-nvidia-h100-80gb-hbm3.json"
 EARLIER = ROOT / "bench/results/earlier"
 README = ROOT / "README.md"
 DOCS = ROOT / "docs/benchmarks.md"
@@ -115,12 +116,36 @@ def target_table(result: dict[str, Any]) -> str:
     return tabulate(["measure", "target", "measured", "met"], rows)
 
 
-def source(result: dict[str, Any]) -> str:
+def sglang_tables() -> str:
+    """The plugin in SGLang, from a file of its own; a sentence where it has not been measured."""
+    if not SGLANG.exists():
+        return "Not measured on a GPU yet (`bench/sglang_plugin.py`)."
+    result = json.loads(SGLANG.read_text())
+    sides = ("with pystage", "without")
+    cells = [
+        (re.sub(r"(\d)(\d{3})\b", r"\1,\2", shape) + f": {part}", cell[part])
+        for shape, cell in result.get("host", {}).items()
+        for part in ("flatten + resolve", "prepare + resolve")
+    ]
+    cells += [
+        ("8,192 behind 122,880: slice + flatten", c["us"])
+        for c in result.get("history", {}).values()
+    ]
+    cells += [(f"8,192 ids ready, {w}", c["us"]) for w, c in result.get("latency", {}).items()]
+    rows = [
+        [name, *(pair(cell[side]) for side in sides), f"{cell['ratio']['p50']:.1f} x"]
+        for name, cell in cells
+    ]
+    table = tabulate(["us, p50 / p99", *sides, "p50"], rows)
+    return f"{table}\n\n{target_table(result)}\n\n{source(result, SGLANG)}"
+
+
+def source(result: dict[str, Any], path: Path = RESULT) -> str:
     return (
         f"{result['device']}, {result['cores']}-core VM ({result['cpu']}), "
         f"driver {result['driver']}, torch {result['torch']}, {result['date'][:10]}, "
         f"commit `{result['commit'][:9]}`: "
-        f"`{result['command']}`, `bench/results/{RESULT.name}`."
+        f"`{result['command']}`, `bench/results/{path.name}`."
     )
 
 
@@ -132,6 +157,7 @@ def sections(result: dict[str, Any]) -> dict[str, str]:
         "targets": target_table(result),
         "source": source(result),
         "others": other_machines(),
+        "sglang": sglang_tables(),
     }
 
 

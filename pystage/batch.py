@@ -206,11 +206,17 @@ _forgotten = 0
 _warned: set[tuple[str, int]] = set()
 
 
-def ensure_resolved(batch: DeferredBatch, relay: Tensor | None = None) -> None:
+def ensure_resolved(
+    batch: DeferredBatch, relay: Tensor | None = None, *, stacklevel: int = 1
+) -> None:
     """For whatever builds a forward from a batch: resolves it if everybody forgot to.
 
     A path that forgot costs a count (:func:`forgotten_resolves`) and, once for each line that calls
     this, a :class:`pystage.ForgottenResolveWarning`, in place of a crash.
+
+    Args:
+        batch, relay: as for :func:`resolve_forward_inputs`.
+        stacklevel: how many frames up the line is that forgot; 1 is the caller of this.
 
     Raises:
         Exception: as :func:`resolve_forward_inputs`.
@@ -219,7 +225,7 @@ def ensure_resolved(batch: DeferredBatch, relay: Tensor | None = None) -> None:
         return
     resolve_forward_inputs(batch, relay)
     global _forgotten  # noqa: PLW0603
-    caller = sys._getframe(1)
+    caller = sys._getframe(stacklevel)
     site = (caller.f_code.co_filename, caller.f_lineno)
     with _guard:
         _forgotten += 1
@@ -230,7 +236,7 @@ def ensure_resolved(batch: DeferredBatch, relay: Tensor | None = None) -> None:
             f"{_name(batch)} reached {site[0]}:{site[1]} unresolved and was resolved there: call "
             "resolve_forward_inputs(batch, relay) at forward entry",
             ForgottenResolveWarning,
-            stacklevel=2,
+            stacklevel=stacklevel + 1,
         )
 
 

@@ -1,4 +1,4 @@
-"""``python -m pystage demo`` and ``python -m pystage info``.
+"""``python -m pystage demo``, ``info`` and ``doctor``.
 
 Needs rich (extra ``cli``), and imports it only when a command runs.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import trace
+from . import doctor, trace
 from ._build import build_info
 from ._replay import HostTime, MismatchError, Report, Workload, replay
 from .errors import PystageError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EXIT_DIFFERENT_IDS = 1
+EXIT_NOT_WELL = 1
 EXIT_CANNOT_RUN = 2
 DEFAULT_BATCHES = 2000
 _REFRESH_SECONDS = 0.1
@@ -48,17 +49,19 @@ class CannotRunError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status.
 
-    0: done. 1: a batch's ids differ. 2: wrong arguments, or the command cannot run here.
+    0: done. 1: a batch's ids differ, or the doctor found something wrong. 2: wrong arguments, or
+    the command cannot run here.
     """
     options = _parser().parse_args(arguments)
     try:
-        _require_rich()
-        options.command(options)
+        if not (options.command is _doctor and options.json):
+            _require_rich()
+        status: int | None = options.command(options)
     except MismatchError as error:
         return _fail(f"wrong ids: {error}", EXIT_DIFFERENT_IDS)
     except (CannotRunError, trace.TraceError, PystageError, OSError) as error:
         return _fail(str(error), EXIT_CANNOT_RUN)
-    return 0
+    return status or 0
 
 
 def _fail(message: str, status: int) -> int:
@@ -77,12 +80,15 @@ def _require_rich() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m pystage", description="Staging of prefill token ids: demo and information."
+        prog="python -m pystage", description="Staging of prefill token ids."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="replay a trace through a pool, checked and timed"))
     info = commands.add_parser("info", help="what this installation was built with")
     info.set_defaults(command=_info)
+    _add_doctor(
+        commands.add_parser("doctor", help="is all well here: device, pinned memory, SGLang, ids")
+    )
     return parser
 
 
@@ -144,6 +150,37 @@ def _device(text: str) -> torch.device:
     return device
 
 
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_doctor)
+    parser.description = (
+        "Looks at device, driver, toolkit, link, pinned memory, build and SGLang's hooks, and "
+        f"stages for {doctor.SELF_TEST_SECONDS:g} seconds. Exit status 1: something is wrong."
+    )
+    device = "cpu, cuda or cuda:N; default: a GPU, else cpu"
+    parser.add_argument("--device", type=_device, metavar="D", help=device)
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    _require_device(options.device)
+    checks = doctor.examine(options.device)
+    well = all(check.ok for check in checks)
+    if options.json:
+        by_name = {check.name: dataclasses.asdict(check) for check in checks}
+        print(json.dumps({"ok": well, "checks": by_name}, indent=2))
+    else:
+        _print(_doctor_table(checks))
+    return 0 if well else EXIT_NOT_WELL
+
+
+def _doctor_table(checks: Sequence[doctor.Check]) -> Table:
+    table = _two_columns()
+    table.add_column()
+    for check in checks:
+        table.add_row(check.name, check.found, "ok" if check.ok else "WRONG")
+    return table
+
+
 def _info(options: argparse.Namespace) -> None:
     _print(_info_table())
 
@@ -180,9 +217,13 @@ def _run(work: Workload, options: argparse.Namespace) -> Report:
         return replay(pool, work, options.issue, on_batch)
 
 
-def _open_pool(device: torch.device | None, issue: Issue, chunk_tokens: int) -> StagingPool:
+def _require_device(device: torch.device | None) -> None:
     if device is not None and device.type == "cuda" and not torch.cuda.is_available():
         raise CannotRunError(f"no {device} here: torch {torch.__version__} sees no CUDA device")
+
+
+def _open_pool(device: torch.device | None, issue: Issue, chunk_tokens: int) -> StagingPool:
+    _require_device(device)
     capacity = max(64 << 20, 64 * chunk_tokens)  # some four batches at least, as int64
     try:
         return StagingPool(device, capacity, issue=issue)

@@ -1,0 +1,519 @@
+"""The plugin in the real SGLang, with and without it in one run: python bench/sglang_plugin.py
+
+Real requests, ScheduleBatch, pools, radix cache and FutureMap; a schedule and a forward stream, as
+in overlap mode. No model: what a forward would read is compared on the forward stream. "Without"
+puts SGLang's own functions back in place for a call, "with" the hooked ones; they take turns, call
+by call, on equal requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import sglang_rig
+import torch
+from common import VOCAB, random_ids, summary, write_result
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from pystage.trace import Batch, Request, draw_ids, prefill_batches, sample_trace
+
+CHUNK, HISTORY = 8192, 122_880
+WITH, WITHOUT = "with pystage", "without"
+
+
+class Switch:
+    """Puts SGLang's own functions back, and the hooked ones, wherever they are bound."""
+
+    def __init__(self) -> None:
+        from pystage.integrations import sglang as plugin
+
+        self.places: list[tuple[Any, str, Any, Any]] = []
+        wrappers: dict[int, Any] = {}
+        for hook in plugin._state.hooks:
+            owner, name = plugin._owner_and_name(hook.target)
+            hooked = vars(owner)[name]
+            function = getattr(hooked, "__func__", hooked)
+            original = function.__wrapped__
+            if isinstance(hooked, classmethod):
+                original = classmethod(original)
+            self.places.append((owner, name, hooked, original))
+            wrappers[id(function)] = function
+        for module in [m for n, m in sys.modules.items() if n.startswith("sglang.") and m]:
+            for name, value in list(vars(module).items()):
+                if id(value) in wrappers:
+                    self.places.append((module, name, value, value.__wrapped__))
+
+    def __call__(self, side: str) -> None:
+        for owner, name, hooked, original in self.places:
+            setattr(owner, name, hooked if side == WITH else original)
+
+
+class Streams:
+    """The scheduler's two streams; on a CPU none."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+        if self.cuda:
+            torch.cuda.synchronize()  # what was made so far, was made on the default stream
+            self.schedule, self.forward = torch.cuda.Stream(), torch.cuda.Stream()
+            torch.cuda.set_stream(self.schedule)
+
+    @contextlib.contextmanager
+    def on_forward(self) -> Iterator[None]:
+        """As ``run_batch`` enters its forward."""
+        if not self.cuda:
+            yield
+            return
+        with torch.cuda.stream(self.forward):
+            self.forward.wait_stream(self.schedule)
+            yield
+
+    def settle(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+
+class Bench:
+    """A rig, its streams, and the plugin to switch on and off."""
+
+    def __init__(self, device: str, console: Console) -> None:
+        self.console = console
+        self.rig = sglang_rig.Rig(
+            device, overlap=True, kv_tokens=1 << 18, row_tokens=(1 << 17) + 4096, rows=320
+        )
+        self.streams = Streams(device)
+        from sglang.srt.managers import schedule_batch
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.utils.common import is_pin_memory_available
+
+        self.record = _recorder(console)
+        load_plugins()
+        from pystage.integrations import sglang as plugin
+
+        self.status = plugin.status()
+        if self.status["off"] or self.status["broken"] or not self.status["active"]:
+            raise RuntimeError(f"the plugin is not in place: {self.status['line']}")
+        self.plugin, self.switch = plugin, Switch()
+        self.schedule_batch = schedule_batch
+        self.pin = is_pin_memory_available(self.rig.device)
+
+    def track(self, count: int, what: str) -> Iterator[int]:
+        """A progress bar, refreshed by hand: rich's thread would take the GIL in timed calls."""
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        progress = Progress(*columns, console=self.console, auto_refresh=False, transient=True)
+        with progress:
+            task = progress.add_task(what, total=count)
+            for i in range(count):
+                yield i
+                if i % max(1, count // 20) == 0:
+                    progress.update(task, completed=i + 1, refresh=True)
+
+    # --- ids are equal
+
+    def equal_ids(self, batches: int, mixed: bool) -> dict[str, Any]:
+        """Trace batches through both, ids compared on the forward stream, which is kept busy so
+        that it lags behind: slots and host memory are used again while transfers are pending."""
+        sides = (WITH, WITHOUT)
+        live: dict[tuple[str, int], Any] = {}
+        running = {side: self._running(side) for side in sides} if mixed else {}
+        recorder = {
+            s: SimpleNamespace(batch_record_ct=0, batch_record_buf=[None] * 2) for s in sides
+        }
+        wrong = torch.zeros((), dtype=torch.int64, device=self.rig.device)
+        requests = sample_trace()
+        tokens = mixed_batches = 0
+        done: deque[Any] = deque(maxlen=4)
+        start = time.monotonic()
+        work = islice(arriving(requests), batches)
+        for number, shape in zip(self.track(batches, "ids"), work, strict=True):
+            out = {}
+            with_running = mixed and number % 5 == 4
+            for side in sides:
+                self.switch(side)
+                reqs = [self._request(live, side, requests, r) for r in shape.requests]
+                for req, first, last in zip(reqs, shape.starts, shape.stops, strict=True):
+                    req.prefix_len, req.extend_end = first, last
+                batch = self.rig.batch(reqs)
+                batch.prepare_for_extend()
+                if with_running:
+                    running[side].prepare_for_decode()
+                    batch.mix_with_running(running[side])
+                with self.streams.on_forward():
+                    if self.streams.cuda:
+                        torch.cuda._sleep(random.Random(number).randrange(0, 400_000))
+                    self.rig.resolve(batch)
+                    out[side] = batch.input_ids
+                self.record(recorder[side], batch)
+                done.append(batch)
+            with self.streams.on_forward():
+                a, b = out[WITH], out[WITHOUT]
+                wrong += (a != b).any() if a.shape == b.shape else 1
+            tokens += shape.tokens
+            mixed_batches += with_running
+            for r, stop in zip(shape.requests, shape.stops, strict=True):
+                if stop == requests[r % len(requests)].length:
+                    self.rig.release(*(live.pop((side, r)) for side in sides))
+            if number % 200 == 199:
+                self.streams.settle()
+                if int(wrong):
+                    break
+        self.streams.settle()
+        return {
+            "batches": batches,
+            "mixed": mixed_batches,
+            "tokens": tokens,
+            "different": int(wrong),
+            "seconds": round(time.monotonic() - start, 1),
+            "pool": [s.__dict__ for s in self.plugin.pool_stats()],
+        }
+
+    def _request(
+        self, live: dict[tuple[str, int], Any], side: str, requests: list[Request], r: int
+    ) -> Any:
+        if (side, r) not in live:
+            ids = draw_ids(requests[r % len(requests)].length, VOCAB, r)
+            live[side, r] = self.rig.request(ids, max_new_tokens=1)
+        return live[side, r]
+
+    def _running(self, side: str) -> Any:
+        """Eight running requests, whose last ids stand in the relay."""
+        self.switch(side)
+        reqs = [self.rig.request(draw_ids(16 + i, VOCAB, i), 1 << 16) for i in range(8)]
+        batch = self.rig.batch(reqs)
+        batch.prepare_for_extend()
+        self.rig.resolve(batch)
+        relay = self.rig.future_map.output_tokens_buf
+        rows = batch.req_pool_indices
+        relay[rows] = torch.arange(1000, 1000 + len(reqs), dtype=relay.dtype, device=relay.device)
+        for req in reqs:
+            req.output_ids.append(7)
+        batch.input_ids = None
+        return batch
+
+    # --- host time
+
+    def host_times(self, samples: int) -> dict[str, Any]:
+        """Calls of a batch in turn, with and without; each part in its place, microseconds."""
+        result: dict[str, Any] = {}
+        rng = random.Random(1)
+        for count, length in ((1, 128), (1, CHUNK), (8, 1024), (64, 128), (1, 16384)):
+            inputs = [[random_ids(length, rng) for _ in range(count)] for _ in range(16)]
+            times: dict[str, dict[str, list[float]]] = {WITH: {}, WITHOUT: {}}
+            rounds = samples if count == 1 else max(samples // 4, 20)  # their set-up takes longest
+            for i in self.track(rounds + 50, f"{count} x {length}"):
+                for side in (WITH, WITHOUT) if i % 2 else (WITHOUT, WITH):
+                    took = self._timed_batch(side, inputs[i % len(inputs)])
+                    if i >= 50:
+                        for name, value in took.items():
+                            times[side].setdefault(name, []).append(value)
+            result[f"{count} x {length}"] = _summaries(times)
+        return result
+
+    def _timed_batch(self, side: str, lists: list[array[int]]) -> dict[str, float]:
+        self.switch(side)
+        reqs = [self.rig.request(ids, max_new_tokens=1) for ids in lists]
+        batch = self.rig.batch(reqs)
+        took: dict[str, float] = {}
+        module = self.schedule_batch
+        names = ("flatten_arrays_to_pinned_cpu", "alloc_for_extend")
+        whole = {name: getattr(module, name) for name in names}
+        sampling = module.SamplingBatchInfo
+        try:
+            for name in names:
+                setattr(module, name, _timed(whole[name], name, took))
+            module.SamplingBatchInfo = SimpleNamespace(
+                from_schedule_batch=_timed(sampling.from_schedule_batch, "sampling info", took)
+            )
+            self.streams.settle()
+            t0 = time.perf_counter_ns()
+            batch.prepare_for_extend()
+            t1 = time.perf_counter_ns()
+            with self.streams.on_forward():
+                t2 = time.perf_counter_ns()
+                self.rig.resolve(batch)
+                t3 = time.perf_counter_ns()
+        finally:
+            module.SamplingBatchInfo = sampling
+            for name in names:
+                setattr(module, name, whole[name])
+        self.streams.settle()
+        self.rig.release(*reqs)
+        took["prepare_for_extend"] = (t1 - t0) / 1e3
+        took["resolve_forward_inputs"] = (t3 - t2) / 1e3
+        took["flatten + resolve"] = took["flatten_arrays_to_pinned_cpu"] + (t3 - t2) / 1e3
+        took["prepare + resolve"] = (t1 - t0 + t3 - t2) / 1e3
+        return took
+
+    def history_times(self, samples: int) -> dict[str, Any]:
+        """The ids of a chunk behind a long history: what prepare_for_extend does with them."""
+        rng = random.Random(2)
+        reqs = [self.rig.request(random_ids(HISTORY + CHUNK, rng)) for _ in range(8)]
+        for req in reqs:
+            req.prefix_len = HISTORY
+        module, hook = self.schedule_batch, self.plugin._prepare_for_extend
+
+        def ids_of(batch: Any) -> Any:
+            parts = [r.get_fill_ids()[r.prefix_len :] for r in batch.reqs]
+            return module.flatten_arrays_to_pinned_cpu(parts, self.pin)
+
+        calls = {WITH: lambda batch: hook(ids_of, batch), WITHOUT: ids_of}
+        times: dict[str, dict[str, list[float]]] = {WITH: {"us": []}, WITHOUT: {"us": []}}
+        for i in self.track(samples + 50, "history"):
+            batch = self.rig.batch([reqs[i % len(reqs)]])
+            for side in (WITH, WITHOUT) if i % 2 else (WITHOUT, WITH):
+                self.switch(side)
+                start = time.perf_counter_ns()
+                staged = calls[side](batch)
+                took = (time.perf_counter_ns() - start) / 1e3
+                if staged[0] != reqs[i % len(reqs)].origin_input_ids[HISTORY]:
+                    raise RuntimeError(f"{side}: other ids than the request's")
+                del staged
+                if i >= 50:
+                    times[side]["us"].append(took)
+        return {f"{CHUNK} behind {HISTORY}": _summaries(times)}
+
+    def what_remains(self) -> dict[str, int]:
+        """Operators that one prepare_for_extend + resolve of 8,192 ids runs, with the plugin."""
+        self.switch(WITH)
+        req = self.rig.request(random_ids(CHUNK, random.Random(3)))
+        batch = self.rig.batch([req])
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as profile:
+            batch.prepare_for_extend()
+            with self.streams.on_forward():
+                self.rig.resolve(batch)
+        self.streams.settle()
+        self.rig.release(req)
+        counts = {e.key: int(e.count) for e in profile.key_averages() if e.key.startswith("aten::")}
+        return dict(sorted(counts.items(), key=lambda item: -item[1])[:16])
+
+    # --- until the ids are there
+
+    def behind_copies(self, samples: int) -> dict[str, Any]:
+        """Microseconds from entering resolve_forward_inputs to ids on the device."""
+        host = torch.empty(256 << 20, dtype=torch.uint8).pin_memory()
+        gpu = torch.empty(256 << 20, dtype=torch.uint8, device=self.rig.device)
+        side_stream, ready = torch.cuda.Stream(), torch.cuda.Event()
+        inputs = [random_ids(CHUNK, random.Random(i)) for i in range(16)]
+        result: dict[str, Any] = {}
+        for where in ("idle", "behind 2 x 256 MiB H2D"):
+            times: dict[str, dict[str, list[float]]] = {WITH: {"us": []}, WITHOUT: {"us": []}}
+            for i in self.track(samples + 5, where):
+                for side in (WITH, WITHOUT) if i % 2 else (WITHOUT, WITH):
+                    self.switch(side)
+                    req = self.rig.request(inputs[i % 16], max_new_tokens=1)
+                    batch = self.rig.batch([req])
+                    batch.prepare_for_extend()
+                    self.streams.settle()
+                    if where != "idle":
+                        with torch.cuda.stream(side_stream):
+                            gpu.copy_(host, non_blocking=True)
+                            gpu.copy_(host, non_blocking=True)
+                    with self.streams.on_forward():
+                        start = time.perf_counter_ns()
+                        self.rig.resolve(batch)
+                        ready.record()
+                    while not ready.query():
+                        pass
+                    took = (time.perf_counter_ns() - start) / 1e3
+                    self.streams.settle()
+                    self.rig.release(req)
+                    if i >= 5:
+                        times[side]["us"].append(took)
+            result[where] = _summaries(times)
+        return result
+
+
+def arriving(requests: list[Request]) -> Iterator[Batch]:
+    """Batches of the one to four requests that are there at a time, so of all sizes."""
+    first = 0
+    for count in cycle((1, 2, 3, 4)):
+        group = [requests[(first + i) % len(requests)] for i in range(count)]
+        for batch in prefill_batches(group, CHUNK):
+            yield replace(batch, requests=[first + r for r in batch.requests])
+        first += count
+
+
+def _recorder(console: Console) -> Callable[[Any, Any], None]:
+    """The scheduler's ``record_batch_in_overlap``; the same done here, where its module takes
+    more kernels than can be stood in for."""
+    try:
+        from sglang.srt.managers.scheduler import Scheduler
+    except Exception as error:
+        sys.modules.pop("sglang.srt.managers.scheduler", None)
+        console.print(f"the scheduler's module cannot be imported here ({error})", markup=False)
+    else:
+        record: Callable[[Any, Any], None] = Scheduler.record_batch_in_overlap
+        return record
+
+    def record_batch(recorder: Any, batch: Any) -> None:
+        recorder.batch_record_ct = (recorder.batch_record_ct + 1) % 2
+        fields = [getattr(batch, f.name, None) for f in dataclasses.fields(batch)]
+        recorder.batch_record_buf[recorder.batch_record_ct] = [batch, fields]
+
+    return record_batch
+
+
+def _timed(function: Callable[..., Any], name: str, took: dict[str, float]) -> Callable[..., Any]:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter_ns()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            took[name] = took.get(name, 0.0) + (time.perf_counter_ns() - start) / 1e3
+
+    return timed
+
+
+def _summaries(times: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Of each part, both sides, and pair by pair what the plugin takes off."""
+    result: dict[str, Any] = {}
+    for name, ours in times[WITH].items():
+        theirs = times[WITHOUT][name]
+        saved = np.subtract(theirs, ours)
+        a, b = summary(ours), summary(theirs)
+        result[name] = {
+            WITH: a,
+            WITHOUT: b,
+            "ratio": {q: round(b[q] / a[q], 2) if a[q] else 0.0 for q in ("p50", "p99")},
+            "saved_us": {"p50": round(float(np.median(saved)), 1)},
+        }
+    return result
+
+
+def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was promised, what was measured; of the parts that ran."""
+    rows: list[dict[str, Any]] = []
+
+    def row(measure: str, target: str, value: float, ok: bool, unit: str) -> None:
+        rows.append(
+            {"measure": measure, "target": target, "value": round(value, 2), "unit": unit, "ok": ok}
+        )
+
+    if "host" in result:
+        cell = result["host"][f"1 x {CHUNK}"]
+        ratio = cell["flatten + resolve"]["ratio"]["p50"]
+        row("flatten + resolve, 8,192: host time", ">= 6 x less", ratio, ratio >= 6, "x")
+    if "history" in result:
+        ratio = result["history"][f"{CHUNK} behind {HISTORY}"]["us"]["ratio"]["p50"]
+        row("8,192 behind 122,880: slice + flatten", ">= 15 x less", ratio, ratio >= 15, "x")
+    if "host" in result:
+        saved = result["host"][f"1 x {CHUNK}"]["prepare + resolve"]["saved_us"]["p50"]
+        row("prepare_for_extend + resolve, 8,192", ">= 100 us less", saved, saved >= 100, "us")
+    if "latency" in result:
+        ratio = result["latency"]["behind 2 x 256 MiB H2D"]["us"]["ratio"]["p50"]
+        row("ids ready behind 2 x 256 MiB H2D", ">= 100 x sooner", ratio, ratio >= 100, "x")
+    ids = result.get("ids") or result.get("ids, prefill only")
+    if ids:
+        row(f"ids different, {ids['batches']:,} trace batches", "0", ids["different"],
+            ids["different"] == 0, "")  # fmt: skip
+    return rows
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    cells = [("host", c, p, s) for c, ps in result.get("host", {}).items() for p, s in ps.items()]
+    for part in ("history", "latency"):
+        cells += [(part, c, "", s["us"]) for c, s in result.get(part, {}).items()]
+    if cells:
+        table = Table("", "", *(f"{s}, p50 / p99" for s in (WITH, WITHOUT)), "p50", title="us")
+        for _, cell, part, s in cells:
+            pairs = [f"{s[x]['p50']:,.1f} / {s[x]['p99']:,.1f}" for x in (WITH, WITHOUT)]
+            table.add_row(cell, part, *pairs, f"{s['ratio']['p50']:.1f} x")
+        console.print(table)
+    for part in ("ids", "ids, prefill only", "remains"):
+        if part in result:
+            console.print(f"{part}: {result[part]}")
+    table = Table("measure", "target", "measured", "", title=result["device_name"])
+    for r in result["targets"]:
+        value = f"{r['value']:,.2f} {r['unit']}"
+        table.add_row(r["measure"], r["target"], value, "yes" if r["ok"] else "NO")
+    console.print(table)
+    for part, error in result["errors"].items():
+        console.print(f"FAILED: {part}\n{error}", markup=False)
+
+
+def install_wheels(folder: Path) -> str:
+    """Puts the wheels on this process's path only."""
+    site = tempfile.mkdtemp(prefix="sglang-wheels-")
+    wheels = sorted(map(str, folder.glob("*.whl")))
+    if not wheels:
+        sys.exit(f"no wheels in {folder}")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*pip, "--target", site, *wheels], check=True)
+    sys.path.insert(0, site)
+    return site
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--samples", type=int, default=1000, help="of each host time")
+    parser.add_argument("--batches", type=int, default=10_000, help="trace batches to compare")
+    parser.add_argument("--quick", action="store_true", help="few of each, a look only")
+    parser.add_argument("--sglang-wheels", type=Path, metavar="DIR", help="install these first")
+    parser.add_argument("--out", help="JSON file; default bench/results/sglang-<device>.json")
+    args = parser.parse_args()
+    samples, batches = (50, 300) if args.quick else (args.samples, args.batches)
+    if args.sglang_wheels:
+        install_wheels(args.sglang_wheels)
+    console = Console(width=120)
+    cuda = args.device.startswith("cuda")
+    stood_in = sglang_rig.stand_in(sglang_rig.CUDA_KERNELS if cuda else sglang_rig.KERNELS)
+    name = torch.cuda.get_device_name() if cuda else "host device"
+    result: dict[str, Any] = {"device_name": name, "stood_in": stood_in, "errors": {}}
+    bench: Bench | None = None
+    with torch.no_grad():
+        try:
+            bench = Bench(args.device, console)
+            result["plugin"] = bench.status
+            console.print(bench.status["line"], markup=False)
+        except Exception:
+            result["errors"]["start"] = traceback.format_exc()
+        steps: list[tuple[str, Callable[[Bench], Any]]] = [
+            ("host", lambda b: b.host_times(samples)),
+            ("history", lambda b: b.history_times(samples)),
+            ("remains", lambda b: b.what_remains()),
+        ]
+        if cuda:
+            steps.append(("latency", lambda b: b.behind_copies(max(20, samples // 10))))
+        steps += [
+            ("ids", lambda b: b.equal_ids(batches, mixed=True)),
+        ]
+        for part, step in steps if bench else []:
+            start = time.monotonic()
+            try:
+                result[part] = step(bench)
+            except Exception:
+                result["errors"][part] = traceback.format_exc()
+                if part == "ids":
+                    steps.append(("ids, prefill only", lambda b: b.equal_ids(batches, mixed=False)))
+            console.print(f"{part}: {time.monotonic() - start:.1f} s")
+    result["targets"] = targets(result) if cuda else []
+    show(result, console)
+    file = "sglang-" + name.lower().replace(" ", "-")
+    console.print("written:", str(write_result(file, result, args.out)))
+    different = sum(result.get(p, {}).get("different", 0) for p in ("ids", "ids, prefill only"))
+    return 1 if result["errors"] or different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""The real SGLang around prefill batches, without its kernels: requests, batches, pools, radix
+cache, relay; on a CPU also a model with random weights. For tests/test_sglang.py and
+bench/sglang_plugin.py.
+
+Packages that are not installed (kernels, on most machines) are stood in for: they can be imported,
+and calling anything in them raises. So nothing here passes on a fake.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import sys
+import tempfile
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+# --- what is not installed -----------------------------------------------------------------------
+
+KERNELS = ("sgl_kernel", "vllm", "torchvision", "flashinfer", "deep_gemm")
+CUDA_KERNELS = ("sgl_kernel", "vllm", "torchvision")  # SGLang looks itself for the others there
+
+
+class StandIn:
+    """Any attribute of a module that is not there."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = self.__qualname__ = name
+
+    def __getattr__(self, name: str) -> StandIn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return StandIn(f"{self.__name__}.{name}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"{self.__name__} was called, but its package is not installed here")
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        return (object,)
+
+
+class _Module(ModuleType):
+    __path__: Sequence[str] = ()
+    __version__ = "0"
+
+    def __getattr__(self, name: str) -> StandIn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = StandIn(f"{self.__name__}.{name}")
+        setattr(self, name, value)
+        return value
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, packages: Iterable[str]) -> None:
+        self.packages = frozenset(packages)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name.partition(".")[0] in self.packages:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _Module(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        return None
+
+
+def stand_in(packages: Sequence[str] = KERNELS) -> list[str]:
+    """Stands in for those of ``packages`` that are not installed, or broken; returns which."""
+    missing = [name for name in packages if not _imports(name)]
+    sys.meta_path.insert(0, _Finder(missing))
+    return missing
+
+
+def _imports(name: str) -> bool:
+    if importlib.util.find_spec(name) is None:
+        return False
+    if name != "torchvision":  # a build for another torch is found, and fails when imported
+        return True
+    try:
+        importlib.import_module(name)
+    except Exception:
+        for module in [m for m in sys.modules if m.partition(".")[0] == name]:
+            del sys.modules[module]
+        return False
+    return True
+
+
+def let_configs_be_replaced() -> None:
+    """Older releases register configurations that newer transformers has itself."""
+    from transformers.models.auto.auto_factory import _LazyAutoMapping
+    from transformers.models.auto.configuration_auto import _LazyConfigMapping
+
+    for mapping in (_LazyAutoMapping, _LazyConfigMapping):
+        register = mapping.register
+
+        def replace(
+            self: Any, key: Any, value: Any, exist_ok: bool = False, register: Any = register
+        ) -> None:
+            register(self, key, value, exist_ok=True)
+
+        mapping.register = replace
+
+
+# --- a model's configuration ---------------------------------------------------------------------
+
+TINY_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+    "tie_word_embeddings": False,
+}
+
+
+def model_folder(**changes: Any) -> str:
+    """A folder with the configuration of a tiny Llama; weights are made up when it is loaded."""
+    folder = Path(tempfile.mkdtemp(prefix="tiny-llama-"))
+    (folder / "config.json").write_text(json.dumps({**TINY_LLAMA, **changes}))
+    return str(folder)
+
+
+# --- the scheduler's parts -----------------------------------------------------------------------
+
+
+class Rig:
+    """Real requests and batches on a device. Without a model: pools of ``kv_tokens`` and
+    ``row_tokens``; with one (CPU): the model runner's."""
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        *,
+        model: bool = False,
+        kv_tokens: int = 1 << 18,
+        row_tokens: int = 1 << 17,
+        rows: int = 64,
+        overlap: bool = False,
+        **arguments: Any,
+    ) -> None:
+        from sglang.srt.configs.model_config import ModelConfig
+        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+        from sglang.srt.mem_cache.radix_cache import RadixCache
+        from sglang.srt.runtime_context import SpawnRanks, publish
+        from sglang.srt.server_args import PortArgs, ServerArgs
+        from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+        self.device, self.overlap = device, overlap
+        self.no_spec = SpeculativeAlgorithm.NONE
+        context = 4096 if model else row_tokens
+        server = ServerArgs(
+            **{
+                "model_path": model_folder(max_position_embeddings=context),
+                "device": device.partition(":")[0],
+                "load_format": "dummy",
+                "attention_backend": "torch_native" if device == "cpu" else "triton",
+                "sampling_backend": "pytorch",
+                "grammar_backend": "none",
+                "skip_tokenizer_init": True,
+                "dtype": "float32",
+                "disable_cuda_graph": True,
+                "chunked_prefill_size": 512 if model else 8192,
+                "mem_fraction_static": 0.1,
+                **({"max_total_tokens": 8192, "max_running_requests": 16} if model else {}),
+                **arguments,
+            }
+        )
+        publish(server, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
+        self.server = server
+        self.model_config = ModelConfig.from_server_args(server)
+        self.runner: Any = None
+        if model:
+            self._load(PortArgs.init_new(server))
+        else:
+            self._pools(kv_tokens, row_tokens, rows)
+        self.tree = RadixCache(
+            CacheInitParams(
+                disable=False,
+                req_to_token_pool=self.rows,
+                token_to_kv_pool_allocator=self.kv,
+                page_size=1,
+            )
+        )
+        from sglang.srt.managers.overlap_utils import FutureMap
+
+        self.future_map = FutureMap(device, self.no_spec, self.rows)
+        self._count = 0
+
+    def _load(self, ports: Any) -> None:
+        from sglang.srt.distributed import bootstrap
+        from sglang.srt.model_executor.model_runner import ModelRunner
+        from sglang.srt.runtime_context import get_device
+
+        bootstrap.init_parallel_runtime(
+            server_args=self.server, device=get_device().device, dist_port=ports.nccl_port
+        )
+        bootstrap.init_layer_runtime(model_config=self.model_config)
+        self.runner = ModelRunner(
+            model_config=self.model_config,
+            mem_fraction_static=0.1,
+            gpu_id=0,
+            nccl_port=ports.nccl_port,
+            server_args=self.server,
+        )
+        self.runner.alloc_memory_pool()
+        self.runner.init_attention_backends()
+        self.runner.init_cuda_graphs()
+        self.rows = self.runner.req_to_token_pool
+        self.kv = self.runner.token_to_kv_pool_allocator
+
+    def _pools(self, kv_tokens: int, row_tokens: int, rows: int) -> None:
+        from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+        from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+
+        self.rows = ReqToTokenPool(rows, row_tokens, self.device, False)
+        self.kv = TokenToKVPoolAllocator(kv_tokens, torch.float16, self.device, None, False)
+
+    def request(self, ids: Iterable[int], max_new_tokens: int = 4) -> Any:
+        """A request as the scheduler makes it, matched and locked in the radix cache."""
+        from sglang.srt.managers.schedule_batch import Req
+        from sglang.srt.sampling.sampling_params import SamplingParams
+
+        params = SamplingParams(temperature=0, max_new_tokens=max_new_tokens)
+        params.normalize(None)
+        self._count += 1
+        req = Req(
+            rid=str(self._count),
+            origin_input_text="",
+            origin_input_ids=ids if isinstance(ids, array) else array("q", ids),
+            sampling_params=params,
+            vocab_size=self.model_config.vocab_size,
+        )
+        req.init_next_round_input(self.tree)
+        req.lock = self.tree.lock(req.last_node)
+        req.extend_end = len(req.full_untruncated_fill_ids)
+        return req
+
+    def batch(self, reqs: list[Any]) -> Any:
+        """A batch of them, not prepared yet."""
+        from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+        return ScheduleBatch.init_new(
+            reqs, self.rows, self.kv, self.tree, self.model_config, self.overlap, self.no_spec
+        )
+
+    def next_chunk(self, req: Any, end: int | None = None) -> None:
+        """The request goes on where its last chunk ended."""
+        req.prefix_len = req.extend_end
+        req.extend_end = len(req.full_untruncated_fill_ids) if end is None else end
+
+    def resolve(self, batch: Any) -> None:
+        """By the function that the scheduler would call, hooked or not; where the scheduler cannot
+        be imported without its kernels, by the one it would import."""
+        from sglang.srt.managers import overlap_utils
+
+        module = sys.modules.get("sglang.srt.managers.scheduler", overlap_utils)
+        module.resolve_forward_inputs(batch, self.future_map)  # type: ignore[attr-defined]
+
+    def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and sampled ids, stored in the relay as the scheduler does it."""
+        from sglang.srt.managers.overlap_utils import RelayPayload
+        from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+        with torch.no_grad():
+            forward = ForwardBatch.init_new(
+                batch, self.runner, return_hidden_states_before_norm=False
+            )
+            output = self.runner.forward(forward).logits_output
+            logits = output.next_token_logits.clone()
+            sampled = self.runner.sample(output, forward)
+        self.future_map.stash(batch.req_pool_indices, RelayPayload(bonus_tokens=sampled))
+        batch.input_ids = None
+        return logits, sampled
+
+    def release(self, *reqs: Any) -> None:
+        """Their KV cache and rows go back, nothing of them stays in the radix cache."""
+        from sglang.srt.mem_cache.common import release_kv_cache
+
+        for req in reqs:
+            release_kv_cache(req, self.tree, checkpoint=False)

@@ -1,0 +1,1 @@
+"""Plugins that put pystage into engines. Nothing here is imported by pystage itself."""

@@ -1,0 +1,130 @@
+"""What of the SGLang plugin needs no SGLang."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pystage.integrations import sglang as plugin
+from pystage.integrations import sglang_pp
+from pystage.pp import ProfileError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_a_view_of_ids() -> None:
+    ids = array("q", range(100))
+    view = plugin.FillIds(ids, 0, 90)[10:]
+    assert len(view) == 80 and view[0] == 10 and view[-1] == 89
+    assert list(view[-3:]) == [87, 88, 89] and len(view[200:]) == 0
+    assert list(view[::40]) == [10, 50]
+    assert view[5:10].copy() == array("q", range(15, 20))
+    ids.append(1)
+
+
+def test_settings() -> None:
+    read = plugin.Settings.from_environment
+    assert read({}) == plugin.Settings()
+    given = {
+        "PYSTAGE_SGLANG": "0",
+        "PYSTAGE_SGLANG_CAPACITY_MIB": "8",
+        "PYSTAGE_SGLANG_AT_CAPACITY": "wait",
+        "PYSTAGE_SGLANG_ISSUE": "Eager",
+        "PYSTAGE_SGLANG_VALIDATE_IDS": "1",
+        "PYSTAGE_SGLANG_SIZER": "1",
+    }
+    assert set(given) == set(plugin.ENVIRONMENT.values())
+    assert read(given) == plugin.Settings(False, 8, "wait", "eager", True, True)
+    for name in given:
+        with pytest.raises(ValueError, match=f"{name} is '-1'; it is "):
+            read({name: "-1"})
+
+
+def test_settings_are_documented() -> None:
+    text = (ROOT / "docs/sglang.md").read_text()
+    for name in plugin.ENVIRONMENT.values():
+        assert f"| `{name}` |" in text
+
+
+@pytest.mark.parametrize(
+    ("ids", "error"),
+    [
+        ([0, 511], None),
+        ([], None),
+        ([5, 512, 9], "input_ids[1] is 512, outside the vocabulary of 512 (1 of 3 ids are)"),
+        ([-1, 600], "input_ids[0] is -1, outside the vocabulary of 512 (2 of 2 ids are)"),
+    ],
+)
+def test_bad_ids(ids: list[int], error: str | None) -> None:
+    req = SimpleNamespace(
+        origin_input_ids=array("q", ids), multimodal_inputs=None, input_embeds=None
+    )
+    assert plugin._bad_id(req, 512) == error
+    req.multimodal_inputs = object()
+    assert plugin._bad_id(req, 512) is None
+
+
+# --- the ranks of a stage profile together ---
+
+
+def owner() -> Any:
+    return SimpleNamespace(
+        model_config=SimpleNamespace(context_len=8192),
+        token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 6000),
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.empty(1, 8192, device="meta")),
+        page_size=16,
+        chunked_prefill_size=1024,
+        max_prefill_tokens=2048,
+        device="cpu",
+    )
+
+
+def test_the_plan_fits_the_kv_cache() -> None:
+    plan = sglang_pp.sample_plan(owner())
+    assert plan.base == (0, 1024) and plan.page_size == 64
+    assert max(history + chunk for history, chunk in plan.points) <= 6000 - 64
+    assert max(chunk for _, chunk in plan.points) <= 1280
+
+
+def stage_rank(rank: int, folder: str, fails_at: int) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    seen: list[list[int]] = []
+
+    def step(history_len: int, chunk_len: int) -> None:
+        seen.append([history_len, chunk_len])
+        if rank == 0 and len(seen) == fails_at:
+            raise LookupError("no state slot left")
+
+    outcome: Any = None
+    if rank == 0:
+        stage = SimpleNamespace(world_size=2, cpu_group=dist.group.WORLD)
+        try:
+            outcome = len(sglang_pp._lead(step, owner(), stage))
+        except ProfileError as error:
+            outcome = str(error)
+    else:
+        sglang_pp._follow(step, dist.group.WORLD)
+    Path(folder, f"{rank}.json").write_text(json.dumps([seen, outcome]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("fails_at", [0, 5])
+def test_every_rank_runs_the_leaders_points(tmp_path: Path, fails_at: int) -> None:
+    pytest.importorskip("scipy")
+    mp.spawn(stage_rank, (str(tmp_path), fails_at), nprocs=2)
+    (led, outcome), (followed, _) = (
+        json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)
+    )
+    assert led == followed
+    if fails_at:
+        assert len(led) == fails_at and "no state slot left" in outcome
+    else:
+        assert len(led) > 20 and outcome > 20

@@ -1,0 +1,821 @@
+"""The plugin in the real SGLang, on a CPU: by its entry point, with a real model runner.
+
+What runs without the plugin runs first; then it is loaded, and the same has to come out. Cases that
+need another environment, or break something, run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import tracemalloc
+import warnings
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import pystage
+from pystage.batch import forgotten_resolves
+from pystage.integrations import sglang as plugin
+from pystage.integrations import sglang_pp
+from pystage.testing import synchronize
+
+if importlib.util.find_spec("sglang") is None:
+    pytest.skip("needs SGLang: make sglang-test", allow_module_level=True)
+
+import sglang_rig
+
+pytestmark = pytest.mark.sglang
+ROOT = Path(__file__).resolve().parent.parent
+OLD = os.environ.get("PYSTAGE_TEST_SGLANG_OLD", "")
+EVERYTHING = {"staging", "resolve", "guard", "history", "metrics", "profiler"}
+
+Outcome = dict[str, Any]
+
+
+# --- what a scheduler does ------------------------------------------------------------------------
+
+
+def chunked_mixed_decode(rig: Any) -> Outcome:
+    """Two requests and a chunk of a third; its second chunk with the two running; decode."""
+    first, second, chunked = (
+        rig.request(range(a, b)) for a, b in ((10, 17), (100, 103), (200, 212))
+    )
+    chunked.extend_end = 8
+    out: Outcome = {}
+    batch = rig.batch([first, second, chunked])
+    batch.prepare_for_extend()
+    sampled = step(rig, batch, out, "extend")
+    for req, token in zip((first, second), sampled, strict=False):
+        req.output_ids.append(token)
+    batch.filter_batch(reqs_to_exclude=[chunked])
+    rig.next_chunk(chunked)
+    mixed = rig.batch([chunked])
+    mixed.prepare_for_extend()
+    batch.prepare_for_decode()
+    mixed.mix_with_running(batch)
+    sampled = step(rig, mixed, out, "mixed")
+    for req, token in zip((chunked, first, second), sampled, strict=True):
+        req.output_ids.append(token)
+    mixed.prepare_for_decode()
+    step(rig, mixed, out, "decode")
+    rig.release(chunked, first, second)
+    return out
+
+
+def two_chunks(rig: Any) -> Outcome:
+    """A long request in two chunks, the array growing in between."""
+    req = rig.request([i * 7 % 512 for i in range(700)])
+    req.extend_end = 512
+    out: Outcome = {}
+    for name in ("chunk 1", "chunk 2"):
+        batch = rig.batch([req])
+        batch.prepare_for_extend()
+        req.full_untruncated_fill_ids.append(3)
+        req.full_untruncated_fill_ids.pop()
+        step(rig, batch, out, name)
+        rig.next_chunk(req)
+    rig.release(req)
+    return out
+
+
+def step(rig: Any, batch: Any, out: Outcome, name: str) -> list[int]:
+    rig.resolve(batch)
+    assert batch.prefill_input_ids_cpu is None and batch.mix_running_indices is None
+    out[f"{name}: ids"] = batch.input_ids.clone()
+    out[f"{name}: logits"], sampled = rig.forward(batch)
+    return [int(token) for token in sampled]
+
+
+def encoder_decoder(rig: Any) -> Outcome:
+    """Flattens the ids a second time, without the encoder's."""
+    pictured, plain = rig.request(range(20, 40)), rig.request(range(5))
+    pictured.multimodal_inputs = SimpleNamespace(
+        num_image_tokens=6,
+        vision_position_ids=None,
+        visible_frame_counts=None,
+        release_features=None,
+    )
+    batch = rig.batch([pictured, plain])
+    batch.model_config = SimpleNamespace(is_encoder_decoder=True, vocab_size=512)
+    batch.prepare_for_extend()
+    rig.resolve(batch)
+    out = {"ids": batch.input_ids, "lens": batch.extend_lens}
+    rig.release(pictured, plain)
+    return out
+
+
+def swa_replay(rig: Any) -> Outcome:
+    """``encoder_swa_replay`` slices the staged ids and reads them on the CPU."""
+    from sglang.srt.model_executor import encoder_swa_replay
+
+    reqs = [rig.request(range(30, 60)), rig.request(range(9))]
+    batch = rig.batch(reqs)
+    batch.prepare_for_extend()
+    batch.input_ids = batch.prefill_input_ids_cpu.to("cpu", non_blocking=True)
+    batch.prefix_lens, batch.engram_history = [8, 0], None
+    runner = SimpleNamespace(device="cpu", req_to_token_pool=rig.rows)
+    folded = encoder_swa_replay._fold_batch(batch=batch, runner=runner, rows=[(0, 4, 8)]).batch
+    out = {"ids": folded.input_ids, "cpu": folded.prefill_input_ids_cpu}
+    rig.release(*reqs)
+    return out
+
+
+def dllm(rig: Any) -> Outcome:
+    """A diffusion model's extend is staged as any other."""
+    req = rig.request(range(60, 76))
+    batch = rig.batch([req])
+    batch.dllm_config = SimpleNamespace(block_size=4)
+    req.dllm_incomplete_ids = []
+    batch.prepare_for_extend()
+    assert batch.forward_mode.name == "DLLM_EXTEND"
+    rig.resolve(batch)
+    out = {"ids": batch.input_ids}
+    rig.release(req)
+    return out
+
+
+def idle_and_prebuilt(rig: Any) -> Outcome:
+    """Nothing is staged for a rank without requests, or a prefill done elsewhere."""
+    idle = rig.batch([])
+    idle.prepare_for_idle()
+    rig.resolve(idle)
+    req = rig.request(range(12))
+    batch = rig.batch([req])
+    batch.prepare_for_extend()
+    rig.resolve(batch)
+    prebuilt = rig.batch([req])
+    prebuilt.prepare_for_prebuilt()
+    assert prebuilt.prefill_input_ids_cpu is None
+    rig.future_map.output_tokens_buf[prebuilt.req_pool_indices] = 77
+    rig.resolve(prebuilt)  # its next decode reads the relay
+    out = {"idle": idle.input_ids, "prebuilt": prebuilt.input_ids}
+    rig.release(req)
+    return out
+
+
+def merged(rig: Any) -> Outcome:
+    """A resolved prefill joins the running requests."""
+    reqs = [rig.request(range(50 + 10 * i, 57 + 10 * i)) for i in range(2)]
+    batches = [rig.batch([req]) for req in reqs]
+    for req, batch in zip(reqs, batches, strict=True):
+        batch.prepare_for_extend()
+        rig.resolve(batch)
+        _, sampled = rig.forward(batch)
+        req.output_ids.append(int(sampled[0]))
+    running, other = batches
+    running.merge_batch(other)
+    running.prepare_for_decode()
+    out: Outcome = {}
+    step(rig, running, out, "decode")
+    rig.release(*reqs)
+    return out
+
+
+def embedding(rig: Any) -> Outcome:
+    """For an embedding model the batch is recorded before it is resolved, in overlap mode."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    recorder = SimpleNamespace(batch_record_ct=0, batch_record_buf=[None, None])
+    ids = []
+    for i in range(5):
+        req = rig.request(range(i, i + 20))
+        batch = rig.batch([req])
+        batch.prepare_for_extend()
+        Scheduler.record_batch_in_overlap(recorder, batch)
+        rig.resolve(batch)
+        ids.append(batch.input_ids)
+        rig.release(req)
+    return {"ids": ids}
+
+
+SCENARIOS: list[Callable[[Any], Outcome]] = [
+    chunked_mixed_decode,
+    two_chunks,
+    encoder_decoder,
+    swa_replay,
+    dllm,
+    idle_and_prebuilt,
+    merged,
+    embedding,
+]
+
+
+# --- before and after -----------------------------------------------------------------------------
+
+
+class Engine:
+    """A rig, and what every scenario gave before the plugin was loaded."""
+
+    def __init__(self) -> None:
+        sglang_rig.stand_in()
+        self.rig = sglang_rig.Rig(model=True)
+        importlib.import_module("sglang.srt.managers.scheduler")
+        self.free = self.figures()
+        torch.manual_seed(0)
+        self.before = {scenario.__name__: scenario(self.rig) for scenario in SCENARIOS}
+        assert plugin.pool_stats() == []
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+
+    def figures(self) -> tuple[int, int]:
+        return self.rig.kv.available_size(), self.rig.rows.available_size()
+
+
+engines: list[Engine] = []
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """With the plugin. Nothing may be held afterwards: no KV cache, no row, no slot."""
+    if not engines:
+        engines.append(Engine())
+    engine = engines[0]
+    yield engine
+    gc.collect()
+    assert engine.figures() == engine.free
+    for pool in [p for p in plugin._pools._pools.values() if p is not None]:
+        synchronize(pool)
+        stats = pool.stats()
+        assert (stats.leased_slots, stats.in_flight_slots, stats.quarantined_slots) == (0, 0, 0)
+
+
+def test_every_hook_is_in_place(engine: Engine) -> None:
+    status = plugin.status()
+    assert status["off"] == "" and status["broken"] == []
+    assert set(status["active"]) == EVERYTHING
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.__name__)
+def test_the_same_with_and_without(engine: Engine, scenario: Callable[[Any], Outcome]) -> None:
+    before = engine.before[scenario.__name__]
+    stages = sum(stats.stages for stats in plugin.pool_stats())
+    after = scenario(engine.rig)
+    assert before.keys() == after.keys()
+    for name, value in after.items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert sum(stats.stages for stats in plugin.pool_stats()) > stages
+
+
+def test_ids_wait_in_the_pool(engine: Engine) -> None:
+    req = engine.rig.request(range(40))
+    batch = engine.rig.batch([req])
+    batch.prepare_for_extend()
+    staged = batch.prefill_input_ids_cpu
+    assert isinstance(staged, pystage.StagedTokens) and batch.input_ids is None
+    assert staged.tolist() == list(range(40))
+    req.full_untruncated_fill_ids.append(1)  # no buffer of it is exported
+    engine.rig.resolve(batch)
+    assert type(batch.input_ids) is torch.Tensor
+    engine.rig.release(req)
+
+
+def test_mixed_is_one_transfer(engine: Engine) -> None:
+    before = plugin.pool_stats()
+    chunked_mixed_decode(engine.rig)
+    (stats,) = plugin.pool_stats()
+    count = before[0].kernel_transfers if before else 0
+    assert stats.kernel_transfers - count == 2  # the extend and the mixed batch
+    assert stats.copy_engine_transfers == stats.fallbacks == 0
+
+
+def test_the_history_is_not_copied(engine: Engine) -> None:
+    """A chunk behind a million tokens: SGLang copies 8 MiB, this the chunk."""
+    from sglang.srt.managers import schedule_batch
+
+    req = engine.rig.request([1])
+    history = 1 << 20
+    req.full_untruncated_fill_ids = array("q", range(history + 512))
+    req.prefix_len, req.extend_end = history, history + 500
+
+    def ids_of(batch: Any) -> Any:
+        parts = [r.get_fill_ids()[r.prefix_len :] for r in batch.reqs]
+        return schedule_batch.flatten_arrays_to_pinned_cpu(parts, False)
+
+    batch = engine.rig.batch([req])
+    plugin._prepare_for_extend(ids_of, batch)  # the pool is there
+    tracemalloc.start()
+    staged = plugin._prepare_for_extend(ids_of, batch)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert staged.tolist() == list(range(history, history + 500))
+    assert peak < 64 << 10, peak
+    assert len(req.get_fill_ids()) == history + 500  # elsewhere it is an array, as ever
+    assert type(req.get_fill_ids()) is array
+    engine.rig.tree.unlock(req.lock)
+
+
+def test_who_forgets_to_resolve_is_told(engine: Engine) -> None:
+    expected = engine.before["chunked_mixed_decode"]["extend: logits"][:1]
+    req = engine.rig.request(range(10, 17))
+    batch = engine.rig.batch([req])
+    batch.prepare_for_extend()
+    count = forgotten_resolves()
+    with pytest.warns(pystage.ForgottenResolveWarning, match=r"sglang_rig\.py:\d+"):
+        logits, _ = engine.rig.forward(batch)
+    assert forgotten_resolves() == count + 1
+    torch.testing.assert_close(logits, expected)
+    engine.rig.release(req)
+
+
+def test_one_batch_of_sglangs_own_benchmark(engine: Engine) -> None:
+    from sglang.benchmark import one_batch
+
+    reqs = [engine.rig.request(range(10, 17))]
+    stages = sum(stats.stages for stats in plugin.pool_stats())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pystage.ForgottenResolveWarning)
+        _, logits, _ = one_batch.extend(reqs, engine.rig.runner)
+    expected = engine.before["chunked_mixed_decode"]["extend: logits"][:1]
+    torch.testing.assert_close(logits, expected)
+    assert sum(stats.stages for stats in plugin.pool_stats()) == stages + 1
+    engine.rig.release(*reqs)
+
+
+def test_a_full_pool_falls_back(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = plugin.Settings(capacity_mib=1, at_capacity="fallback")
+    monkeypatch.setattr(plugin._state, "settings", settings)
+    monkeypatch.setattr(plugin, "_pools", plugin._Pools())
+    pool = plugin._pools.of("cpu")
+    assert pool is not None
+    held = pool.stage([array("q", [1 << 40]) * (1 << 16)])
+    more = [pool.stage([array("q", [1 << 40]) * (1 << 15)])]
+    two_chunks(engine.rig)
+    more.append(pool.stage([array("q", [1 << 40]) * (1 << 15)]))
+    result = two_chunks(engine.rig)
+    assert result.keys() == engine.before["two_chunks"].keys()
+    assert pool.stats().fallbacks > 0
+    del held, more
+    pool.close()
+
+
+@pytest.mark.parametrize("policy", ["wait", "raise"])
+def test_at_the_cap(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, policy: Any
+) -> None:
+    monkeypatch.setattr(plugin, "_warned", set())
+    monkeypatch.setattr(plugin._state, "settings", plugin.Settings(at_capacity=policy))
+    monkeypatch.setattr(plugin, "_pools", plugin._Pools())
+    pool = pystage.StagingPool("cpu", 4096, at_capacity=policy, timeout_s=0.01)
+    plugin._pools._pools["cpu", -1] = pool
+    held = pool.stage([array("q", [1 << 40]) * 400])
+    req = engine.rig.request(range(400))
+    batch = engine.rig.batch([req])
+    if policy == "raise":
+        with pytest.raises(pystage.PoolExhaustedError):
+            batch.prepare_for_extend()
+        engine.rig.tree.unlock(req.lock)
+    else:
+        batch.prepare_for_extend()
+        assert type(batch.prefill_input_ids_cpu) is torch.Tensor
+        engine.rig.resolve(batch)
+        assert batch.input_ids.tolist() == list(range(400))
+        assert "SGLang's own staging" in caplog.text
+        engine.rig.release(req)
+    del held
+    pool.close()
+
+
+def test_eager(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launched when the batch is prepared; the ids are the same."""
+    monkeypatch.setattr(plugin._state, "settings", plugin.Settings(issue="eager"))
+    monkeypatch.setattr(plugin, "_pools", plugin._Pools())
+    for scenario in (chunked_mixed_decode, two_chunks):
+        after = scenario(engine.rig)
+        torch.testing.assert_close(after, engine.before[scenario.__name__], rtol=0, atol=0)
+    (stats,) = plugin.pool_stats()
+    assert stats.eager_transfers == 4
+    plugin._pools.close()
+
+
+def test_no_pool_no_change(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(plugin, "_pools", plugin._Pools())
+    assert plugin._pools.of("npu:0") is None
+    assert "no pool for npu:0" in caplog.text
+    plugin._pools._pools["cpu", -1] = None
+    after = two_chunks(engine.rig)
+    torch.testing.assert_close(after, engine.before["two_chunks"])
+    assert plugin.pool_stats() == []
+
+
+# --- profiler and sizer ---------------------------------------------------------------------------
+
+
+def sizer_of(engine: Engine) -> Any:
+    from sglang.srt.managers.scheduler_components.dynamic_chunk_sizer import DynamicChunkSizer
+
+    rig = engine.rig
+    return DynamicChunkSizer(
+        model_runner=rig.runner,
+        model_config=rig.model_config,
+        tree_cache=rig.tree,
+        req_to_token_pool=rig.rows,
+        token_to_kv_pool_allocator=rig.kv,
+        spec_algorithm=rig.no_spec,
+        chunked_prefill_size=512,
+        max_prefill_tokens=1024,
+        page_size=1,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def forwards(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The ids of every forward."""
+    seen: list[torch.Tensor] = []
+    forward = engine.rig.runner.forward
+
+    def recorded(forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(forward_batch.input_ids)
+        return forward(forward_batch, *args, **kwargs)
+
+    monkeypatch.setattr(engine.rig.runner, "forward", recorded)
+    return seen
+
+
+def test_sglangs_profiler(engine: Engine, forwards: list[torch.Tensor]) -> None:
+    from sglang.srt.managers import schedule_batch
+    from sglang.srt.managers.scheduler_components import dynamic_chunk_sizer
+
+    stages = sum(stats.stages for stats in plugin.pool_stats())
+    lens, latencies = sizer_of(engine)._profile_prefill_latency()
+    assert len(lens) == len(latencies) == len(forwards) == 128
+    assert [len(ids) for ids in forwards] == lens
+    assert max(int(ids.max()) for ids in forwards) < 512
+    assert sum(stats.stages for stats in plugin.pool_stats()) == stages + 128
+    assert dynamic_chunk_sizer.Req is schedule_batch.Req
+
+
+def test_pystages_profiler_and_sizer(engine: Engine, forwards: list[torch.Tensor]) -> None:
+    pytest.importorskip("scipy")
+    owner = sizer_of(engine)
+    model_is_usable = sglang_pp.profile_and_fit(owner)
+    assert len(forwards) > 24
+    assert max(int(ids.max()) for ids in forwards) < 512
+    sizes = [sglang_pp.predict(owner, history) for history in (0, 1024, 4090)]
+    if model_is_usable:  # a noisy machine may give none, which is right too
+        assert sizes[0] in range(64, 1025, 64) and sizes[2] is None
+    else:
+        assert sizes == [None] * 3
+
+
+def test_a_failed_profile_keeps_the_static_size(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    owner = sizer_of(engine)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(engine.rig.runner, "forward", broken)
+    assert not sglang_pp.profile_and_fit(owner)
+    assert sglang_pp.predict(owner, 0) is None
+    assert "no such kernel" in caplog.text and "static" in caplog.text
+
+
+def test_a_step_has_the_history_it_says(engine: Engine, forwards: list[torch.Tensor]) -> None:
+    step = sglang_pp.PrefillStep(sizer_of(engine))
+    step(256, 64)
+    step(0, 64)
+    assert [len(ids) for ids in forwards] == [64, 64]
+
+
+# --- processes of their own -----------------------------------------------------------------------
+
+
+PRELUDE = """
+    import json, logging, os, sys
+    sys.path.insert(0, {bench!r})
+    import sglang_rig
+    sglang_rig.stand_in()
+    from pystage.integrations import sglang as plugin
+"""
+
+
+def process(*parts: str, path: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    code = [textwrap.dedent(part).strip() for part in (PRELUDE, *parts)]
+    code[0] = code[0].format(bench=str(ROOT / "bench"))
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(code)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([path, str(ROOT)]), **environment},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def status_of(*parts: str, **environment: str) -> dict[str, Any]:
+    done = process(*parts, "plugin.main()", **environment)
+    return {**json.loads(done.stdout.splitlines()[-1]), "log": done.stderr}
+
+
+def test_off_by_sglangs_own_list() -> None:
+    status = status_of(SGLANG_PLUGINS="another")
+    assert status["active"] == [] and status["off"] == "SGLANG_PLUGINS is 'another'"
+    assert set(status_of(SGLANG_PLUGINS="another,pystage")["active"]) == EVERYTHING
+
+
+def test_off_by_its_own_setting() -> None:
+    status = status_of(PYSTAGE_SGLANG="0")
+    assert status["active"] == [] and status["off"] == "PYSTAGE_SGLANG=0"
+
+
+def test_a_wrong_setting_is_named_and_nothing_hooked() -> None:
+    status = status_of(PYSTAGE_SGLANG_ISSUE="soon")
+    assert status["active"] == []
+    assert "PYSTAGE_SGLANG_ISSUE is 'soon'; it is one of deferred, eager" in status["log"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("del overlap_utils.resolve_forward_inputs", "overlap_utils:resolve_forward_inputs"),
+        ("overlap_utils.resolve_forward_inputs = lambda batch: None", "takes (batch), not (batch,"),
+        (
+            "del schedule_batch.ScheduleBatch.__dataclass_fields__['prefill_input_ids_cpu']",
+            "ScheduleBatch.prefill_input_ids_cpu",
+        ),
+    ],
+)
+def test_another_sglang_is_left_alone(change: str, named: str) -> None:
+    imports = """
+    from sglang.srt.managers import overlap_utils, schedule_batch
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    """
+    load = """
+    plugin.plugin()
+    assert not HookRegistry._hooks, HookRegistry._hooks
+    """
+    status = status_of(imports, change, load, SGLANG_PLUGINS="another")
+    assert status["active"] == [] and named in status["off"]
+    assert status["log"].count("this SGLang is not as expected") == 1
+    assert "Traceback" not in status["log"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (
+            # SGLang logs what goes wrong here, and goes on.
+            """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    apply_target = HookRegistry._apply_target.__func__
+    def broken(cls, target, hooks):
+        if target.endswith("resolve_forward_inputs"):
+            raise RuntimeError("broken")
+        apply_target(cls, target, hooks)
+    HookRegistry._apply_target = classmethod(broken)
+    """,
+            "resolve (managers.overlap_utils:resolve_forward_inputs is not hooked)",
+        ),
+        (
+            # The scheduler keeps calling what it imported.
+            """
+    from sglang.srt.plugins import hook_registry
+    import sglang.srt.managers.scheduler
+    hook_registry._propagate_patch = lambda *args: 0
+    """,
+            "still has the original of managers.overlap_utils:resolve_forward_inputs",
+        ),
+    ],
+)
+def test_a_broken_hook_is_noticed(damage: str, part: str) -> None:
+    status = status_of(damage)
+    assert any(part in line for line in status["broken"]), status["broken"]
+    assert "resolve" not in status["active"] and "guard" in status["active"]
+    assert status["log"].count("NOT active: ") == 1
+
+
+def test_other_plugins_hook_the_same_symbols() -> None:
+    """Also those that register theirs after this one."""
+    code = """
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    ours = plugin.plugin
+    def both():
+        ours()
+        HookRegistry.register(
+            "sglang.srt.managers.overlap_utils.resolve_forward_inputs",
+            lambda original, *args: print("theirs") or original(*args), HookType.AROUND)
+    plugin.plugin = both
+    load_plugins()
+    from sglang.srt.managers import scheduler
+    class Batch:
+        input_ids, prefill_input_ids_cpu, enable_overlap = 1, None, False
+    scheduler.resolve_forward_inputs(Batch, None)
+    """
+    done = process(code, "print(json.dumps(plugin.status()))")
+    assert "theirs" in done.stdout
+    assert set(json.loads(done.stdout.splitlines()[-1])["active"]) == EVERYTHING
+
+
+def test_one_line_once_the_log_is_set_up() -> None:
+    code = """
+    from types import SimpleNamespace
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.utils import common
+    load_plugins()
+    assert "prometheus_client" not in sys.modules  # decides at its import where figures go
+    assert not plugin._state.said
+    for _ in range(2):
+        common.configure_logger(SimpleNamespace(log_level="info"), prefix=" TP0")
+    """
+    log = process(code).stderr
+    lines = [line for line in log.splitlines() if "pystage" in line and "is active" in line]
+    assert len(lines) == 1 and " TP0]" in lines[0], log
+    assert "staging, resolve, guard, history, metrics, profiler (pool of 64 MiB" in lines[0]
+
+
+def test_validation_refuses_when_the_request_arrives() -> None:
+    code = """
+    from array import array
+    from sglang.srt.plugins import load_plugins
+    load_plugins()
+    rig = sglang_rig.Rig()
+    from sglang.srt.managers import scheduler
+    from sglang.srt.managers.scheduler import Scheduler
+    assert "validation" in plugin.status()["active"], plugin.status()
+
+    class Received:  # what the tokenizer's process sends; all else is None
+        mm_inputs = None
+        sampling_params = rig.request([1]).sampling_params
+        def __init__(self, ids):
+            self.rid, self.input_text, self.input_ids = "1", "", array("q", ids)
+        def __getattr__(self, name):
+            return None
+
+    class Server:  # of the scheduler, what its handler of embedding requests uses
+        model_config, max_req_input_len = rig.model_config, 1000
+        tokenizer = pad_input_ids_func = None
+        _handle_embedding_request = Scheduler._handle_embedding_request
+        def _maybe_namespace_elastic_radix_cache(self, req): pass
+        def _record_kv_event_lora_name(self, req, name): pass
+        def _add_request_to_queue(self, req): queued.append(req)
+
+    queued = []
+    for ids in (range(20), [1, 2, 200000, -4]):
+        Scheduler.handle_embedding_request(Server(), Received(ids))
+    good, bad = queued
+    assert good.to_finish is None and len(good.origin_input_ids) == 20
+    error = "input_ids[2] is 200000, outside the vocabulary of 512 (2 of 4 ids are)"
+    assert bad.to_finish.message == error and bad.to_finish.status_code == 400
+    assert list(bad.origin_input_ids) == [0]  # what the GPU gets of it
+
+    # A request to generate is refused by its handler, for the error that this returns.
+    def arrives(req):
+        check = lambda server: scheduler.validate_input_length(req, 1000, False)
+        return plugin._handle_request(check, Server())
+    assert arrives(rig.request([1, 2, 200000, -4])) == error
+    assert arrives(rig.request(range(20))) is None
+    assert "maximum allowed length" in arrives(rig.request(range(1001)))
+    picture = rig.request([1, 1000007])
+    picture.multimodal_inputs = object()
+    assert arrives(picture) is None
+    """
+    process(code, PYSTAGE_SGLANG_VALIDATE_IDS="1")
+
+
+def test_sizer_by_setting() -> None:
+    code = """
+    from sglang.srt.managers.scheduler_components.dynamic_chunk_sizer import DynamicChunkSizer
+    from pystage.integrations import sglang_pp
+    from sglang.srt.plugins import load_plugins
+    load_plugins()
+    sglang_pp.profile_and_fit = lambda owner: owner == "owner"
+    sglang_pp.predict = lambda owner, history_len: history_len + 1
+    assert DynamicChunkSizer.profile_and_fit("owner") is True
+    assert DynamicChunkSizer.predict("owner", 41) == 42
+    assert "sizer" in plugin.status()["active"]
+    assert "profiler" not in plugin.status()["active"]
+    """
+    process(code, PYSTAGE_SGLANG_SIZER="1")
+
+
+def test_figures_reach_prometheus(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    code = """
+    from sglang.srt.plugins import load_plugins
+    load_plugins()
+    rig = sglang_rig.Rig()
+    from sglang.srt.observability.metrics_collector import (
+        SchedulerMetricsCollector, SchedulerStats)
+    labels = {"model_name": "tiny", "tp_rank": 0, "moe_ep_rank": 0}
+    collector = SchedulerMetricsCollector(labels=labels, server_args=rig.server)
+    collector.log_stats(SchedulerStats())  # no pool yet
+    for length in (100, 50):
+        batch = rig.batch([rig.request(range(length))])
+        batch.prepare_for_extend()
+        rig.resolve(batch)
+        collector.log_stats(SchedulerStats())
+    from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)  # as SGLang's endpoint
+    print(generate_latest(registry).decode())
+    """
+    text = process(code, PROMETHEUS_MULTIPROC_DIR=str(tmp_path)).stdout
+    figures = {
+        line.partition("{")[0]: float(line.rpartition(" ")[2])
+        for line in text.splitlines()
+        if line.startswith("pystage_")
+    }
+    labelled = [line for line in text.splitlines() if line.startswith("pystage_stages_total")]
+    assert 'model_name="tiny"' in labelled[0] and 'tp_rank="0"' in labelled[0]
+    assert figures["pystage_stages_total"] == 2
+    assert figures["pystage_staged_tokens_total"] == 150
+    assert figures["pystage_wire_bytes_total"] == 600
+    assert figures["pystage_capacity_bytes"] == 64 << 20
+    assert figures["pystage_kernel_transfers_total"] == 2
+    assert figures["pystage_fallbacks_total"] == figures["pystage_forgotten_resolves_total"] == 0
+    assert figures["pystage_wait_seconds_total"] == 0
+    assert len(figures) == len(plugin._GAUGES) + len(plugin._COUNTERS) + 1
+
+
+def test_the_doctor_asks_sglang() -> None:
+    """Without the stand-ins SGLang cannot be imported on this machine, or can: it says which."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pystage", "doctor", "--json", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "SGLANG_PLUGINS": "another"},
+    )
+    check = json.loads(done.stdout)["checks"]["SGLang"]
+    assert "SGLANG_PLUGINS is 'another'" in check["found"] and check["ok"], done.stderr
+    assert done.returncode == 0
+
+
+# --- other releases -------------------------------------------------------------------------------
+
+RELEASES = ("0.5.13.post1", "0.5.20")
+
+
+@pytest.mark.parametrize("settings", [{}, {"PYSTAGE_SGLANG_SIZER": "1"}], ids=["default", "sizer"])
+@pytest.mark.parametrize("release", RELEASES)
+def test_other_releases(release: str, settings: dict[str, str]) -> None:
+    """Their modules are imported and hooked; their own Req, get_fill_ids, flatten and resolve
+    run under the hooks. No model: these releases want another transformers."""
+    folder = Path(OLD) / release
+    if not OLD or not folder.is_dir():
+        pytest.skip(f"needs SGLang {release} in $PYSTAGE_TEST_SGLANG_OLD: make sglang-test")
+    code = """
+    sglang_rig.stand_in(("llguidance", "outlines", "xgrammar"))
+    sglang_rig.let_configs_be_replaced()
+    from array import array
+    from sglang.srt.plugins import load_plugins
+    load_plugins()
+    import sglang
+    from types import SimpleNamespace
+    import pystage, torch
+    from sglang.srt.managers import schedule_batch, scheduler
+    from sglang.srt.sampling.sampling_params import SamplingParams
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+    req = schedule_batch.Req(rid="1", origin_input_text="", sampling_params=SamplingParams(),
+                             origin_input_ids=array("q", range(1000)))
+    req.full_untruncated_fill_ids = req.origin_input_ids
+    if hasattr(req, "set_extend_range"):
+        req.set_extend_range(600, 900)
+    else:
+        req.fill_len = 900
+    req.prefix_indices = torch.arange(600)
+    batch = SimpleNamespace(reqs=[req], device="cpu", input_ids=None, mix_running_indices=None,
+        enable_overlap=True, spec_algorithm=SpeculativeAlgorithm.NONE, is_spec_v2=False)
+    def prepare(batch):
+        parts = [r.get_fill_ids()[len(r.prefix_indices):] for r in batch.reqs]
+        batch.prefill_input_ids_cpu = schedule_batch.flatten_arrays_to_pinned_cpu(parts, False)
+    relay = SimpleNamespace(output_tokens_buf=torch.arange(5000, 5010))
+    for mixed in (None, torch.tensor([3, 4])):
+        plugin._prepare_for_extend(prepare, batch)
+        assert isinstance(batch.prefill_input_ids_cpu, pystage.StagedTokens)
+        batch.mix_running_indices = mixed
+        scheduler.resolve_forward_inputs(batch, relay)
+        running = [] if mixed is None else [5003, 5004]
+        assert batch.input_ids.tolist() == [*range(600, 900), *running]
+        assert batch.prefill_input_ids_cpu is None and batch.mix_running_indices is None
+    assert plugin.pool_stats()[0].kernel_transfers == 2
+    print(json.dumps(plugin.status()))
+    """
+    path = os.pathsep.join([str(folder), str(Path(OLD) / "extra")])
+    done = process(code, path=path, **settings)
+    status = json.loads(done.stdout.splitlines()[-1])
+    assert status["sglang"] == release
+    expected = EVERYTHING - {"profiler"} | {"sizer"} if settings else EVERYTHING
+    assert status["broken"] == [] and set(status["active"]) == expected
+    assert "Traceback" not in done.stderr
