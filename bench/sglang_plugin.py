@@ -222,6 +222,8 @@ class Bench:
             for i in self.track(rounds + 50, f"{count} x {length}"):
                 for side in (WITH, WITHOUT) if i % 2 else (WITHOUT, WITH):
                     took = self._timed_batch(side, inputs[i % len(inputs)])
+                    if (count, length) == (1, CHUNK):
+                        took["resolve, nothing to do"] = self._idle_resolve(side, inputs[0])
                     if i >= 50:
                         for name, value in took.items():
                             times[side].setdefault(name, []).append(value)
@@ -261,6 +263,23 @@ class Bench:
         took["resolve_forward_inputs"] = (t3 - t2) / 1e3
         took["flatten + resolve"] = took["flatten_arrays_to_pinned_cpu"] + (t3 - t2) / 1e3
         took["prepare + resolve"] = (t1 - t0 + t3 - t2) / 1e3
+        return took
+
+    def _idle_resolve(self, side: str, lists: list[array[int]]) -> float:
+        """Microseconds of resolve_forward_inputs, in its place, of a batch that has its ids: what
+        is left of the call when nothing is transferred."""
+        self.switch(side)
+        reqs = [self.rig.request(ids, max_new_tokens=1) for ids in lists]
+        batch = self.rig.batch(reqs)
+        self.streams.settle()
+        batch.prepare_for_extend()
+        batch.prefill_input_ids_cpu, batch.input_ids = None, batch.req_pool_indices
+        with self.streams.on_forward():
+            start = time.perf_counter_ns()
+            self.rig.resolve(batch)
+            took = (time.perf_counter_ns() - start) / 1e3
+        self.streams.settle()
+        self.rig.release(*reqs)
         return took
 
     def history_times(self, samples: int) -> dict[str, Any]:
@@ -469,6 +488,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=1000, help="of each host time")
     parser.add_argument("--batches", type=int, default=10_000, help="trace batches to compare")
     parser.add_argument("--quick", action="store_true", help="few of each, a look only")
+    parser.add_argument("--parts", default="host,history,remains,latency,ids", help="some of these")
     parser.add_argument("--sglang-wheels", type=Path, metavar="DIR", help="install these first")
     parser.add_argument("--out", help="JSON file; default bench/results/sglang-<device>.json")
     args = parser.parse_args()
@@ -498,14 +518,18 @@ def main() -> int:
         steps += [
             ("ids", lambda b: b.equal_ids(batches, mixed=True)),
         ]
-        for part, step in steps if bench else []:
+        chosen = [s for s in steps if bench and s[0] in args.parts.split(",")]
+        for part, step in chosen:
+            assert bench is not None
             start = time.monotonic()
             try:
                 result[part] = step(bench)
             except Exception:
                 result["errors"][part] = traceback.format_exc()
                 if part == "ids":
-                    steps.append(("ids, prefill only", lambda b: b.equal_ids(batches, mixed=False)))
+                    chosen.append(
+                        ("ids, prefill only", lambda b: b.equal_ids(batches, mixed=False))
+                    )
             console.print(f"{part}: {time.monotonic() - start:.1f} s")
     result["targets"] = targets(result) if cuda else []
     show(result, console)

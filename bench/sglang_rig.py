@@ -8,6 +8,7 @@ and calling anything in them raises. So nothing here passes on a fake.
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -270,12 +271,16 @@ class Rig:
         req.extend_end = len(req.full_untruncated_fill_ids) if end is None else end
 
     def resolve(self, batch: Any) -> None:
-        """By the function that the scheduler would call, hooked or not; where the scheduler cannot
-        be imported without its kernels, by the one it would import."""
+        """By the function that the scheduler would call, hooked or not."""
+        self._resolver.resolve_forward_inputs(batch, self.future_map)
+
+    @functools.cached_property
+    def _resolver(self) -> Any:
+        """The scheduler's module; where it cannot be imported without its kernels, the one that it
+        would take the function from."""
         from sglang.srt.managers import overlap_utils
 
-        module = sys.modules.get("sglang.srt.managers.scheduler", overlap_utils)
-        module.resolve_forward_inputs(batch, self.future_map)  # type: ignore[attr-defined]
+        return sys.modules.get("sglang.srt.managers.scheduler", overlap_utils)
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and sampled ids, stored in the relay as the scheduler does it."""

@@ -19,6 +19,7 @@ import torch
 
 from . import doctor, trace
 from ._build import build_info
+from ._chunks import ChunkReport, Chunks, size_chunks
 from ._replay import HostTime, MismatchError, Report, Workload, replay
 from .errors import PystageError
 from .pool import Issue, StagingPool
@@ -35,6 +36,10 @@ _HOST_NOTE = (
     "On the host device a transfer is a worker thread's copy that resolve waits for, and the plain "
     "torch path transfers nothing: it is np.concatenate alone. These times tell nothing about a "
     "GPU; the run shows that the ids are right and the memory is bounded."
+)
+_PLAN_NOTE = (
+    "Chunks of one size take longer the more tokens came before; a pipeline waits for its slowest. "
+    "The plan's chunks are sized to take equal times, as predicted by the fit."
 )
 _CUDA_NOTE = (
     "Host time of the calls, which return before the transfer is done; the device was synchronized "
@@ -128,6 +133,7 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="ids are drawn from [0, SIZE) (default %(default)s)",
     )
+    add("--no-profile", action="store_true", help="leave out the decoder and its chunk plan")
     add("--json", metavar="FILE", help="write the figures there too")
 
 
@@ -205,8 +211,22 @@ def _demo(options: argparse.Namespace) -> None:
     work = Workload(requests, options.batches, options.chunk, options.vocab)
     report = _run(work, options)
     _print_report(report, work)
+    chunks = None if options.no_profile else _size_chunks(options)
     if options.json:
-        _write_json(Path(options.json), report, options)
+        _write_json(Path(options.json), report, chunks, options)
+
+
+def _size_chunks(options: argparse.Namespace) -> ChunkReport | None:
+    """Profiles a small decoder and shows its chunk plan."""
+    try:
+        import scipy  # noqa: F401
+    except ModuleNotFoundError:
+        _print("no chunk plan: the fit needs SciPy (pip install 'pystage-h2d[pp]')")
+        return None
+    with _open_pool(options.device, options.issue, 1 << 16) as pool, _progress_of("forwards") as on:
+        report = size_chunks(pool, on)
+    _print(_profile_table(report), _plan_table(report), _PLAN_NOTE)
+    return report
 
 
 def _run(work: Workload, options: argparse.Namespace) -> Report:
@@ -233,24 +253,30 @@ def _open_pool(device: torch.device | None, issue: Issue, chunk_tokens: int) -> 
 
 @contextmanager
 def _progress(batches: int) -> Iterator[Callable[[], None]]:
-    """Shows a bar on stderr; yields what advances it."""
+    with _progress_of("batches", batches) as on_batch:
+        yield on_batch
+
+
+@contextmanager
+def _progress_of(what: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+    """Shows a bar on stderr; yields what advances it. Without a total it only counts."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = TextColumn("batches"), BarColumn(), MofNCompleteColumn()
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn()
     # Refreshed by hand: rich's own thread would take the GIL in the middle of a timed call.
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
-        task = progress.add_task("", total=batches)
+        task = progress.add_task("", total=total)
         shown = time.monotonic()
 
-        def on_batch() -> None:
+        def advance() -> None:
             nonlocal shown
             progress.advance(task)
             if time.monotonic() - shown >= _REFRESH_SECONDS:
                 progress.refresh()
                 shown = time.monotonic()
 
-        yield on_batch
+        yield advance
 
 
 def _print_report(report: Report, work: Workload) -> None:
@@ -318,6 +344,40 @@ def _pool_table(report: Report) -> Table:
     return table
 
 
+def _profile_table(report: ChunkReport) -> Table:
+    size, profile, fit = report.size, report.profile, report.fit
+    table = _two_columns("prefill profile of a small decoder")
+    table.add_row("decoder", f"{size.layers} layers, {report.parameters / 1e6:,.1f} M parameters")
+    table.add_row("context", f"{size.context:,} tokens, base chunk {size.base_chunk:,}")
+    table.add_row("profile", f"{profile.forwards} forwards in {profile.seconds:.1f} s")
+    table.add_row("fit", str(fit))
+    return table
+
+
+def _plan_table(report: ChunkReport) -> Table:
+    from rich.table import Table
+
+    plans = {"one size": report.fixed, "equal time": report.planned}
+    table = Table(title="chunks of one prompt", title_justify="left")
+    table.add_column("")
+    for name in plans:
+        table.add_column(name, justify="right")
+    for row, cell in _PLAN_ROWS.items():
+        table.add_row(row, *(cell(chunks) for chunks in plans.values()))
+    return table
+
+
+_PLAN_ROWS: dict[str, Callable[[Chunks], str]] = {
+    "chunks": lambda c: f"{len(c.sizes)}",
+    "tokens of the first": lambda c: f"{c.sizes[0]:,}",
+    "tokens of the last": lambda c: f"{c.sizes[-1]:,}",
+    "ms of the first": lambda c: f"{c.measured_ms[0]:.1f}",
+    "ms of the last": lambda c: f"{c.measured_ms[-1]:.1f}",
+    "  predicted": lambda c: f"{c.predicted_ms[-1]:.1f}",
+    "spread, (max - min) / mean": lambda c: f"{c.spread:.0%}",
+}
+
+
 def _two_columns(title: str | None = None) -> Table:
     from rich.table import Table
 
@@ -331,7 +391,9 @@ def _size(size: int) -> str:
     return f"{size / (1 << 20):,.1f} MiB" if size >= 1 << 20 else f"{size / (1 << 10):,.1f} KiB"
 
 
-def _write_json(path: Path, report: Report, options: argparse.Namespace) -> None:
+def _write_json(
+    path: Path, report: Report, chunks: ChunkReport | None, options: argparse.Namespace
+) -> None:
     p50, p99 = _ratios(report)
     figures = {
         "build": dataclasses.asdict(build_info()),
@@ -341,4 +403,12 @@ def _write_json(path: Path, report: Report, options: argparse.Namespace) -> None
         **dataclasses.asdict(report),
         "plain_to_pystage": {"p50": p50, "p99": p99},
     }
+    if chunks is not None:
+        figures["chunks"] = {
+            "profile_forwards": chunks.profile.forwards,
+            "profile_seconds": chunks.profile.seconds,
+            "holdout_median": chunks.fit.holdout_median,
+            "equal time": {**dataclasses.asdict(chunks.planned), "spread": chunks.planned.spread},
+            "one size": {**dataclasses.asdict(chunks.fixed), "spread": chunks.fixed.spread},
+        }
     path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 import pystage
-from pystage import _replay, cli, trace
+from pystage import _chunks, _replay, cli, trace
+from pystage.pp import random_token_ids
 
 pytest.importorskip("rich")
 
@@ -36,9 +38,8 @@ def mooncake(tmp_path: Path) -> Path:
 
 
 def demo(path: Path, *more: str) -> int:
-    return cli.main(
-        ["demo", "--device", "cpu", "--trace", str(path), "--chunk", "30", "--batches", "12", *more]
-    )
+    common = ["--device", "cpu", "--trace", str(path), "--chunk", "30", "--batches", "12"]
+    return cli.main(["demo", "--no-profile", *common, *more])
 
 
 @pytest.mark.parametrize("issue", ["deferred", "eager"])
@@ -78,8 +79,57 @@ def test_demo(
 
 
 def test_demo_of_the_sample_trace(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", "--device", "cpu", "--batches", "5"]) == 0
+    assert cli.main(["demo", "--no-profile", "--device", "cpu", "--batches", "5"]) == 0
     assert "40,960" in capsys.readouterr().out
+
+
+TINY = _chunks.Size(2, 32, 2, 128, 512, 128, 16, 8, torch.float32)
+
+
+def test_demo_ends_with_a_chunk_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(_chunks.SIZES, "cpu", TINY)
+    out = tmp_path / "figures.json"
+    assert cli.main(["demo", "--device", "cpu", "--batches", "2", "--json", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "512 tokens, base chunk 128" in shown
+    assert "equal time" in shown
+    chunks = json.loads(out.read_text())["chunks"]
+    assert 0 < chunks["profile_forwards"] <= 64
+    for name in ("equal time", "one size"):
+        assert sum(chunks[name]["sizes"]) == TINY.context
+        assert len(chunks[name]["measured_ms"]) == len(chunks[name]["sizes"])
+        assert min(chunks[name]["measured_ms"]) > 0
+
+
+def test_without_scipy_the_demo_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert cli.main(["demo", "--device", "cpu", "--batches", "2"]) == 0
+    assert "pystage-h2d[pp]" in capsys.readouterr().out
+
+
+def test_the_decoder_sees_its_history(device: str) -> None:
+    """The last logits of a prompt are the same however it is cut."""
+    decoder = _chunks.Decoder(TINY, torch.device(device))
+    prompt = random_token_ids(100, TINY.vocab, seed=3)
+    with pystage.StagingPool(device) as pool:
+
+        def last(*cuts: int) -> torch.Tensor:
+            decoder.cache.zero_()
+            ends = [0, *cuts, len(prompt)]
+            for start, stop in pairwise(ends):
+                staged = pool.stage([prompt], [start], [stop], TINY.vocab)
+                logits = decoder.forward(pystage.resolve(staged), start)
+            return logits
+
+        whole = last()
+        for cuts in ((50,), (1, 2, 99), (64, 96)):
+            torch.testing.assert_close(last(*cuts), whole, rtol=1e-3, atol=1e-4)
+        decoder.cache.fill_(1)  # what stands behind the prompt is not seen
+        assert torch.equal(decoder.forward(torch.tensor(list(prompt), device=device), 0), whole)
 
 
 def test_ids_that_take_int64_on_the_wire(mooncake: Path, tmp_path: Path) -> None:

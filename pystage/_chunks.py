@@ -1,0 +1,185 @@
+"""The demo's second half: profiles a small decoder and sizes its prefill chunks.
+
+A decoder of random weights with a KV cache, whose ids come out of a pool. Its time per chunk is
+what `pystage.pp` profiles; the plan is then run, and its chunks timed beside chunks of one size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+from .pool import StagingPool, resolve
+from .pp import (
+    ChunkSizer,
+    FitReport,
+    LatencyModel,
+    Profile,
+    SamplePlan,
+    profile_prefill,
+    random_token_ids,
+)
+from .pp.profile import cuda_timer, host_timer
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the decoder and of what is asked of it."""
+
+    layers: int
+    hidden: int
+    heads: int
+    vocab: int
+    context: int
+    base_chunk: int
+    min_chunk: int
+    page: int
+    dtype: torch.dtype
+
+
+SIZES = {
+    "cpu": Size(4, 256, 8, 8192, 8192, 1024, 128, 32, torch.float32),
+    "cuda": Size(8, 2048, 16, 32768, 65536, 4096, 512, 64, torch.bfloat16),
+}
+
+
+class Decoder:
+    """Pre-norm blocks of causal attention over a preallocated KV cache, and a gated MLP."""
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        self.size = size
+        generator = torch.Generator().manual_seed(0)
+
+        def weight(rows: int, columns: int) -> Tensor:
+            drawn: Tensor = torch.randn(rows, columns, generator=generator) * columns**-0.5
+            return drawn.to(device=device, dtype=size.dtype)
+
+        wide = 3 * size.hidden
+        self.embedding = weight(size.vocab, size.hidden)
+        self.blocks = [
+            (
+                weight(3 * size.hidden, size.hidden),
+                weight(size.hidden, size.hidden),
+                weight(2 * wide, size.hidden),
+                weight(size.hidden, wide),
+            )
+            for _ in range(size.layers)
+        ]
+        rows = (2, size.layers, 1, size.heads, size.context, size.hidden // size.heads)
+        self.cache = torch.zeros(rows, device=device, dtype=size.dtype)
+
+    @torch.inference_mode()
+    def forward(self, input_ids: Tensor, history: int) -> Tensor:
+        """Logits of the last id, [vocab], of ids [n] behind `history` tokens in the cache."""
+        n, shape = len(input_ids), (len(input_ids), self.size.heads, -1)
+        mask = causal_lower_right(n, history + n)
+        x = nn.functional.embedding(input_ids, self.embedding)
+        for layer, (qkv, out, up, down) in enumerate(self.blocks):
+            q, k, v = (
+                part.view(shape).transpose(0, 1)[None]
+                for part in (rms_norm(x, x.shape[-1:]) @ qkv.T).chunk(3, -1)
+            )
+            keys, values = self.cache[:, layer]
+            keys[:, :, history : history + n] = k
+            values[:, :, history : history + n] = v
+            seen = slice(0, history + n)
+            attended = scaled_dot_product_attention(
+                q, keys[:, :, seen], values[:, :, seen], attn_mask=mask
+            )
+            x = x + attended[0].transpose(0, 1).reshape(n, -1) @ out.T
+            gate, value = (rms_norm(x, x.shape[-1:]) @ up.T).chunk(2, -1)
+            x = x + (silu(gate) * value) @ down.T
+        return x[-1] @ self.embedding.T
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Chunks of one prompt: sizes in tokens, what was predicted and what they took, in ms."""
+
+    sizes: list[int]
+    predicted_ms: list[float]
+    measured_ms: list[float]
+
+    @property
+    def spread(self) -> float:
+        """(max - min) / mean of the measured times."""
+        times = self.measured_ms
+        return (max(times) - min(times)) / (sum(times) / len(times))
+
+
+@dataclass(frozen=True)
+class ChunkReport:
+    """What the demo tells."""
+
+    size: Size
+    parameters: int
+    profile: Profile
+    fit: FitReport
+    planned: Chunks
+    fixed: Chunks
+
+
+def size_chunks(pool: StagingPool, on_forward: Callable[[], None] = lambda: None) -> ChunkReport:
+    """Profiles a decoder on the pool's device, fits, plans the whole context, runs the plan.
+
+    Needs SciPy (ImportError says so). The ids of every forward are staged in `pool` and resolved
+    within the timed region.
+    """
+    device = pool.device
+    size = SIZES[device.type]
+    decoder = Decoder(size, device)
+    prompt = random_token_ids(size.context, size.vocab)
+    timer = cuda_timer if device.type == "cuda" else host_timer
+
+    def step(history: int, chunk: int) -> Tensor:
+        on_forward()
+        return _forward(decoder, pool, prompt, history, chunk)
+
+    plan = SamplePlan.spread(
+        base_chunk=size.base_chunk,
+        context_len=size.context,
+        page_size=size.page,
+        min_chunk=size.min_chunk,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of backends that it does not take
+        profile = profile_prefill(step, plan, device=device)
+        model = LatencyModel.fit(profile)
+        sizer = ChunkSizer(
+            model,
+            base_chunk=size.base_chunk,
+            context_len=size.context,
+            page_size=size.page,
+            min_chunk=size.min_chunk,
+            context_margin=0,
+        )
+
+        def run(sizes: list[int]) -> Chunks:
+            predicted, took, history = [], [], 0
+            for chunk in sizes:
+                # The first of two may load kernels for the size.
+                timings = [timer(lambda h=history, c=chunk: step(h, c)) for _ in range(2)]  # type: ignore[misc]
+                took.append(min(t.latency_ms for t in timings))
+                predicted.append(float(model.predict(history, chunk)))
+                history += chunk
+            return Chunks(sizes, predicted, took)
+
+        fixed = [size.base_chunk] * (size.context // size.base_chunk)
+        planned, by_one_size = run(sizer.plan(size.context)), run(fixed)
+    parameters = sum(w.numel() for block in decoder.blocks for w in block)
+    parameters += decoder.embedding.numel()
+    return ChunkReport(size, parameters, profile, model.report, planned, by_one_size)
+
+
+def _forward(
+    decoder: Decoder, pool: StagingPool, prompt: array[int], history: int, chunk: int
+) -> Tensor:
+    staged = pool.stage([prompt], [history], [history + chunk], decoder.size.vocab)
+    return decoder.forward(resolve(staged), history)
