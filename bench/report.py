@@ -21,10 +21,15 @@ from bench.pages import tabulate  # noqa: E402
 
 RESULT = ROOT / "bench/results/staging-nvidia-h100-80gb-hbm3.json"
 SGLANG = ROOT / "bench/results/sglang-nvidia-h100-80gb-hbm3.json"
+IN_PLACE = ROOT / "bench/results/sglang-in-place-nvidia-h100-80gb-hbm3.json"
+PIPELINE = ROOT / "bench/results/pp_prefill-8b-2xnvidia-h100-80gb-hbm3.json"
 EARLIER = ROOT / "bench/results/earlier"
 README = ROOT / "README.md"
 DOCS = ROOT / "docs/benchmarks.md"
+PIPELINE_DOCS = ROOT / "docs/pp.md"
+SGLANG_DOCS = ROOT / "docs/sglang.md"
 PLOT = ROOT / "docs/staging.svg"
+PIPELINE_PLOT = ROOT / "docs/pp-profile.svg"
 SHAPES = ("1 x 128", "1 x 8192", "8 x 1024", "64 x 128", "1 x 16384", "1 x 131072")
 
 
@@ -71,6 +76,25 @@ def host_table(result: dict[str, Any]) -> str:
         ["1 x 8,192 from `list`", pair(ours), pair(theirs), f"{theirs['p50'] / ours['p50']:.0f} x"]
     )
     return tabulate(["host time, us, p50 / p99", "pystage", "torch", "p50"], rows)
+
+
+def floor_table(result: dict[str, Any]) -> str:
+    """What no way can do without, in C, beside both calls from Python."""
+    rows = []
+    for shape, floor in result["floor"].items():
+        ours = result["host"][f"{shape} array"]["pystage"]["p50"]
+        parts = ("memcpy", "allocation", "launch", "event", "sum")
+        requests, length = shape.split(" x ")
+        rows.append(
+            [
+                f"{requests} x {int(length):,}",
+                *(f"{floor[part]['p50']:.1f}" for part in parts),
+                f"{ours:.1f}",
+                f"{ours / floor['sum']['p50']:.1f} x",
+            ]
+        )
+    head = ["us, p50", "memcpy", "allocation", "launch", "event", "floor", "pystage", ""]
+    return tabulate(head, rows)
 
 
 def stream_table(result: dict[str, Any]) -> str:
@@ -140,9 +164,126 @@ def sglang_tables() -> str:
     return f"{table}\n\n{target_table(result)}\n\n{source(result, SGLANG)}"
 
 
+def in_place_table() -> str:
+    """Where the time of a batch of 8,192 ids goes, in SGLang."""
+    result = json.loads(IN_PLACE.read_text())
+    sides = ("with pystage", "without")
+    parts = {
+        "flatten_arrays_to_pinned_cpu": "flatten_arrays_to_pinned_cpu",
+        "resolve_forward_inputs": "resolve_forward_inputs",
+        "resolve, nothing to do": "&nbsp;&nbsp;of a batch that has its ids",
+        "prepare_for_extend": "prepare_for_extend, all of it",
+        "alloc_for_extend": "&nbsp;&nbsp;alloc_for_extend",
+        "sampling info": "&nbsp;&nbsp;sampling info",
+    }
+    cell = result["host"]["1 x 8192"]
+    rows = [[label, *(pair(cell[part][side]) for side in sides)] for part, label in parts.items()]
+    return f"{tabulate(['us, p50 / p99', *sides], rows)}\n\n{source(result, IN_PLACE)}"
+
+
+# --- the pipeline ---------------------------------------------------------------------------------
+
+PREDICTORS = {
+    "ours": "profile ours",
+    "sglang warm": "profile sglang warm",
+    "sglang cold": "profile sglang cold",
+}
+
+
+def pipeline_errors(measured: dict[str, Any]) -> str:
+    rows = []
+    for name, profile in PREDICTORS.items():
+        error = measured["heldout"][name]
+        rows.append(
+            [
+                name.replace("sglang", "SGLang's sweep,"),
+                f"{measured[profile]['forwards']}",
+                f"{measured[profile]['seconds']:.1f}",
+                f"{error['median']:.1%}",
+                f"{error['p95']:.1%}",
+                f"{error['worst']:.1%}",
+            ]
+        )
+    return tabulate(["prediction", "forwards", "seconds", "median error", "p95", "worst"], rows)
+
+
+def pipeline_plans(measured: dict[str, Any]) -> str:
+    rows = []
+    for name, plan in measured.items():
+        if not name.startswith("ttft "):
+            continue
+        _, prompt, policy = name.split(" ", 2)
+        by_ranks = plan["simulated_ms_by_ranks"]
+        rows.append(
+            [
+                f"{int(prompt):,}",
+                policy.replace("sglang", "SGLang,"),
+                f"{len(plan['chunks'])}",
+                f"{plan['spread']:.1%}",
+                f"{plan['ttft_ms']:,.0f}",
+                f"{plan['simulation_error']:+.1%}",
+                f"{by_ranks['8']:,.0f}",
+                f"{by_ranks['16']:,.0f}",
+            ]
+        )
+    head = ["prompt", "chunks sized by", "chunks", "spread", "first token, ms"]
+    return tabulate([*head, "simulated", "8 ranks, ms", "16 ranks, ms"], rows)
+
+
+def pipeline_targets(measured: dict[str, Any]) -> str:
+    heldout = measured["heldout"]["ours"]
+    ours, theirs = measured["profile ours"], measured["profile sglang cold"]
+    spreads = {n: measured[f"ttft 131072 {n}"]["spread"] for n in ("equal time", EVENER)}
+    rows = [
+        ["held-out error, median", "<= 3%", f"{heldout['median']:.1%}", heldout["median"] <= 0.03],
+        ["held-out error, p95", "<= 10%", f"{heldout['p95']:.1%}", heldout["p95"] <= 0.10],
+        ["forwards of a profile", "<= 64", f"{ours['forwards']}", ours["forwards"] <= 64],
+        [
+            "its wall time, of SGLang's",
+            "< 1",
+            f"{ours['seconds'] / theirs['seconds']:.2f} x",
+            ours["seconds"] < theirs["seconds"],
+        ],
+    ]
+    for name, value in spreads.items():
+        label = f"spread of chunk times over 131,072 tokens, {name}"
+        rows.append([label, "<= 15%", f"{value:.1%}", value <= 0.15])
+    for prompt in ("65536", "131072"):
+        times = {n: p["ttft_ms"] for n, p in measured.items() if n.startswith(f"ttft {prompt} ")}
+        mine = min(times[f"ttft {prompt} {n}"] for n in ("equal time", EVENER, "fastest"))
+        rest = min(t for n, t in times.items() if "fixed" in n or "sglang" in n)
+        label = f"time to first token, {int(prompt):,} tokens, of the best other"
+        rows.append([label, "< 1", f"{mine / rest:.3f} x", mine < rest])
+    errors = [abs(p["simulation_error"]) for n, p in measured.items() if n.startswith("ttft ")]
+    label = "simulation against the run, worst of the plans"
+    rows.append([label, "<= 5%", f"{max(errors):.1%}", max(errors) <= 0.05])
+    return tabulate(
+        ["measure", "target", "measured", "met"],
+        [[m, t, v, "yes" if ok else "no"] for m, t, v, ok in rows],
+    )
+
+
+EVENER = "equal time, base x 2"
+
+
+def draw_pipeline(result: dict[str, Any], path: Path) -> None:
+    """The profile's samples, its fit and the plan, from the figures of the run."""
+    import matplotlib as mpl
+
+    from pystage.pp import ChunkSizer, LatencyModel
+    from pystage.pp.plot import plot_profile
+
+    mpl.rcParams["svg.hashsalt"] = "pystage"  # the same figures give the same file
+    ours = result["results"]["profile ours"]
+    model = LatencyModel.from_json({"version": 1, **ours})
+    sizer = ChunkSizer(model, base_chunk=8192, context_len=131072, context_margin=0)
+    plot_profile(sizer, 131072).savefig(path, metadata={"Date": None})
+
+
 def source(result: dict[str, Any], path: Path = RESULT) -> str:
+    gpus = f"{result['devices']} x " if result["devices"] > 1 else ""
     return (
-        f"{result['device']}, {result['cores']}-core VM ({result['cpu']}), "
+        f"{gpus}{result['device']}, {result['cores']}-core VM ({result['cpu']}), "
         f"driver {result['driver']}, torch {result['torch']}, {result['date'][:10]}, "
         f"commit `{result['commit'][:9]}`: "
         f"`{result['command']}`, `bench/results/{path.name}`."
@@ -150,14 +291,21 @@ def source(result: dict[str, Any], path: Path = RESULT) -> str:
 
 
 def sections(result: dict[str, Any]) -> dict[str, str]:
+    pipeline = json.loads(PIPELINE.read_text())
     return {
+        "pp-errors": pipeline_errors(pipeline["results"]),
+        "pp-plans": pipeline_plans(pipeline["results"]),
+        "pp-targets": pipeline_targets(pipeline["results"]),
+        "pp-source": source(pipeline, PIPELINE),
         "host": host_table(result),
+        "floor": floor_table(result),
         "stream": stream_table(result),
         "latency": latency_table(result),
         "targets": target_table(result),
         "source": source(result),
         "others": other_machines(),
         "sglang": sglang_tables(),
+        "sglang-in-place": in_place_table(),
     }
 
 
@@ -189,7 +337,9 @@ def pages_with_figures(root: Path) -> dict[Path, tuple[str, str]]:
     suite = newest_suite(root / RESULT.parent.relative_to(ROOT))
     parts = sections(staging) | pages.sections(suite)
     found = {}
-    for page in (root / README.name, root / DOCS.relative_to(ROOT)):
+    for page in (
+        root / page.relative_to(ROOT) for page in (README, DOCS, PIPELINE_DOCS, SGLANG_DOCS)
+    ):
         before = page.read_text()
         found[page] = (before, fill(before, parts, page.name))
     return found
@@ -292,6 +442,8 @@ def main(arguments: list[str] | None = None) -> None:
         page.write_text(after)
     plots = [args.root / PLOT.relative_to(ROOT)]
     draw(json.loads((args.root / RESULT.relative_to(ROOT)).read_text()), plots[0])
+    plots.append(args.root / PIPELINE_PLOT.relative_to(ROOT))
+    draw_pipeline(json.loads(PIPELINE.read_text()), plots[-1])
     if (suite := newest_suite(args.root / RESULT.parent.relative_to(ROOT))) is not None:
         from bench import plots as suite_plots
 

@@ -391,7 +391,13 @@ def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
     """The pages and the results, to be changed."""
-    for name in ("README.md", "docs/benchmarks.md", str(report.RESULT.relative_to(ROOT))):
+    pages_and_results = (
+        "README.md",
+        "docs/benchmarks.md",
+        "docs/pp.md",
+        str(report.RESULT.relative_to(ROOT)),
+    )
+    for name in pages_and_results:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
