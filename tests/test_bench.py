@@ -395,6 +395,7 @@ def site(tmp_path: Path) -> Path:
         "README.md",
         "docs/benchmarks.md",
         "docs/pp.md",
+        "docs/sglang.md",
         str(report.RESULT.relative_to(ROOT)),
     )
     for name in pages_and_results:
