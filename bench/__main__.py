@@ -74,7 +74,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for name in args.regimes:
         console.print(regime_table(name, result["regimes"][name]))
     show(result, console)
-    console.print("written:", *map(str, [path, *plot(result, path, console)]))
+    plots = [] if args.no_plots else plot(result, path, console)
+    console.print("written:", *map(str, [path, *plots]))
     return result
 
 
@@ -94,6 +95,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--trace-batches", type=int, help="batches of the trace (default 12,000)")
     parser.add_argument("--out", type=Path, help="JSON; default bench/results/suite-<device>.json")
+    parser.add_argument("--no-plots", action="store_true", help="bench/report.py draws them too")
     parser.add_argument(
         "--rehearse", action="store_true", help="every cell on stand-ins for a GPU, to see it run"
     )

@@ -35,7 +35,7 @@ for part in $parts; do
         grep -E "ERROR SUMMARY|RACECHECK SUMMARY|passed|failed" "$out/$tool.log" | tail -n 4
       done ;;
     bench) step bench "$python" bench/staging.py --out "$out/staging.json"; cat "$out/bench.log" ;;
-    suite) step suite "$python" -m bench --out "$out/suite.json" ${PEERS:+--peers "$PEERS"}
+    suite) step suite "$python" -m bench --no-plots --out "$out/suite.json" ${PEERS:+--peers "$PEERS"}
            tail -c 9000 "$out/suite.log" ;;
     sglang) step sglang "$python" bench/sglang_plugin.py --sglang-wheels "${SGLANG_WHEELS:?}" \
               --out "$out/sglang.json"; cat "$out/sglang.log" ;;

@@ -23,6 +23,7 @@ from ._chunks import ChunkReport, Chunks, size_chunks
 from ._replay import HostTime, MismatchError, Report, Workload, replay
 from .errors import PystageError
 from .pool import Issue, StagingPool
+from .pp.profile import samples_to_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -407,7 +408,8 @@ def _write_json(
         figures["chunks"] = {
             "profile_forwards": chunks.profile.forwards,
             "profile_seconds": chunks.profile.seconds,
-            "holdout_median": chunks.fit.holdout_median,
+            "samples": samples_to_json(chunks.profile.samples),
+            "fit": dataclasses.asdict(chunks.fit),
             "equal time": {**dataclasses.asdict(chunks.planned), "spread": chunks.planned.spread},
             "one size": {**dataclasses.asdict(chunks.fixed), "spread": chunks.fixed.spread},
         }
