@@ -617,20 +617,32 @@ PyObject* make_staged_tokens(PyObject* pool, StagedTokens tokens) {
   PyObject* object = g_staged_tokens_type->tp_alloc(g_staged_tokens_type, 0);
   if (!object) throw py::error_already_set();
   auto* self = reinterpret_cast<StagedTokensObject*>(object);
-  Py_INCREF(pool);
+  Py_XINCREF(pool);  // null in a slice of what the garbage collector has cleared
   self->pool = pool;
   new (&self->tokens) StagedTokens(std::move(tokens));
   return object;
 }
 
 void end_staged_tokens(PyObject* object) {
+  PyObject_GC_UnTrack(object);
   auto* self = reinterpret_cast<StagedTokensObject*>(object);
   if (self->weak_references) PyObject_ClearWeakRefs(object);
   PyTypeObject* type = Py_TYPE(object);
   self->tokens.~StagedTokens();
-  Py_DECREF(self->pool);
+  Py_XDECREF(self->pool);
   type->tp_free(object);
   Py_DECREF(type);
+}
+
+// For the garbage collector: a pool may hold what was staged in it, as an attribute.
+int traverse_staged_tokens(PyObject* object, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(object));
+  Py_VISIT(reinterpret_cast<StagedTokensObject*>(object)->pool);
+  return 0;
+}
+int clear_staged_tokens(PyObject* object) {
+  Py_CLEAR(reinterpret_cast<StagedTokensObject*>(object)->pool);
+  return 0;
 }
 
 // Runs `body`, which returns a new reference, with every exception made Python's.
@@ -753,15 +765,18 @@ py::object make_staged_tokens_base() {
   };
   static PyType_Slot slots[] = {
       {Py_tp_dealloc, reinterpret_cast<void*>(end_staged_tokens)},
+      {Py_tp_traverse, reinterpret_cast<void*>(traverse_staged_tokens)},
+      {Py_tp_clear, reinterpret_cast<void*>(clear_staged_tokens)},
       {Py_tp_methods, methods},
       {Py_tp_members, members},
       {Py_tp_getset, properties},
       {Py_sq_length, reinterpret_cast<void*>(staged_tokens_length)},
       {0, nullptr},
   };
-  static PyType_Spec spec = {
-      "pystage._C.StagedTokens", sizeof(StagedTokensObject), 0,
-      Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
+  static PyType_Spec spec = {"pystage._C.StagedTokens", sizeof(StagedTokensObject), 0,
+                             Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC |
+                                 Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                             slots};
   return py::reinterpret_steal<py::object>(PyType_FromSpec(&spec));
 }
 

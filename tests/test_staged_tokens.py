@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import operator
 import pickle
 import weakref
@@ -252,3 +253,12 @@ def test_is_made_by_stage_alone() -> None:
         pystage.StagedTokens()
     with pytest.raises(TypeError, match="not safe"):
         object.__new__(pystage.StagedTokens)
+
+
+def test_a_pool_that_holds_its_tokens_is_collected() -> None:
+    pool = pystage.StagingPool("cpu")
+    pool.last = pool.stage([[1, 2]])  # type: ignore[attr-defined]
+    gone = weakref.ref(pool)
+    del pool
+    gc.collect()
+    assert gone() is None
