@@ -16,7 +16,7 @@ endif
 STAMP := build/.installed-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: help demo test sglang-test cpp-test bench report build clean
+.PHONY: help demo test sglang-env sglang-test cpp-test bench report build clean
 help:  ## what there is (the default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -46,9 +46,11 @@ test: build  ## the test suite
 SGLANG_VENV ?= .venv-sglang
 SGLANG_STAMP = $(SGLANG_VENV)/.complete-$(shell cat tests/sglang-requirements.txt tests/install_sglang.py | cksum | cut -d' ' -f1)
 
-sglang-test:  ## the plugin in the real SGLang, on the CPU (installs it into .venv-sglang)
+sglang-env:  ## install SGLang for the CPU into .venv-sglang
 	@test -e $(SGLANG_STAMP) || { rm -rf $(SGLANG_VENV) && \
 	  $(PYTHON) tests/install_sglang.py $(SGLANG_VENV) && touch $(SGLANG_STAMP); }
+
+sglang-test: sglang-env  ## the plugin in the real SGLang, on the CPU
 	PYSTAGE_CUDA=0 $(SGLANG_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	@rm -f build/.installed-*
 	PYSTAGE_TEST_SGLANG_OLD=$(SGLANG_VENV)/releases $(SGLANG_VENV)/bin/python -m pytest -q -W ignore tests/test_sglang.py
