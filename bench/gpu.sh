@@ -2,27 +2,29 @@
 # Builds, tests and measures on a machine with a GPU, in one call, with the packages already there.
 #   bench/gpu.sh [build] [test] [stress] [sanitize] [bench] [suite] [demo]    default: all of them
 #   SGLANG_WHEELS=DIR bench/gpu.sh sglang      the plugin in SGLang, installed from the wheels in DIR
-# Results go to ${OUT:-bench/results}. Give the commit as PYSTAGE_COMMIT where git is not. The suite
-# takes peers that are not installed from the folder PEERS.
+# Results go to ${OUT:-bench/results}, with all that was printed in gpu.log. Give the commit as
+# PYSTAGE_COMMIT where git is not. The suite takes peers that are not installed from the folder PEERS.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-bench/results}
 python=${PYTHON:-python3}
 parts=${*:-build test stress sanitize bench suite demo}
 failed=0
+logs=build/gpu; mkdir -p "$logs" "$out"
 step() {  # step NAME COMMAND...: runs it, says how it went and how long it took
   local name=$1 start=$SECONDS; shift
-  "$@" > "$out/$name.log" 2>&1; local rc=$?
+  "$@" > "$logs/$name.log" 2>&1; local rc=$?
+  { printf '\n===== %s: rc %d\n' "$name" $rc; cat "$logs/$name.log"; } >> "$out/gpu.log"
   echo "== $name: rc $rc, $((SECONDS - start)) s"
-  [ $rc -eq 0 ] || { failed=1; tail -n "${TAIL:-40}" "$out/$name.log"; }
+  [ $rc -eq 0 ] || { failed=1; tail -n "${TAIL:-40}" "$logs/$name.log"; }
 }
 for part in $parts; do
   case $part in
     build) step build "$python" -m pip install --no-build-isolation --no-deps --no-index -e . ;;
     test) PYSTAGE_TEST_SCALE=0.1 step test "$python" -m pytest -q -p no:cacheprovider
-          tail -n 3 "$out/test.log" ;;
+          tail -n 3 "$logs/test.log" ;;
     stress) step stress "$python" -m pytest -q -p no:cacheprovider tests/test_races.py -k stress
-            tail -n 1 "$out/stress.log" ;;
+            tail -n 1 "$logs/stress.log" ;;
     sanitize)
       # Without backtraces: to make them it keeps Python's frames, and so every lease, alive.
       for tool in memcheck racecheck; do
@@ -32,14 +34,14 @@ for part in $parts; do
           tests/test_races.py tests/test_gpu.py tests/test_pool.py tests/test_stage.py \
           tests/test_staged_tokens.py tests/test_batch.py \
           -k "not every_kind and not mixed_requests and not nvtx and not asserts_on_the_device"
-        grep -E "ERROR SUMMARY|RACECHECK SUMMARY|passed|failed" "$out/$tool.log" | tail -n 4
+        grep -E "ERROR SUMMARY|RACECHECK SUMMARY|passed|failed" "$logs/$tool.log" | tail -n 4
       done ;;
-    bench) step bench "$python" bench/staging.py --out "$out/staging.json"; cat "$out/bench.log" ;;
+    bench) step bench "$python" bench/staging.py --out "$out/staging.json"; cat "$logs/bench.log" ;;
     suite) step suite "$python" -m bench --no-plots --out "$out/suite.json" ${PEERS:+--peers "$PEERS"}
-           tail -c 9000 "$out/suite.log" ;;
+           tail -c 9000 "$logs/suite.log" ;;
     sglang) step sglang "$python" bench/sglang_plugin.py --sglang-wheels "${SGLANG_WHEELS:?}" \
-              --out "$out/sglang.json"; cat "$out/sglang.log" ;;
-    demo) step demo "$python" -m pystage demo --json "$out/demo.json"; tail -n 45 "$out/demo.log" ;;
+              --out "$out/sglang.json"; cat "$logs/sglang.log" ;;
+    demo) step demo "$python" -m pystage demo --json "$out/demo.json"; tail -n 45 "$logs/demo.log" ;;
   esac
 done
 exit $failed
