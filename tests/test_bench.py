@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import pages, report
+from bench import figures, pages, report
 from bench.__main__ import main
 from bench.common import save, summary, two_calls_time
 from bench.contenders import (
@@ -391,13 +391,8 @@ def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
     """The pages and the results, to be changed."""
-    pages_and_results = (
-        "README.md",
-        "docs/benchmarks.md",
-        "docs/pp.md",
-        "docs/sglang.md",
-        str(report.RESULT.relative_to(ROOT)),
-    )
+    results = (figures.STAGING, figures.SGLANG, figures.IN_PLACE, figures.PIPELINE)
+    pages_and_results = (*report.PAGES, *map(str, results))
     for name in pages_and_results:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
