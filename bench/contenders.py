@@ -398,7 +398,7 @@ class CompiledFloor:
         self.once = self._floor.once
 
     def close(self) -> None:
-        self._floor.__exit__(None, None, None)
+        self._floor.close()
 
 
 # --- all of them -------------------------------------------------------------------------------

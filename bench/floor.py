@@ -8,7 +8,6 @@ import subprocess
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
@@ -60,13 +59,6 @@ class Floor:
             raise RuntimeError("a CUDA call of the floor failed")
         return tuple(self._us)
 
-    def __enter__(self) -> Floor:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Gives the pinned memory back."""
         self._library.floor_close()

@@ -28,16 +28,19 @@ def installed(package: str) -> list[Path]:
 
 
 class Sources:
-    """Looks for packages in a folder of wheels or unpacked packages, then where Python looks."""
+    """Looks for packages in a folder of wheels or unpacked packages (or in one wheel), then where
+    Python looks."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        if folder is not None:
+        if folder is not None and folder.suffix != ".whl":
             if not folder.is_dir():
                 raise SystemExit(f"--peers {folder}: no such folder")
             sys.path.append(str(folder))  # for those that are imported: CuPy
 
     def _wheel(self, package: str) -> Path | None:
+        if self.folder is not None and self.folder.suffix == ".whl":
+            return self.folder
         wheels = [] if self.folder is None else sorted(self.folder.glob(f"{package}-*.whl"))
         return wheels[-1] if wheels else None
 

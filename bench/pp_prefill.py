@@ -24,13 +24,12 @@ the commit where there is no git.
 from __future__ import annotations
 
 import argparse
-import ast
 import csv
 import logging
 import math
 import os
+import sys
 import time
-import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,6 +57,9 @@ from pystage.pp import (
     simulate_pipeline,
 )
 from pystage.pp.profile import cuda_timer, host_timer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+from bench.peers import Sources
 
 logger = logging.getLogger("pp_prefill")
 
@@ -329,20 +331,11 @@ class Pipeline:
 
 def sglang_predictor(wheel: Path) -> Any:
     """`ChunkSizePredictor` itself, taken out of the wheel's source; nothing else of it is run."""
-    name = "sglang/srt/managers/scheduler_components/dynamic_chunk_sizer.py"
-    with zipfile.ZipFile(wheel) as archive:
-        tree = ast.parse(archive.read(name).decode())
-    wanted = [
-        node
-        for node in tree.body
-        if (isinstance(node, ast.ClassDef) and node.name == "ChunkSizePredictor")
-        or (isinstance(node, ast.ImportFrom) and node.module in ("__future__", "typing"))
-    ]
     smooth = SimpleNamespace(get=lambda: 0.75)  # its default
-    scope: dict[str, Any] = {"np": np, "math": math, "logger": logging.getLogger("sglang")}
-    scope["envs"] = SimpleNamespace(SGLANG_DYNAMIC_CHUNKING_SMOOTH_FACTOR=smooth)
-    exec(compile(ast.Module(body=wanted, type_ignores=[]), name, "exec"), scope)
-    return scope["ChunkSizePredictor"]()
+    given = {"np": np, "math": math, "logger": logging.getLogger("sglang")}
+    given["envs"] = SimpleNamespace(SGLANG_DYNAMIC_CHUNKING_SMOOTH_FACTOR=smooth)
+    path, name = "srt/managers/scheduler_components/dynamic_chunk_sizer.py", "ChunkSizePredictor"
+    return Sources(wheel).take("sglang", path, [name], given)[name]()
 
 
 def sglang_sweep(step: Callable[[int, int], object], base: int, timer: Any) -> dict[str, Any]:
@@ -483,17 +476,19 @@ class Bench:
             for name, next_size in self.next_sizes.items()
         }
         self.policies["equal time"] = sizer.plan
-        twice = ChunkSizer(
-            sizer.model,
-            base_chunk=2 * args.base,
-            context_len=args.context,
-            page_size=args.page,
-            min_chunk=args.min_chunk,
-            context_margin=0,
-        )
-        self.policies["equal time, base x 2"] = twice.plan
+        self.policies["equal time, base x 2"] = self._sizer(sizer.model, 2 * args.base).plan
         self.policies["fastest"] = lambda n: sizer.fastest_plan(n, self.ranks)
         self.next_sizes["equal time"] = lambda history: sizer.next_chunk(history) or args.base
+
+    def _sizer(self, model: LatencyModel, base: int) -> ChunkSizer:
+        return ChunkSizer(
+            model,
+            base_chunk=base,
+            context_len=self.args.context,
+            page_size=self.args.page,
+            min_chunk=self.args.min_chunk,
+            context_margin=0,
+        )
 
     def _ours(self, plan: SamplePlan) -> None:
         args = self.args
@@ -505,14 +500,7 @@ class Bench:
         began = time.perf_counter()
         model = LatencyModel.fit(profile)
         fit_seconds = time.perf_counter() - began
-        self.sizer = ChunkSizer(
-            model,
-            base_chunk=args.base,
-            context_len=args.context,
-            page_size=args.page,
-            min_chunk=args.min_chunk,
-            context_margin=0,
-        )
+        self.sizer = self._sizer(model, args.base)
         self.results["profile ours"] = {
             **profile.to_json(),
             "fit_seconds": fit_seconds,

@@ -20,8 +20,7 @@ import traceback
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from itertools import cycle, islice
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,12 +28,12 @@ from typing import Any
 import numpy as np
 import sglang_rig
 import torch
-from common import VOCAB, random_ids, summary, write_result
+from common import VOCAB, arriving, random_ids, summary, write_result
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from pystage.trace import Batch, Request, draw_ids, prefill_batches, sample_trace
+from pystage.trace import Request, draw_ids, sample_trace
 
 CHUNK, HISTORY = 8192, 122_880
 WITH, WITHOUT = "with pystage", "without"
@@ -360,16 +359,6 @@ class Bench:
                         times[side]["us"].append(took)
             result[where] = _summaries(times)
         return result
-
-
-def arriving(requests: list[Request]) -> Iterator[Batch]:
-    """Batches of the one to four requests that are there at a time, so of all sizes."""
-    first = 0
-    for count in cycle((1, 2, 3, 4)):
-        group = [requests[(first + i) % len(requests)] for i in range(count)]
-        for batch in prefill_batches(group, CHUNK):
-            yield replace(batch, requests=[first + r for r in batch.requests])
-        first += count
 
 
 def _recorder(console: Console) -> Callable[[Any, Any], None]:

@@ -11,6 +11,7 @@ import random
 import time
 from array import array
 from collections.abc import Callable
+from contextlib import closing
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -106,7 +107,7 @@ def floor_times(device: torch.device, samples: int) -> dict[str, Any]:
     """What every way must spend, by parts, with the peer's call and a drain before each."""
     rng = random.Random(5)
     result: dict[str, Any] = {}
-    with Floor(131072) as floor:
+    with closing(Floor(131072)) as floor:
         for count in (128, 8192, 131072):
             inputs = [random_ids(count, rng) for _ in range(INPUTS if count <= 16384 else 8)]
             rows = []

@@ -19,7 +19,6 @@ import torch
 
 from . import doctor, trace
 from ._build import build_info
-from ._chunks import ChunkReport, Chunks, size_chunks
 from ._replay import HostTime, MismatchError, Report, Workload, replay
 from .errors import PystageError
 from .pool import Issue, StagingPool
@@ -27,6 +26,8 @@ from .pp.profile import samples_to_json
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from ._chunks import ChunkReport, Chunks
 
 EXIT_DIFFERENT_IDS = 1
 EXIT_NOT_WELL = 1
@@ -219,10 +220,13 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _size_chunks(options: argparse.Namespace) -> ChunkReport | None:
     """Profiles a small decoder and shows its chunk plan."""
+    from ._chunks import size_chunks  # its imports take a second, which other commands need not
+    from .pp.model import scipy_optimize
+
     try:
-        import scipy  # noqa: F401
-    except ModuleNotFoundError:
-        _print("no chunk plan: the fit needs SciPy (pip install 'pystage-h2d[pp]')")
+        scipy_optimize()
+    except ImportError as error:
+        _print(f"no chunk plan: {error}")
         return None
     with _open_pool(options.device, options.issue, 1 << 16) as pool, _progress_of("forwards") as on:
         report = size_chunks(pool, on)

@@ -23,7 +23,7 @@ import torch
 
 from ._build import build_info
 from .errors import PystageError
-from .pool import StagingPool, resolve
+from .pool import StagingPool, _pick_device, resolve
 
 SELF_TEST_SECONDS = 2.0
 _TOKENS = 8192
@@ -51,7 +51,7 @@ def examine(device: torch.device | None = None, seconds: float | None = None) ->
     """All checks, in the order they are shown. Fails on nothing: what cannot be looked at is a
     check that is not ok. ``seconds``: of the self-test, default SELF_TEST_SECONDS."""
     seconds = SELF_TEST_SECONDS if seconds is None else seconds
-    where = device or _device()
+    where = _pick_device(device)
     steps: list[tuple[str, Callable[[], Check]]] = [
         ("build", _build),
         ("device", lambda: _found(where)),
@@ -69,10 +69,6 @@ def examine(device: torch.device | None = None, seconds: float | None = None) ->
         except (PystageError, ValueError, RuntimeError, OSError) as error:
             checks.append(Check(name, False, str(error), {"error": str(error)}))
     return checks
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _build() -> Check:

@@ -202,7 +202,7 @@ class LatencyModel:
         is logged, and a `ChunkSizer` keeps the static size. `FitError` is for samples that cannot
         be fitted at all.
         """
-        model = cls._fit(samples, forms, gate, seed)
+        model = cls._fit(samples, forms, gate or QualityGate(), seed)
         if model.report.usable:
             logger.info("latency model: %s", model.report)
         else:
@@ -213,13 +213,12 @@ class LatencyModel:
     def _fit(
         cls,
         samples: Profile | Iterable[Sample],
-        forms: Sequence[str] = FORMS,
-        gate: QualityGate | None = None,
-        seed: int = 0,
+        forms: Sequence[str],
+        gate: QualityGate,
+        seed: int,
     ) -> LatencyModel:
         """`fit` without its word in the log."""
-        optimize = _scipy_optimize()
-        gate = gate or QualityGate()
+        optimize = scipy_optimize()
         kept = tuple(samples)
         if unknown := set(forms) - set(FORMS):
             raise ValueError(f"unknown forms {sorted(unknown)}; known: {', '.join(FORMS)}")
@@ -316,7 +315,7 @@ class LatencyModel:
         pool = self._samples + tuple(self._live.fit)
         pair = (self.form.tile, self.form.wave)
         data = _Data.of_points(_Point.of(pool))
-        form, _, _ = _fit_form(_scipy_optimize(), self.form.name, data, pair)
+        form, _, _ = _fit_form(scipy_optimize(), self.form.name, data, pair)
         candidate = LatencyModel(form, self.report, ())
         old, new = np.abs(self.errors(held)), np.abs(candidate.errors(held))
         better = np.median(new) < np.median(old)
@@ -377,7 +376,8 @@ class LatencyModel:
         return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
-def _scipy_optimize() -> ModuleType:
+def scipy_optimize() -> ModuleType:
+    """What the fit needs; ImportError says how to get it."""
     try:
         from scipy import optimize
     except ImportError as error:

@@ -348,10 +348,12 @@ class _Run:
 
     def fit(self) -> LatencyModel:
         """The model of the samples so far; without the costliest form, this is between forwards."""
-        from pystage.pp.model import LatencyModel
+        from pystage.pp.model import LatencyModel, QualityGate
 
         if self.fitted is None or len(self.fitted.samples) != len(self.samples):
-            self.fitted = LatencyModel._fit(self.samples, forms=("linear", "law", "waves"))
+            self.fitted = LatencyModel._fit(
+                self.samples, ("linear", "law", "waves"), QualityGate(), seed=0
+            )
         return self.fitted
 
     def planned_points(self) -> Iterator[Point]:
