@@ -43,66 +43,80 @@ namespace {
 
 // --- kernels -----------------------------------------------------------------------------------
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 
 template <typename T, int N>
 struct alignas(sizeof(T) * N > 16 ? 16 : sizeof(T) * N) Vec {
   T v[N];
 };
 
-// 16-byte loads from the slot, coalesced within a warp. The loads of the host's memory are what
-// takes the time (about 1 us each way over PCIe), so a thread issues kUnroll of them before it
-// uses the first.
-template <typename In, typename Out, int kUnroll>
-__device__ __forceinline__ void move_vectors(unsigned block, const In* __restrict__ src,
-                                             Out* __restrict__ dst, size_t count) {
-  constexpr int kIds = 16 / sizeof(In);
-  using Load = Vec<In, kIds>;
+// Where a kernel was launched early (see run()): waits for the kernels before it, and sees what
+// they wrote. At most once, after the slot is read: the memory of the output may still be theirs.
+__device__ __forceinline__ void wait_for_stream() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The host writes a slot again and again; no cache's copy of it will do (ld.cv). Nor does the
+// compiler move such a load behind wait_for_stream().
+__device__ __forceinline__ int32_t read_slot(const int32_t* at) { return __ldcv(at); }
+__device__ __forceinline__ int64_t read_slot(const int64_t* at) {
+  return __ldcv(reinterpret_cast<const long long*>(at));
+}
+
+// A 16-byte load a thread, coalesced within a warp. The loads of the host's memory are what takes
+// the time: about 1 us each way over PCIe.
+template <typename In, typename Out>
+__device__ __forceinline__ void move_vectors(unsigned block, const In* src, Out* __restrict__ dst,
+                                             size_t count) {
+  constexpr int kIds = sizeof(int4) / sizeof(In);
   constexpr int kPerStore = 16 / sizeof(Out) < kIds ? 16 / sizeof(Out) : kIds;
   using Store = Vec<Out, kPerStore>;
   const size_t vectors = count / kIds;
-  const size_t first = static_cast<size_t>(block) * (kThreads * kUnroll) + threadIdx.x;
-  Load in[kUnroll];
+  const size_t i = static_cast<size_t>(block) * kThreads + threadIdx.x;
+  // The last few ids fill no vector.
+  const size_t tail = vectors * kIds + threadIdx.x;
+  const bool has_tail = block == 0 && tail < count;
+  int4 bits;
+  In last;
+  if (i < vectors) bits = __ldcv(reinterpret_cast<const int4*>(src) + i);
+  if (has_tail) last = read_slot(src + tail);
+  wait_for_stream();
+  if (i < vectors) {
+    In in[kIds];
+    memcpy(in, &bits, sizeof bits);
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const size_t i = first + static_cast<size_t>(u) * kThreads;
-    if (i < vectors) in[u] = reinterpret_cast<const Load*>(src)[i];
-  }
+    for (int s = 0; s < kIds / kPerStore; ++s) {
+      Store out;
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const size_t i = first + static_cast<size_t>(u) * kThreads;
-    if (i < vectors) {
-#pragma unroll
-      for (int s = 0; s < kIds / kPerStore; ++s) {
-        Store out;
-#pragma unroll
-        for (int k = 0; k < kPerStore; ++k) out.v[k] = static_cast<Out>(in[u].v[s * kPerStore + k]);
-        reinterpret_cast<Store*>(dst)[i * (kIds / kPerStore) + s] = out;
-      }
+      for (int k = 0; k < kPerStore; ++k) out.v[k] = static_cast<Out>(in[s * kPerStore + k]);
+      reinterpret_cast<Store*>(dst)[i * (kIds / kPerStore) + s] = out;
     }
   }
-  // The last few ids, which fill no vector.
-  const size_t tail = vectors * kIds + threadIdx.x;
-  if (block == 0 && tail < count) dst[tail] = static_cast<Out>(src[tail]);
+  if (has_tail) dst[tail] = static_cast<Out>(last);
 }
 
 // For slices that do not start on 16 bytes.
 template <typename In, typename Out>
-__device__ __forceinline__ void move_single(unsigned block, const In* __restrict__ src,
-                                            Out* __restrict__ dst, size_t count) {
+__device__ __forceinline__ void move_single(unsigned block, const In* src, Out* __restrict__ dst,
+                                            size_t count) {
   const size_t i = static_cast<size_t>(block) * kThreads + threadIdx.x;
-  if (i < count) dst[i] = static_cast<Out>(src[i]);
-}
-
-template <typename In, typename Out, int kUnroll>
-__global__ void __launch_bounds__(kThreads)
-    transfer_vectors(const In* __restrict__ src, Out* __restrict__ dst, size_t count) {
-  move_vectors<In, Out, kUnroll>(blockIdx.x, src, dst, count);
+  In in;
+  if (i < count) in = read_slot(src + i);
+  wait_for_stream();
+  if (i < count) dst[i] = static_cast<Out>(in);
 }
 
 template <typename In, typename Out>
 __global__ void __launch_bounds__(kThreads)
-    transfer_single(const In* __restrict__ src, Out* __restrict__ dst, size_t count) {
+    transfer_vectors(const In* src, Out* __restrict__ dst, size_t count) {
+  move_vectors(blockIdx.x, src, dst, count);
+}
+
+template <typename In, typename Out>
+__global__ void __launch_bounds__(kThreads)
+    transfer_single(const In* src, Out* __restrict__ dst, size_t count) {
   move_single(blockIdx.x, src, dst, count);
 }
 
@@ -119,19 +133,19 @@ __device__ __forceinline__ int64_t read_int(const void* data, bool wide, size_t 
   return wide ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
 }
 
-// The first blocks move the ids of the slot, the others gather the tail. kUnroll 0: one id a
-// thread, for slots or outputs that do not start on 16 bytes.
-template <typename In, int kUnroll>
+// The first blocks move the ids of the slot, the others gather the tail.
+template <typename In, bool kVectors>
 __global__ void __launch_bounds__(kThreads)
-    transfer_mixed(const In* __restrict__ src, int64_t* __restrict__ dst, size_t count,
-                   unsigned slot_blocks, Tail tail) {
+    transfer_mixed(const In* src, int64_t* __restrict__ dst, size_t count, unsigned slot_blocks,
+                   Tail tail) {
   if (blockIdx.x < slot_blocks) {
-    if constexpr (kUnroll == 0)
-      move_single(blockIdx.x, src, dst, count);
+    if constexpr (kVectors)
+      move_vectors(blockIdx.x, src, dst, count);
     else
-      move_vectors<In, int64_t, kUnroll>(blockIdx.x, src, dst, count);
+      move_single(blockIdx.x, src, dst, count);
     return;
   }
+  wait_for_stream();
   const size_t i = static_cast<size_t>(blockIdx.x - slot_blocks) * kThreads + threadIdx.x;
   if (i >= tail.count) return;
   int64_t index = read_int(tail.indices, tail.wide_indices, i);
@@ -140,53 +154,49 @@ __global__ void __launch_bounds__(kThreads)
   dst[count + i] = read_int(tail.relay, tail.wide_relay, static_cast<size_t>(index));
 }
 
-// Up to 256 Ki ids one load a thread, so that the loads spread over more multiprocessors. A guess
-// from the sizes where the time is latency; the crossing was not measured.
-constexpr size_t kFewVectors = size_t{64} << 10;
-
 bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 unsigned blocks_for(size_t work, size_t per_block) {
   return static_cast<unsigned>(std::max<size_t>(1, (work + per_block - 1) / per_block));
 }
 
-// What a launch looks like; the index of a kernel among those of its types.
-enum Shape : uint8_t { kSingle, kFew, kMany };
-
 struct Grid {
-  Shape shape;
+  bool vectors;
   unsigned blocks;
 };
 
 Grid grid_for(const Transfer& t) {
-  if (!t.count) return {kSingle, 0};
-  if (!aligned16(t.src_device) || !aligned16(t.dst))
-    return {kSingle, blocks_for(t.count, kThreads)};
-  const size_t vectors = t.count / (16 / size_of(t.wire));
-  if (vectors <= kFewVectors) return {kFew, blocks_for(vectors, kThreads)};
-  return {kMany, blocks_for(vectors, size_t{kThreads} * 4)};
+  if (!t.count) return {false, 0};
+  if (!aligned16(t.src_device) || !aligned16(t.dst)) return {false, blocks_for(t.count, kThreads)};
+  return {true, blocks_for(t.count / (16 / size_of(t.wire)), kThreads)};
 }
 
-// The kernels by wire type, output type and shape.
+// The kernels by wire type and output type, then by Grid::vectors.
+using Addresses = std::array<const void*, 2>;
 template <typename Kernel>
 const void* address(Kernel* kernel) {
   return reinterpret_cast<const void*>(kernel);
 }
 template <typename In, typename Out>
-std::array<const void*, 3> transfer_kernels() {
-  return {address(transfer_single<In, Out>), address(transfer_vectors<In, Out, 1>),
-          address(transfer_vectors<In, Out, 4>)};
+Addresses transfer_kernels() {
+  return {address(transfer_single<In, Out>), address(transfer_vectors<In, Out>)};
 }
 template <typename In>
-std::array<const void*, 3> mixed_kernels() {
-  return {address(transfer_mixed<In, 0>), address(transfer_mixed<In, 1>),
-          address(transfer_mixed<In, 4>)};
+Addresses mixed_kernels() {
+  return {address(transfer_mixed<In, false>), address(transfer_mixed<In, true>)};
 }
 
-// cuLaunchKernel. Past the runtime's look for the kernel behind its host address, which takes 0.4
+// cuLaunchKernelEx. Past the runtime's look for the kernel behind its host address, which takes 0.4
 // of a launch's 4 us.
-using LaunchKernel = int (*)(cudaFunction_t, unsigned, unsigned, unsigned, unsigned, unsigned,
-                             unsigned, unsigned, cudaStream_t, void**, void**);
+struct LaunchConfig {  // the driver's CUlaunchConfig
+  unsigned grid[3];
+  unsigned block[3];
+  unsigned shared_bytes;
+  cudaStream_t stream;
+  const cudaLaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+using LaunchKernel = int (*)(const LaunchConfig*, cudaFunction_t, void**, void**);
 
 // --- device ------------------------------------------------------------------------------------
 
@@ -246,10 +256,10 @@ class CudaDevice final : public Device {
           name_ + " does not support registering host memory (as under Confidential Computing)";
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
-    PYSTAGE_CUDA(cudaGetDriverEntryPointByVersion("cuLaunchKernel", &entry, 12000,
+    PYSTAGE_CUDA(cudaGetDriverEntryPointByVersion("cuLaunchKernelEx", &entry, 12000,
                                                   cudaEnableDefault, &found));
     if (found != cudaDriverEntryPointSuccess)
-      throw DeviceError("the driver has no cuLaunchKernel [" + name_ + "]");
+      throw DeviceError("the driver has no cuLaunchKernelEx [" + name_ + "]");
     launch_kernel_ = reinterpret_cast<LaunchKernel>(entry);
     // Loads the kernels now: with lazy loading the first launch would wait for a busy device.
     transfers_[0][0] = load(transfer_kernels<int32_t, int32_t>());
@@ -258,6 +268,12 @@ class CudaDevice final : public Device {
     transfers_[1][1] = load(transfer_kernels<int64_t, int64_t>());
     mixed_[0] = load(mixed_kernels<int32_t>());
     mixed_[1] = load(mixed_kernels<int64_t>());
+    // What was compiled for an older device does not wait, whatever it runs on.
+    int major = 0;
+    PYSTAGE_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_));
+    cudaFuncAttributes compiled;
+    PYSTAGE_CUDA(cudaFuncGetAttributes(&compiled, mixed_kernels<int32_t>()[0]));
+    can_launch_early_ = major >= 9 && compiled.ptxVersion >= 90;
   }
 
   const std::string& name() const override { return name_; }
@@ -321,7 +337,8 @@ class CudaDevice final : public Device {
     size_t count = t.count;
     if (!t.tail) {
       void* args[] = {&src, &dst, &count};
-      return run(transfers_[wide_in][wide_out][grid.shape], "transfer", grid.blocks, s, args);
+      return run(transfers_[wide_in][wide_out][grid.vectors], "transfer", grid.blocks, s,
+                 t.src_is_complete, args);
     }
     if (!wide_out) throw DeviceError("a tail is written as int64 [" + name_ + "]");
     Tail tail{t.tail->relay,
@@ -331,8 +348,8 @@ class CudaDevice final : public Device {
               t.tail->relay_type == IntType::kInt64,
               t.tail->index_type == IntType::kInt64};
     void* args[] = {&src, &dst, &count, &grid.blocks, &tail};
-    run(mixed_[wide_in][grid.shape], "transfer_mixed",
-        grid.blocks + blocks_for(tail.count, kThreads), s, args);
+    run(mixed_[wide_in][grid.vectors], "transfer_mixed",
+        grid.blocks + blocks_for(tail.count, kThreads), s, t.src_is_complete, args);
   }
 
   FenceHandle create_fence() override {
@@ -410,26 +427,37 @@ class CudaDevice final : public Device {
   }
 
  private:
-  using Kernels = std::array<cudaFunction_t, 3>;  // by Shape
+  using Kernels = std::array<cudaFunction_t, 2>;
 
-  Kernels load(const std::array<const void*, 3>& addresses) {
+  Kernels load(const Addresses& addresses) {
     Kernels kernels;
     for (size_t i = 0; i < kernels.size(); ++i)
       PYSTAGE_CUDA(cudaGetFuncBySymbol(&kernels[i], addresses[i]));
     return kernels;
   }
 
+  // early: the kernel may start, and read its slot, while the kernel before it on the stream still
+  // ends (a programmatic dependent launch); it waits for that one before it writes. This hides 1 us
+  // of the way to the host. After anything but a kernel it changes nothing.
   void run(cudaFunction_t kernel, const char* name, unsigned blocks, cudaStream_t stream,
-           void** args) {
+           bool early, void** args) {
     // In a thread without a CUDA call so far the runtime would make the context current; the driver
     // does not.
     thread_local bool has_context = false;
     if (!has_context) PYSTAGE_CUDA(cudaSetDevice(index_));
     has_context = true;
+    static const cudaLaunchAttribute kEarly = [] {
+      cudaLaunchAttribute attribute{};
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+      return attribute;
+    }();
+    const LaunchConfig config{
+        {blocks, 1, 1}, {kThreads, 1, 1}, 0, stream, &kEarly, early && can_launch_early_ ? 1u : 0u};
     const auto error = static_cast<cudaError_t>(  // the driver's codes are the runtime's
-        launch_kernel_(kernel, blocks, 1, 1, kThreads, 1, 1, 0, stream, args, nullptr));
+        launch_kernel_(&config, kernel, args, nullptr));
     if (error != cudaSuccess)
-      raise_cuda(error, (std::string("cuLaunchKernel(") + name + ")").c_str(), name_);
+      raise_cuda(error, (std::string("cuLaunchKernelEx(") + name + ")").c_str(), name_);
   }
 
   const int index_;
@@ -437,6 +465,7 @@ class CudaDevice final : public Device {
   std::string why_pageable_;
   int can_map_ = 0;
   LaunchKernel launch_kernel_ = nullptr;
+  bool can_launch_early_ = false;
   Kernels transfers_[2][2];  // by int64 wire, int64 output
   Kernels mixed_[2];         // by int64 wire
 };

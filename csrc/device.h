@@ -64,6 +64,8 @@ struct Transfer {
   void* dst = nullptr;
   IntType out = IntType::kInt64;
   size_t count = 0;  // ids
+  // No work of a stream still has to fill src: it may be read before the stream comes to this.
+  bool src_is_complete = false;
   TransferKind kind = TransferKind::kKernel;
   // Owner of dst. The host device keeps it until the transfer ran; CUDA memory needs no owner,
   // because its allocator frees in stream order.

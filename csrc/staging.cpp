@@ -235,6 +235,7 @@ FenceHandle StagedTokens::transfer_to(const at::Tensor& out, StreamHandle stream
   t.wire = wire_;
   t.out = int_type(out.scalar_type());
   t.count = count_;
+  t.src_is_complete = true;  // the host has filled the slot
   const bool mapped = t.src_device != nullptr;
   t.kind =
       mapped && !pool_->options_.copy_engine ? TransferKind::kKernel : TransferKind::kCopyEngine;

@@ -175,3 +175,46 @@ def test_first_cuda_call_of_a_thread() -> None:
     thread.join()
     torch.cuda.synchronize()
     assert torch.equal(out.cpu(), wire.long())
+
+
+# Lets the next kernel start while it runs, takes its time, and then reads what that one may write.
+LATE = """
+extern "C" __global__ void late_copy(const long long* in, long long* out, long long n) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  const long long start = clock64();
+  while (clock64() - start < 2000000) {
+  }
+  for (long long i = threadIdx.x; i < n; i += blockDim.x) out[i] = in[i];
+}
+"""
+
+
+def late_copy(source: torch.Tensor, out: torch.Tensor) -> None:
+    compile_kernel = getattr(torch.cuda, "_compile_kernel", None)
+    if compile_kernel is None:
+        pytest.skip("this torch compiles no CUDA source")
+    compile_kernel(LATE, "late_copy")((1, 1, 1), (128, 1, 1), (source, out, source.numel()))
+
+
+@pytest.mark.parametrize("length", [3, 128, 4096])
+@pytest.mark.parametrize("shift", [0, 1])  # 1: no vectors
+def test_early_kernels_write_only_when_it_is_their_turn(
+    pool: pystage.StagingPool, length: int, shift: int
+) -> None:
+    """The kernel before still reads what resolve() overwrites, and fills the relay."""
+    memory = torch.full((length + shift,), 7, dtype=torch.int64, device="cuda")
+    old, kept = memory[shift:], torch.zeros(length, dtype=torch.int64, device="cuda")
+    late_copy(old, kept)  # compiled, and run once
+    torch.cuda.synchronize()
+    staged = pool.stage([run_of(0, length)])
+    late_copy(old, kept.zero_())
+    pystage.resolve(staged, out=old)
+    assert (kept == 7).all() and old.tolist() == list(range(length))
+
+    relay, indices = torch.zeros_like(kept), torch.arange(length, device="cuda")
+    for out in (None, torch.zeros(2 * length + shift, dtype=torch.int64, device="cuda")[shift:]):
+        late_copy(old, relay.zero_())
+        mixed = pystage.resolve_mixed(staged, relay, indices, out=out)
+        assert mixed.tolist() == 2 * list(range(length))
