@@ -177,6 +177,7 @@ setup(
             [
                 "csrc/gather.cpp",
                 "csrc/host_device.cpp",
+                "csrc/ids_view.cpp",
                 "csrc/ops.cpp",
                 "csrc/pool.cpp",
                 "csrc/python.cpp",

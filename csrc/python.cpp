@@ -1,5 +1,6 @@
 // pystage._C: Python objects in, staged tokens and tensors out. pystage/_C.pyi describes it.
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "host_device.h"
+#include "ids_view.h"
 #include "staging.h"
 #ifdef PYSTAGE_WITH_CUDA
 #include "cuda_device.h"
@@ -832,6 +834,7 @@ PYBIND11_MODULE(_C, m) {
   static PyMethodDef functions[] = {
       fast_method<stage_fast>("stage", "handle, pool, token_ids, starts, stops, vocab_size"), {}};
   if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+  if (add_ids_view(m.ptr()) != 0) throw py::error_already_set();
   m.attr("StagedTokens") = make_staged_tokens_base();
   m.def("set_staged_tokens_type", &set_staged_tokens_type, py::arg("type"));
 
@@ -843,6 +846,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("synchronize", &synchronize, py::arg("pool"));
   m.attr("torch_version") = PYSTAGE_TORCH_VERSION;
   m.def("size_class", &size_class, py::arg("bytes"));
+  m.def("current_cuda_device",
+        [] { return int{c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getDevice().index()}; });
   m.def("host_stream", &host_current_stream_number);
   m.def("set_host_stream", &host_set_current_stream, py::arg("number"));
 #ifdef PYSTAGE_WITH_CUDA

@@ -1,7 +1,7 @@
 """The compiled part. Use the pystage package."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
 
 import torch
 
@@ -12,6 +12,7 @@ cuda_runtime: int
 cuda_architectures: str
 
 def size_class(bytes: int) -> int: ...
+def current_cuda_device() -> int: ...
 def host_stream() -> int: ...
 def set_host_stream(number: int) -> None: ...
 def synchronize(pool: StagingPool) -> None: ...
@@ -68,6 +69,23 @@ class StagedTokens:
     def _resolve_mixed(
         self, relay: torch.Tensor, indices: torch.Tensor, out: torch.Tensor | None, /
     ) -> torch.Tensor: ...
+
+class IdsView:
+    """Ids ``[start, stop)`` of an array, not copied. Holds the array, not its buffer, so the array
+    can grow. A buffer of one dimension to whoever reads it."""
+
+    def __len__(self) -> int: ...
+    @overload
+    def __getitem__(self, key: int) -> int: ...
+    @overload
+    def __getitem__(self, key: slice) -> Any: ...
+    def __iter__(self) -> Iterator[int]: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def copy(self) -> Any:
+        """As an array of its own."""
+
+def ids_view(ids: Any, start: int, stop: int, /) -> IdsView:
+    """As ``ids[start:stop]``."""
 
 class Hold:
     def __init__(self, pool: StagingPool) -> None: ...

@@ -8,11 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from pystage import StagingPool, TokenRangeError
+from pystage._C import ids_view
 from pystage.integrations import sglang as plugin
 from pystage.integrations import sglang_pp
 from pystage.pp import ProfileError
@@ -22,12 +25,48 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_a_view_of_ids() -> None:
     ids = array("q", range(100))
-    view = plugin.FillIds(ids, 0, 90)[10:]
+    view = ids_view(ids, 0, 90)[10:]
     assert len(view) == 80 and view[0] == 10 and view[-1] == 89
-    assert list(view[-3:]) == [87, 88, 89] and len(view[200:]) == 0
+    assert list(view[-3:]) == [87, 88, 89] and len(view[200:]) == 0 and len(view[5:2]) == 0
     assert list(view[::40]) == [10, 50]
     assert view[5:10].copy() == array("q", range(15, 20))
+    assert len(ids_view(ids, -10, 1 << 70)) == 10 and len(ids_view(ids, 90, 10)) == 0
+    with pytest.raises(IndexError):
+        view[80]
+    with pytest.raises(TypeError):
+        ids_view(ids, 0, "90")
     ids.append(1)
+
+
+def test_a_view_of_ids_is_a_buffer() -> None:
+    ids = array("q", range(100))
+    view = ids_view(ids, 10, 90)
+    with memoryview(view) as whole, whole[5:] as part:
+        assert whole.readonly and whole.format == "q" and whole.tolist() == list(range(10, 90))
+        assert part[0] == 15
+        with pytest.raises(BufferError):
+            ids.append(1)
+    ids.append(1)
+    assert np.asarray(view).tolist() == list(range(10, 90))
+    evens = ids_view(np.arange(10)[::2], 1, 4)
+    assert memoryview(evens).tolist() == [2, 4, 6]
+    with pytest.raises((BufferError, ValueError)):
+        array("q").frombytes(evens)
+    del ids[50:]
+    with pytest.raises(BufferError, match="fewer ids than when the view was made"):
+        memoryview(view)
+    with pytest.raises(BufferError, match="one dimension"):
+        memoryview(ids_view(np.zeros((3, 2), np.int64), 0, 2))
+
+
+def test_views_of_ids_are_staged() -> None:
+    ids = array("q", range(100))
+    with StagingPool("cpu") as pool:
+        staged = pool.stage([ids_view(ids, 90, 100), ids_view(ids, 0, 5), array("q", [7])])
+        ids.append(1)
+        assert staged.tolist() == [*range(90, 100), *range(5), 7]
+        with pytest.raises(TokenRangeError, match=r"token_ids\[1\]\[2\] is 12"):
+            pool.stage([ids[:5], ids_view(ids, 10, 20)], vocab_size=12)
 
 
 def test_settings() -> None:

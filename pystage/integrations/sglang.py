@@ -44,10 +44,10 @@ from importlib import metadata
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .._build import __version__
+from .._C import IdsView, current_cuda_device, ids_view
 from ..batch import ensure_resolved, forgotten_resolves
 from ..errors import PoolExhaustedError, PystageError
 from ..pool import AtCapacity, Issue, StagedTokens, StagingPool, StagingStats, resolve_mixed
@@ -136,7 +136,7 @@ class _Pools:
     def of(self, device: Any) -> StagingPool | None:
         """The pool that stages for a batch's device; None if there can be none."""
         name = device if isinstance(device, str) else str(device)
-        key = (name, torch.cuda.current_device() if name == "cuda" else -1)
+        key = (name, current_cuda_device() if name == "cuda" else -1)
         try:
             return self._pools[key]
         except KeyError:
@@ -194,32 +194,6 @@ def pool_stats() -> list[StagingStats]:
 # --- hooks: staging ------------------------------------------------------------------------------
 
 
-class FillIds:
-    """Ids ``[start, stop)`` of a request, not copied: what ``prepare_for_extend`` slices, measures
-    and hands on. It holds the array, not its buffer, so the array can grow."""
-
-    __slots__ = ("ids", "start", "stop")
-
-    def __init__(self, ids: array[int], start: int, stop: int) -> None:
-        self.ids, self.start, self.stop = ids, start, stop
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, slice) and key.step in (None, 1):
-            first, last, _ = key.indices(self.stop - self.start)
-            return FillIds(self.ids, self.start + first, self.start + max(first, last))
-        return self.copy()[key]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.copy())
-
-    def copy(self) -> array[int]:
-        """As an array of its own."""
-        return self.ids[self.start : self.stop]
-
-
 def _prepare_for_extend(original: Function, batch: Any, *args: Any, **kwargs: Any) -> Any:
     here = _here
     here.pool = _pools.of(batch.device)
@@ -232,10 +206,10 @@ def _prepare_for_extend(original: Function, batch: Any, *args: Any, **kwargs: An
 
 
 def _get_fill_ids(end_of: Callable[[Any], int], original: Function, req: Any) -> Any:
+    """What ``prepare_for_extend`` slices, measures and hands on, without a copy."""
     if not _here.views:
         return original(req)
-    ids = req.full_untruncated_fill_ids
-    return FillIds(ids, 0, slice(end_of(req)).indices(len(ids))[1])
+    return ids_view(req.full_untruncated_fill_ids, 0, end_of(req))
 
 
 def _flatten(original: Function, parts: list[Any], pin: bool) -> StagedTokens | Tensor:
@@ -244,21 +218,14 @@ def _flatten(original: Function, parts: list[Any], pin: bool) -> StagedTokens | 
         # Later calls of get_fill_ids are somebody else's, who may need an array.
         _here.views = False
         try:
-            try:
-                ids = [part.ids for part in parts]
-            except AttributeError:  # an array among them
-                return pool.stage(_arrays(parts))
-            return pool.stage(ids, [part.start for part in parts], [part.stop for part in parts])
+            return pool.stage(parts)
         except PoolExhaustedError as error:
             if _state.settings.at_capacity == "raise":
                 raise
             _once("pystage: %s; SGLang's own staging is used for such batches", error)
-    result: Tensor = original(_arrays(parts), pin)
+    arrays = [part.copy() if type(part) is IdsView else part for part in parts]
+    result: Tensor = original(arrays, pin)
     return result
-
-
-def _arrays(parts: list[Any]) -> list[Any]:
-    return [part.copy() if type(part) is FillIds else part for part in parts]
 
 
 # --- hooks: resolving ----------------------------------------------------------------------------
@@ -762,4 +729,4 @@ def main() -> None:
     print(json.dumps(status()))
 
 
-__all__ = ["ENVIRONMENT", "FillIds", "Settings", "main", "plugin", "pool_stats", "status"]
+__all__ = ["ENVIRONMENT", "Settings", "main", "plugin", "pool_stats", "status"]
