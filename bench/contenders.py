@@ -12,7 +12,7 @@ import traceback
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -362,26 +362,35 @@ def ready(device: Host, name: str, count: int, out: torch.Tensor | None = None) 
     return Contender(name, "reference", lambda batch: None, resolve, note=note)
 
 
+BUFFERS, RAGGED = "arrays asked for their memory", "memcpy, one by one"
+
+
 class PythonFloor:
     """What no way can do without, each part with the cost of its call from Python."""
 
-    parts = FLOOR
+    parts = (*FLOOR, RAGGED)
 
     def __init__(self, device: Host, count: int) -> None:
         self.device, self.pinned = device, device.pinned(count)
 
-    def once(self, ids: array[int]) -> Sequence[float]:
-        """Microseconds of each part."""
-        address, count = ids.buffer_info()
+    def _copy(self, arrays: Sequence[array[int]]) -> float:
+        start, to = time.perf_counter_ns(), self.pinned.data_ptr()
+        for ids in arrays:
+            address, count = ids.buffer_info()
+            ctypes.memmove(to, address, 8 * count)
+            to += 8 * count
+        return (time.perf_counter_ns() - start) / 1e3
+
+    def once(self, whole: array[int], ragged: Sequence[array[int]]) -> Sequence[float]:
+        """Microseconds of each part: ``whole`` is copied in one, ``ragged`` array by array."""
+        one_by_one, copied = self._copy(ragged), self._copy([whole])
         start = time.perf_counter_ns()
-        ctypes.memmove(self.pinned.data_ptr(), address, 8 * count)
-        copied = time.perf_counter_ns()
-        out = torch.empty(count, dtype=torch.int64, device=self.device.torch)
+        out = torch.empty(count_of(ragged), dtype=torch.int64, device=self.device.torch)
         allocated = time.perf_counter_ns()
         self.device.launch()
         launched = time.perf_counter_ns()
         del out
-        return [(b - a) / 1e3 for a, b in pairwise((start, copied, allocated, launched))]
+        return copied, (allocated - start) / 1e3, (launched - allocated) / 1e3, one_by_one
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -393,9 +402,13 @@ class CompiledFloor:
     def __init__(self, count: int) -> None:
         from bench import floor
 
-        self.parts = floor.PARTS
+        self.parts = (*floor.PARTS, BUFFERS, RAGGED)
         self._floor = floor.Floor(count)
-        self.once = self._floor.once
+
+    def once(self, whole: array[int], ragged: Sequence[array[int]]) -> Sequence[float]:
+        asked = self._floor.buffers(ragged)
+        one_by_one, copied = self._floor.copy(ragged), self._floor.copy([whole])
+        return copied, *self._floor.issue(count_of(ragged)), asked, one_by_one
 
     def close(self) -> None:
         self._floor.close()

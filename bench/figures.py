@@ -13,7 +13,6 @@ from bench.pages import tabulate
 RESULTS = Path("bench/results")  # below the repository's root, as all that follow
 STAGING = RESULTS / "staging-nvidia-h100-80gb-hbm3.json"
 SGLANG = RESULTS / "sglang-nvidia-h100-80gb-hbm3.json"
-IN_PLACE = RESULTS / "sglang-in-place-nvidia-h100-80gb-hbm3.json"
 PIPELINE = RESULTS / "pp_prefill-8b-2xnvidia-h100-80gb-hbm3.json"
 EARLIER = RESULTS / "earlier"
 PLOT = Path("docs/staging.svg")
@@ -39,7 +38,7 @@ def sections(root: Path) -> dict[str, str]:
         "source": source(staging, STAGING),
         "others": other_machines(root / EARLIER),
         "sglang": sglang_tables(root / SGLANG),
-        "sglang-in-place": in_place_table(root / IN_PLACE),
+        "sglang-in-place": in_place_table(root / SGLANG),
         "pp-errors": pipeline_errors(pipeline["results"]),
         "pp-plans": pipeline_plans(pipeline["results"]),
         "pp-targets": pipeline_targets(pipeline["results"]),
@@ -150,16 +149,24 @@ def latency_table(result: dict[str, Any]) -> str:
 
 
 def target_table(result: dict[str, Any]) -> str:
+    targets = result["targets"]
+    limits = any(r.get("limit") is not None for r in targets)
+
+    def number(r: dict[str, Any], key: str) -> str:
+        return "" if r.get(key) is None else f"{r[key]:,.2f} {r['unit']}".strip()
+
     rows = [
         [
             r["measure"].replace("  ", "&nbsp;&nbsp;"),
             r["target"],
-            f"{r['value']:,.2f} {r['unit']}".strip(),
+            number(r, "value"),
+            *([number(r, "limit")] if limits else []),
             "yes" if r["ok"] else "no",
         ]
-        for r in result["targets"]
+        for r in targets
     ]
-    return tabulate(["measure", "target", "measured", "met"], rows)
+    head = ["measure", "target", "measured", *(["at the floor"] if limits else []), "met"]
+    return tabulate(head, rows)
 
 
 def sglang_tables(path: Path) -> str:
@@ -197,8 +204,20 @@ def in_place_table(path: Path) -> str:
         "sampling info": "&nbsp;&nbsp;sampling info",
     }
     cell = result["host"]["1 x 8192"]
-    rows = [[label, *(pair(cell[part][side]) for side in sides)] for part, label in parts.items()]
-    return f"{tabulate(['us, p50 / p99', *sides], rows)}\n\n{source(result, path)}"
+    rows = [
+        [label, *(pair(cell[part][side]) for side in sides)]
+        for part, label in parts.items()
+        if part in cell
+    ]
+    tables = [tabulate(["us, p50 / p99", *sides], rows)]
+    below = [
+        [f"{what}: {part}", pair(values)]
+        for what, floor in result.get("floor", {}).items()
+        for part, values in floor.items()
+    ]
+    if below:
+        tables.append(tabulate(["the floor, us, p50 / p99", ""], below))
+    return "\n\n".join([*tables, source(result, path)])
 
 
 # --- the pipeline ---------------------------------------------------------------------------------

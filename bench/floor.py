@@ -14,6 +14,10 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("memcpy", "allocation", "launch", "event")
+GET, RELEASE = (
+    ctypes.cast(function, ctypes.c_void_p)
+    for function in (ctypes.pythonapi.PyObject_GetBuffer, ctypes.pythonapi.PyBuffer_Release)
+)
 
 
 def build() -> Path:
@@ -42,22 +46,47 @@ class Floor:
     def __init__(self, max_ids: int) -> None:
         torch.cuda.init()  # the allocator is there from then on
         self._library = ctypes.CDLL(str(build()))
-        self._once = self._library.floor_once
-        self._once.argtypes = [
-            ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.POINTER(ctypes.c_double)
+        double = ctypes.POINTER(ctypes.c_double)
+        self._library.floor_copy.argtypes = [
+            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, double
         ]  # fmt: skip
-        self._us = (ctypes.c_double * len(PARTS))()
+        self._library.floor_issue.argtypes = [ctypes.c_size_t, ctypes.c_void_p, double]
+        self._copied, self._issued = (ctypes.c_double * 1)(), (ctypes.c_double * 3)()
+        self._buffers = ctypes.PyDLL(self._library._name).floor_buffers
+        self._buffers.argtypes = [
+            ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, double
+        ]  # fmt: skip
         self._library.floor_open.argtypes = [ctypes.c_size_t]
         if not self._library.floor_open(8 * max_ids):
             raise RuntimeError(f"no pinned memory for {max_ids} ids")
 
+    def buffers(self, arrays: Sequence[array[int]]) -> float:
+        """Microseconds of asking each for its memory, as any reader of them must."""
+        objects = (ctypes.c_void_p * len(arrays))(*map(id, arrays))  # which touches none of them
+        if not self._buffers(objects, len(arrays), GET, RELEASE, self._copied):
+            raise RuntimeError("an array gave no buffer")
+        return self._copied[0]
+
+    def copy(self, arrays: Sequence[array[int]]) -> float:
+        """Microseconds of the memcpy of ``array('q')`` into pinned memory, one after the other."""
+        ids, counts = zip(*(a.buffer_info() for a in arrays), strict=True)
+        number = len(arrays)
+        addresses = (ctypes.c_void_p * number)(*ids)
+        sizes = (ctypes.c_size_t * number)(*(8 * count for count in counts))
+        if not self._library.floor_copy(addresses, sizes, number, self._copied):
+            raise RuntimeError(f"more than the floor has room for: {sum(counts)} ids")
+        return self._copied[0]
+
+    def issue(self, count: int) -> Sequence[float]:
+        """Microseconds of the other parts, for so many ids."""
+        stream = torch.cuda.current_stream().cuda_stream
+        if not self._library.floor_issue(8 * count, stream, self._issued):
+            raise RuntimeError("a CUDA call of the floor failed")
+        return tuple(self._issued)
+
     def once(self, ids: array[int]) -> Sequence[float]:
         """Microseconds of each of `PARTS` for one `array('q')`."""
-        address, count = ids.buffer_info()
-        stream = torch.cuda.current_stream().cuda_stream
-        if not self._once(address, 8 * count, stream, self._us):
-            raise RuntimeError("a CUDA call of the floor failed")
-        return tuple(self._us)
+        return self.copy([ids]), *self.issue(len(ids))
 
     def close(self) -> None:
         """Gives the pinned memory back."""

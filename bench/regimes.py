@@ -56,7 +56,9 @@ from bench.device import IN_STREAM_ORDER, Absent, Host
 from pystage.trace import draw_ids, sample_trace
 
 Cell: TypeAlias = "Callable[[], dict[str, Any]]"
+CallsOf: TypeAlias = "Callable[[], Sequence[Callable[[], Any]]]"
 MIB = 1 << 20
+LIST_ID_BYTES = 40  # the pointer and the int
 
 
 @dataclass
@@ -113,7 +115,7 @@ class Bench:
         more than the caches hold, or each is used once; the caches are overwritten before.
         """
         count = sum(lengths)
-        size = count * (40 if kind == "list" else 8)
+        size = count * (LIST_ID_BYTES if kind == "list" else 8)
         batches = min(64, max(2, 4 * MIB // size))
         if cold:
             batches = min(calls, self.arena.nbytes // size + 1)
@@ -162,9 +164,12 @@ def _host_cell(bench: Bench, kind: str, lengths: Sequence[int], cold: bool) -> d
     samples, warmup = budget(bench, count)
     everybody = [c for c in bench.contenders.all(EVERYBODY, count) if kind in c.takes]
     inputs, rotated = bench.inputs(kind, lengths, cold, (samples + warmup) * len(everybody))
-    # The floor reads as many ids, of an array of its own.
-    whole, _ = bench.inputs("array", [count], cold, samples + warmup)
-    return _two_calls(bench, everybody, whole, inputs, samples, warmup) | {
+    # The floor reads arrays of its own: as many ids, for a list as many bytes.
+    number = samples + warmup
+    length = count * LIST_ID_BYTES // 8 if kind == "list" else count
+    whole, _ = bench.inputs("array", [length], cold, number)
+    ragged, _ = bench.inputs("array", lengths, cold, number)
+    return _two_calls(bench, everybody, whole, ragged, inputs, samples, warmup) | {
         "ids": count,
         "rotated_bytes": rotated,
     }
@@ -180,7 +185,8 @@ def _trace_cell(bench: Bench) -> dict[str, Any]:
     result = _two_calls(
         bench,
         everybody,
-        lambda k: whole[k % len(whole)],
+        lambda k: [whole[k % len(whole)]],
+        lambda k: batches[(k + len(batches) // 2) % len(batches)],
         lambda k: batches[k % len(batches)],
         samples,
         warmup,
@@ -204,18 +210,20 @@ def _link_cell(bench: Bench) -> dict[str, Any]:
 def _two_calls(
     bench: Bench,
     everybody: list[Contender],
-    whole: Callable[[int], Any],
+    whole: Callable[[int], Batch],
+    ragged: Callable[[int], Batch],
     inputs: Callable[[int], Batch],
     samples: int,
     warmup: int,
 ) -> dict[str, Any]:
-    """All contenders and the floor, in turn; ``whole`` gives the floor's n-th array."""
-    floor = bench.contenders.floor(max(8192, count_of(inputs(0))))
+    """All contenders and the floor, in turn. ``whole`` gives the floor's n-th array, ``ragged`` the
+    same in parts."""
+    floor = bench.contenders.floor(max(8192, count_of(whole(0)), count_of(ragged(0))))
     number = itertools.count()
 
     def once() -> Sequence[float]:
-        ids = whole(next(number))
-        return floor.once(ids[0] if isinstance(ids, list) else ids)
+        k = next(number)
+        return floor.once(whole(k)[0], ragged(k))
 
     try:
         rows = two_calls_time(
@@ -241,7 +249,7 @@ def _two_calls(
 
 # --- 2: the compute stream ---------------------------------------------------------------------
 
-NOTHING, EMPTY = "nothing", "an empty kernel"
+EMPTY = "an empty kernel"
 STREAM_COUNTS = (128, 1024, 8192, 16384, 131072, 1048576)
 
 
@@ -253,6 +261,10 @@ def stream(bench: Bench) -> dict[str, Cell]:
     for n in (8192, 131072):
         cells[f"busy, {n} ids"] = partial(_stream_cell, bench, n, busy=True)
     return cells
+
+
+def empty_kernel(device: Host) -> Contender:
+    return Contender(EMPTY, "reference", lambda _: None, lambda _: device.launch())
 
 
 def layer_steps(device: Host, tokens: int, history: int, hidden: int = 4096) -> list[Any]:
@@ -277,35 +289,60 @@ def layer_steps(device: Host, tokens: int, history: int, hidden: int = 4096) -> 
 class Between:
     """Microseconds that calls add to a stream, each between two kernels.
 
-    The stream is held while everything is queued, so that the device never waits for the host. What
-    the kernels take without calls is measured in the same round and taken off.
+    What the kernels take without calls is measured before and after, since clocks drift, and taken
+    off. The device never waits for the host: all is queued while it is busy, with a spin on an idle
+    GPU, else with the same kernels, so that what another stream does meanwhile runs beside them.
     """
 
-    def __init__(self, device: Host, kernels: Sequence[Callable[[], Any]], repeats: int) -> None:
-        self.device, self.kernels, self.repeats = device, kernels, repeats
+    def __init__(
+        self, device: Host, kernels: Sequence[Callable[[], Any]], repeats: int, busy: bool = False
+    ) -> None:
+        self.device, self.kernels, self.repeats, self.busy = device, kernels, repeats, busy
         self.hold_us = 250.0
+        self.lead = 1  # rounds of the kernels
         self.late = 0
 
-    def run(self, calls: Sequence[Callable[[], Any]]) -> float:
-        """Mean over the calls."""
+    def added(self, turns: Sequence[tuple[str, CallsOf]]) -> Iterator[tuple[str, float | str]]:
+        """Of each contender in turn, the mean over its calls; or its error."""
+        nothing = self.repeats * [lambda: None]
+        before = self._run(nothing)
+        for name, calls_of in turns:
+            try:
+                took = self._run(calls_of())
+            except Exception:
+                yield name, traceback.format_exc()
+                continue
+            after = self._run(nothing)
+            yield name, took - (before + after) / 2
+            before = after
+
+    def _run(self, calls: Sequence[Callable[[], Any]]) -> float:
         begin, end = self.device.event(True), self.device.event(True)
         hold = self.hold_us
         for _ in range(6):
             self.device.synchronize()
-            self.device.spin(hold)
-            begin.record()
+            gate = begin
+            if self.busy:
+                begin.record()
+                for kernel in self.lead * [*self.kernels]:
+                    kernel()
+                gate = self.device.event()
+            else:
+                self.device.spin(hold)
+            gate.record()
             keep = []
             for r, call in enumerate(calls):
                 self.kernels[r % len(self.kernels)]()
                 keep.append(call())
             end.record()
-            in_time = not self.device.cuda or not begin.query()
+            in_time = not self.device.cuda or not gate.query()
             self.device.synchronize()
             if in_time:
                 break
             self.late += 1  # a hiccup of the host, or the hold is too short
             self.hold_us = min(1.1 * self.hold_us, 20_000.0)
             hold = 2 * max(hold, self.hold_us)
+            self.lead = min(self.lead + 1, 8)
         return float(begin.elapsed_time(end)) * 1e3 / len(calls)
 
 
@@ -316,48 +353,47 @@ def _stream_cell(bench: Bench, count: int, busy: bool) -> dict[str, Any]:
     names = (DEFERRED, EAGER, ENGINE, WIDE, SGLANG, UVA, READY, READY_BATCH)
     everybody = [
         *bench.contenders.all(names, count),
-        Contender(EMPTY, "reference", lambda _: None, lambda _: device.launch()),
-        Contender(NOTHING, "reference", lambda _: None, lambda _: None),
+        empty_kernel(device),
     ]
     batch = bench.requests("array", [count], 0)
     if busy:
         small = not device.cuda
-        kernels = layer_steps(device, 8 if small else 512, 16 if small else 2048,
+        kernels = layer_steps(device, 8 if small else 1024, 16 if small else 2048,
                               512 if small else 4096)  # fmt: skip
         repeats = 2 * len(kernels)
     else:
         scratch = torch.zeros(32, device=device.torch)
         kernels, repeats = [lambda: scratch.add_(1)], 8 if count <= 1 << 17 else 4
-    timer = Between(device, kernels, repeats)
+    timer = Between(device, kernels, repeats, busy)
+
+    made: dict[str, list[Callable[[], Any]]] = {}
+
+    def calls_of(contender: Contender) -> list[Callable[[], Any]]:
+        if contender.name == EAGER and busy:  # its transfer runs beside the layer's kernels
+            return repeats * [lambda: contender.resolve(contender.stage(batch))]
+        # Staged once, and resolved again and again; eager ids are handed out once.
+        if contender.name not in made or contender.name == EAGER:
+            staged = [contender.stage(batch) for _ in range(repeats)]
+            made[contender.name] = [partial(contender.resolve, s) for s in staged]
+        return made[contender.name]
+
     times: dict[str, list[float]] = {c.name: [] for c in everybody}
     failed: dict[str, Any] = {}
-    calls: dict[str, list[Callable[[], Any]]] = {}
     try:
-        for contender in everybody:  # staged once, and resolved again and again
-            try:
-                staged = [contender.stage(batch) for _ in range(repeats)]
-                calls[contender.name] = [partial(contender.resolve, s) for s in staged]
-            except Exception:
-                failed[contender.name] = {"error": traceback.format_exc()}
         for i in range(-min(bench.warmup, 5), bench.samples):
-            row: dict[str, float] = {}
-            names = list(calls)
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                try:
-                    row[name] = timer.run(calls[name])
-                except Exception:
-                    failed[name] = {"error": traceback.format_exc()}
-                    del calls[name]
-            if i >= 0:
-                for name, value in row.items():
-                    times[name].append(value - row[NOTHING])
+            turn = i % len(everybody)
+            order = [c for c in everybody[turn:] + everybody[:turn] if c.name not in failed]
+            for name, value in timer.added([(c.name, partial(calls_of, c)) for c in order]):
+                if isinstance(value, str):
+                    failed[name] = {"error": value}
+                elif i >= 0:
+                    times[name].append(value)
     finally:
+        made.clear()
         for contender in everybody:
             contender.close()
     rows: dict[str, Any] = {
-        name: {"added": summary(values)}
-        for name, values in times.items()
-        if name not in failed and name != NOTHING
+        name: {"added": summary(values)} for name, values in times.items() if name not in failed
     }
     return {
         "ids": count,
@@ -382,9 +418,9 @@ def latency(bench: Bench) -> dict[str, Cell]:
     wide = (DEFERRED, EAGER, ENGINE, WIDE, SGLANG, BUFFER, UVA, CUPY, READY, READY_BATCH)
     few = (DEFERRED, READY)
     cells: dict[str, Cell] = {
-        "alone": partial(_latency_cell, bench, wide, None),
+        "alone": partial(_latency_cell, bench, (*wide, EMPTY), None),
         BULK: partial(
-            _latency_cell, bench, (DEFERRED, SGLANG, BUFFER, READY),
+            _latency_cell, bench, (DEFERRED, SGLANG, BUFFER, READY, EMPTY),
             lambda: Traffic(bench.device, "H2D", ENGINE_MOVER, 256 << 20, 512 << 20),
         ),
     }  # fmt: skip
@@ -480,7 +516,9 @@ def _latency_cell(
         raise Absent("on the host device ids are there when resolve returns: see host time")
     load = traffic() if traffic else None
     batch = bench.requests("array", [LATENCY_IDS], 0)
-    everybody = bench.contenders.all(names, LATENCY_IDS)
+    everybody = bench.contenders.all([n for n in names if n != EMPTY], LATENCY_IDS)
+    if EMPTY in names:
+        everybody.append(empty_kernel(device))
     times: dict[str, list[float]] = {c.name: [] for c in everybody}
     behind: dict[str, int] = dict.fromkeys(times, 0)
     failed: dict[str, Any] = {}
@@ -904,13 +942,17 @@ def _mixed_stream(bench: Bench, calls: dict[str, Any], batch: Batch) -> dict[str
     scratch = torch.zeros(32, device=bench.device.torch)
     timer = Between(bench.device, [lambda: scratch.add_(1)], 8)
     times: dict[str, list[float]] = {name: [] for name in calls}
+
+    def calls_of(name: str) -> list[Callable[[], Any]]:
+        stage, finish = calls[name]
+        return [partial(finish, stage(batch)) for _ in range(timer.repeats)]
+
     for i in range(-min(bench.warmup, 5), bench.samples):
-        base = timer.run([lambda: None] * timer.repeats)
-        for name, (stage, finish) in calls.items():
-            staged = [stage(batch) for _ in range(timer.repeats)]
-            value = timer.run([partial(finish, s) for s in staged])
+        for name, value in timer.added([(name, partial(calls_of, name)) for name in calls]):
+            if isinstance(value, str):
+                raise RuntimeError(value)
             if i >= 0:
-                times[name].append(value - base)
+                times[name].append(value)
     return {name: {"added": summary(values)} for name, values in times.items()}
 
 
