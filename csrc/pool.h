@@ -20,8 +20,10 @@
 //    anything. From then on the slot is read-only until it is free.
 // 2. A fence is recorded before launch_transfer() returns, on the stream of the launch: whatever
 //    reads the slot is ahead of the fence, and no later caller can slip a transfer past it, since
-//    that takes the lease. If recording fails, nobody can tell when the slot is read last, so it
-//    is quarantined: never handed out again.
+//    that takes the lease. (A transfer may read before what is ahead of it on the stream is done:
+//    the slot is complete from the launch on. What it writes waits for its turn.) If recording
+//    fails, nobody can tell when the slot is read last, so it is quarantined: never handed out
+//    again.
 // 3. Slots in flight wait in one queue per stream. A fence that is not done stops the look through
 //    its own queue only, so a stuck stream keeps its own slots and no others. Order within a
 //    queue is the order of the leases' ends, not of the fences; that can delay a slot behind
