@@ -38,6 +38,7 @@ TORCH_LIST = "torch, list"
 CUPY = "CuPy pinned pool"
 BATCH = "cudaMemcpyBatchAsync"
 READY = "cudaMemcpyAsync, ready buffer"
+READ_BEFORE = "pystage, slot read before"
 READY_BATCH = "cudaMemcpyBatchAsync, ready buffer"
 FLOOR = ("memcpy", "allocation", "launch")
 
@@ -119,6 +120,19 @@ def ours_checked(device: Host) -> Contender:
         note="each id checked against the vocabulary",
         close=pool.close,
     )
+
+
+def slot_read_before(device: Host) -> Contender:
+    """What a slot costs whose memory the device has not read lately: more than this one."""
+    pool = pystage.StagingPool(device.torch)
+
+    def stage(batch: Batch) -> pystage.StagedTokens:
+        staged = pool.stage(batch)
+        pystage.resolve(staged)
+        return staged
+
+    note = "resolved once before, untimed"
+    return Contender(READ_BEFORE, "reference", stage, pystage.resolve, note=note, close=pool.close)
 
 
 # --- peers -------------------------------------------------------------------------------------
@@ -441,6 +455,7 @@ class Contenders:
             BATCH: lambda: memcpy_batch(device),
             READY: lambda: ready(device, READY, room),
             READY_BATCH: lambda: ready(device, READY_BATCH, room),
+            READ_BEFORE: lambda: slot_read_before(device),
         }
         if name in POOLS:
             makers[name] = lambda: ours(name, device)

@@ -12,11 +12,14 @@ from matplotlib.axes import Axes
 
 from bench.contenders import (
     BUFFER,
+    CUPY,
     DEFERRED,
     EAGER,
+    ENGINE,
     READY,
     SGLANG,
     TORCH,
+    UVA,
     WIDE,
 )
 from bench.regimes import DIRECTIONS, EMPTY, ENGINE_MOVER, MOVERS, PIECES, SHAPES, STREAM_COUNTS
@@ -32,6 +35,9 @@ COLORS = {
     SGLANG: "#d9822b",
     BUFFER: "#8c5fb4",
     READY: "#c0392b",
+    ENGINE: "#123a5c",
+    UVA: "#c9a227",
+    CUPY: "#2f8f83",
     EMPTY: "#cccccc",
 }
 

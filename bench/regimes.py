@@ -38,6 +38,7 @@ from bench.contenders import (
     OURS,
     PEERS,
     POOLS,
+    READ_BEFORE,
     READY,
     READY_BATCH,
     SGLANG,
@@ -418,9 +419,9 @@ def latency(bench: Bench) -> dict[str, Cell]:
     wide = (DEFERRED, EAGER, ENGINE, WIDE, SGLANG, BUFFER, UVA, CUPY, READY, READY_BATCH)
     few = (DEFERRED, READY)
     cells: dict[str, Cell] = {
-        "alone": partial(_latency_cell, bench, (*wide, EMPTY), None),
+        "alone": partial(_latency_cell, bench, (*wide, READ_BEFORE, EMPTY), None),
         BULK: partial(
-            _latency_cell, bench, (DEFERRED, SGLANG, BUFFER, READY, EMPTY),
+            _latency_cell, bench, (DEFERRED, SGLANG, BUFFER, READY, READ_BEFORE, EMPTY),
             lambda: Traffic(bench.device, "H2D", ENGINE_MOVER, 256 << 20, 512 << 20),
         ),
     }  # fmt: skip
