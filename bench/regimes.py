@@ -662,14 +662,14 @@ def _drift_cell(bench: Bench, name: str) -> dict[str, Any]:
 
 
 def _new_sizes_cell(bench: Bench, name: str) -> dict[str, Any]:
-    """The first call of each size, by a contender just made, ten times over."""
+    """The first call of each size, by a contender just made, again and again."""
     device = bench.device
     sizes = [n for n in NEW_SIZES if not bench.quick or n <= 65536]
     batches = [bench.requests("array", [n], n) for n in sizes]
     first: dict[int, list[float]] = {n: [] for n in sizes}
     made: list[float] = []
     _warm_process(bench, name)
-    for _ in range(3 if bench.quick else 10):
+    for _ in range(-(-bench.samples // len(sizes))):
         device.forget_pinned()
         start = time.perf_counter_ns()
         contender = bench.contenders.make(name, max(sizes))
