@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from array import array
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +59,27 @@ def test_a_view_of_ids_is_a_buffer() -> None:
         memoryview(view)
     with pytest.raises(BufferError, match="one dimension"):
         memoryview(ids_view(np.zeros((3, 2), np.int64), 0, 2))
+
+
+def test_views_of_ids_hold_their_array_and_let_go() -> None:
+    ids = array("q", range(100))
+    before = sys.getrefcount(ids)
+    for _ in range(10):
+        view = ids_view(ids, 10, 90)
+        assert sys.getrefcount(ids) == before + 1
+        kept = [view[5:], view[:0], view.copy(), list(view), memoryview(view)[3:]]
+        with pytest.raises(IndexError):
+            view[99]
+        with pytest.raises(TypeError):
+            view["a"]
+        with pytest.raises(TypeError):
+            ids_view(ids, None, 1)
+        with pytest.raises(TypeError, match="read-write"):
+            io.BytesIO(bytes(8)).readinto(view)
+        del view, kept
+    assert sys.getrefcount(ids) == before
+    view = ids_view(array("q", [1, 2, 3]), 1, 3)
+    assert list(view) == [2, 3]  # nobody else holds it
 
 
 def test_views_of_ids_are_staged() -> None:
