@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.contenders import DEFERRED, EVERYBODY, READY
 from bench.regimes import (
+    AFTER_LAYER,
     BULK,
     DIRECTIONS,
     DRIFTERS,
@@ -156,7 +157,8 @@ def _totals(result: dict[str, Any], regime: str) -> str:
 
 
 def _latency(result: dict[str, Any]) -> str:
-    cells = {name: c for name, c in _cells(result, "latency").items() if name in ("alone", BULK)}
+    wanted = ("alone", BULK, AFTER_LAYER)
+    cells = {name: c for name, c in _cells(result, "latency").items() if name in wanted}
     names: dict[str, None] = {}
     for cell in cells.values():
         names |= dict.fromkeys(cell["contenders"])

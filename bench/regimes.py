@@ -287,6 +287,11 @@ def layer_steps(device: Host, tokens: int, history: int, hidden: int = 4096) -> 
     ]
 
 
+def _layer(device: Host) -> list[Any]:
+    """1,024 tokens behind 2,048; a toy on the host."""
+    return layer_steps(device, 1024, 2048) if device.cuda else layer_steps(device, 8, 16, 512)
+
+
 class Between:
     """Microseconds that calls add to a stream, each between two kernels.
 
@@ -358,9 +363,7 @@ def _stream_cell(bench: Bench, count: int, busy: bool) -> dict[str, Any]:
     ]
     batch = bench.requests("array", [count], 0)
     if busy:
-        small = not device.cuda
-        kernels = layer_steps(device, 8 if small else 1024, 16 if small else 2048,
-                              512 if small else 4096)  # fmt: skip
+        kernels = _layer(device)
         repeats = 2 * len(kernels)
     else:
         scratch = torch.zeros(32, device=device.torch)
@@ -412,19 +415,21 @@ ENGINE_MOVER, BATCH_MOVER, KERNEL_MOVER = "copy engine", "cudaMemcpyBatchAsync",
 MOVERS = (ENGINE_MOVER, BATCH_MOVER, KERNEL_MOVER)
 LATENCY_IDS = 8192
 BULK = "H2D, 2 x 256 MiB by copy engine"
+AFTER_LAYER = f"{BULK}, after a layer"
 
 
 def latency(bench: Bench) -> dict[str, Cell]:
     """From the call until the ids are on the device, alone and behind KV-cache traffic."""
     wide = (DEFERRED, EAGER, ENGINE, WIDE, SGLANG, BUFFER, UVA, CUPY, READY, READY_BATCH)
     few = (DEFERRED, READY)
+    bulk = partial(Traffic, bench.device, "H2D", ENGINE_MOVER, 256 << 20, 512 << 20)
     cells: dict[str, Cell] = {
         "alone": partial(_latency_cell, bench, (*wide, READ_BEFORE, EMPTY), None),
         BULK: partial(
-            _latency_cell, bench, (DEFERRED, SGLANG, BUFFER, READY, READ_BEFORE, EMPTY),
-            lambda: Traffic(bench.device, "H2D", ENGINE_MOVER, 256 << 20, 512 << 20),
+            _latency_cell, bench, (DEFERRED, SGLANG, BUFFER, READY, READ_BEFORE, EMPTY), bulk
         ),
-    }  # fmt: skip
+        AFTER_LAYER: partial(_latency_cell, bench, (DEFERRED, READ_BEFORE, EMPTY), bulk, True),
+    }
     for mover in MOVERS:
         for direction in DIRECTIONS:
             for label, piece in PIECES.items():
@@ -510,8 +515,13 @@ class Traffic:
 
 
 def _latency_cell(
-    bench: Bench, names: Sequence[str], traffic: Callable[[], Traffic] | None
+    bench: Bench,
+    names: Sequence[str],
+    traffic: Callable[[], Traffic] | None,
+    after_layer: bool = False,
 ) -> dict[str, Any]:
+    """``after_layer``: a layer of a model runs between stage and resolve, as in a server. It leaves
+    its own in the device's caches, those of addresses too."""
     device = bench.device
     if not device.gpu_regimes:
         raise Absent("on the host device ids are there when resolve returns: see host time")
@@ -524,6 +534,7 @@ def _latency_cell(
     behind: dict[str, int] = dict.fromkeys(times, 0)
     failed: dict[str, Any] = {}
     done = device.event()
+    layer = _layer(device) if after_layer else []
     try:
         for i in range(-min(bench.warmup, 10), bench.samples):
             for contender in everybody[i % len(everybody) :] + everybody[: i % len(everybody)]:
@@ -534,6 +545,9 @@ def _latency_cell(
                     device.synchronize()
                     # An eager pool transfers when it stages: its ids were on their way before.
                     early = None if name == EAGER else contender.stage(batch)
+                    for step in layer:
+                        step()
+                    device.synchronize()
                     ends = load.start() if load else []
                     running = bool(ends) and not any(end.query() for end in ends)
                     start = time.perf_counter_ns()

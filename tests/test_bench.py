@@ -135,7 +135,7 @@ def test_every_cell_of_a_gpu_run_runs_on_stand_ins(tmp_path: Path, package: Path
         ("history", "8192 behind 131072"),
     ):
         assert {DEFERRED, SGLANG} <= set(regimes[regime][name]["contenders"]), regime
-    assert len(regimes["latency"]) == 2 + 3 * 3 * 4
+    assert len(regimes["latency"]) == 3 + 3 * 3 * 4
     missing = [row["where"] for row in targets(result) if row["value"] is None]
     assert [where for where in missing if "no ratio" not in where] == [
         f"host, 1 x 8192 array: {BUFFER} has no total"
