@@ -41,6 +41,7 @@ READY = "cudaMemcpyAsync, ready buffer"
 READ_BEFORE = "pystage, slot read before"
 READY_BATCH = "cudaMemcpyBatchAsync, ready buffer"
 FLOOR = ("memcpy", "allocation", "launch")
+BUFFERS, RAGGED = "arrays asked for their memory", "memcpy, one by one"
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def ours_checked(device: Host) -> Contender:
 
 
 def slot_read_before(device: Host) -> Contender:
-    """What a slot costs whose memory the device has not read lately: more than this one."""
+    """The same staged ids, resolved a second time: a new slot costs what it takes more."""
     pool = pystage.StagingPool(device.torch)
 
     def stage(batch: Batch) -> pystage.StagedTokens:
@@ -374,9 +375,6 @@ def ready(device: Host, name: str, count: int, out: torch.Tensor | None = None) 
 
     note = "the copy alone, into a tensor that is there; called through ctypes"
     return Contender(name, "reference", lambda batch: None, resolve, note=note)
-
-
-BUFFERS, RAGGED = "arrays asked for their memory", "memcpy, one by one"
 
 
 class PythonFloor:

@@ -204,19 +204,16 @@ def in_place_table(path: Path) -> str:
         "sampling info": "&nbsp;&nbsp;sampling info",
     }
     cell = result["host"]["1 x 8192"]
-    rows = [
-        [label, *(pair(cell[part][side]) for side in sides)]
-        for part, label in parts.items()
-        if part in cell
-    ]
-    tables = [tabulate(["us, p50 / p99", *sides], rows)]
+    rows = [[label, *(pair(cell[part][side]) for side in sides)] for part, label in parts.items()]
     below = [
         [f"{what}: {part}", pair(values)]
-        for what, floor in result.get("floor", {}).items()
+        for what, floor in result["floor"].items()
         for part, values in floor.items()
     ]
-    if below:
-        tables.append(tabulate(["the floor, us, p50 / p99", ""], below))
+    tables = [
+        tabulate(["us, p50 / p99", *sides], rows),
+        tabulate(["the floor, us, p50 / p99", ""], below),
+    ]
     return "\n\n".join([*tables, source(result, path)])
 
 

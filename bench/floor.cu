@@ -61,8 +61,8 @@ extern "C" int floor_copy(const void* const* arrays, const size_t* bytes, size_t
   return 1;
 }
 
-// Asks `count` Python objects for their buffers, and gives them back at the end; by the calls `get` and
-// `release` of Python's API, with its lock held.
+// Asks `count` Python objects for their buffers, and gives them back at the end; by the calls `get`
+// and `release` of Python's API, with its lock held.
 extern "C" int floor_buffers(void* const* objects, size_t count, int (*get)(void*, void*, int),
                              void (*release)(void*), double* us) {
   constexpr int kStridesAndFormat = 0x1c;

@@ -45,14 +45,15 @@ class Floor:
 
     def __init__(self, max_ids: int) -> None:
         torch.cuda.init()  # the allocator is there from then on
-        self._library = ctypes.CDLL(str(build()))
+        path = str(build())
+        self._library = ctypes.CDLL(path)
         double = ctypes.POINTER(ctypes.c_double)
         self._library.floor_copy.argtypes = [
             ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, double
         ]  # fmt: skip
         self._library.floor_issue.argtypes = [ctypes.c_size_t, ctypes.c_void_p, double]
         self._copied, self._issued = (ctypes.c_double * 1)(), (ctypes.c_double * 3)()
-        self._buffers = ctypes.PyDLL(self._library._name).floor_buffers
+        self._buffers = ctypes.PyDLL(path).floor_buffers  # with the interpreter's lock
         self._buffers.argtypes = [
             ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, double
         ]  # fmt: skip

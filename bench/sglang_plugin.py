@@ -25,6 +25,7 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import sglang_rig
@@ -241,35 +242,33 @@ class Bench:
                 self.floors["8,192"] = {name: summary(values) for name, values in below.items()}
         return result
 
-    def _timed_batch(self, side: str, lists: list[array[int]]) -> dict[str, float]:
+    @contextlib.contextmanager
+    def _batch(self, side: str, lists: list[array[int]]) -> Iterator[Any]:
+        """A batch of one request for each list, not prepared yet; released behind."""
         self.switch(side)
         reqs = [self.rig.request(ids, max_new_tokens=1) for ids in lists]
         batch = self.rig.batch(reqs)
-        took: dict[str, float] = {}
-        module = self.schedule_batch
-        names = ("flatten_arrays_to_pinned_cpu", "alloc_for_extend")
-        whole = {name: getattr(module, name) for name in names}
-        sampling = module.SamplingBatchInfo
-        try:
-            for name in names:
-                setattr(module, name, _timed(whole[name], name, took))
-            module.SamplingBatchInfo = SimpleNamespace(
-                from_schedule_batch=_timed(sampling.from_schedule_batch, "sampling info", took)
-            )
-            self.streams.settle()
-            t0 = time.perf_counter_ns()
-            batch.prepare_for_extend()
-            t1 = time.perf_counter_ns()
-            with self.streams.on_forward():
-                t2 = time.perf_counter_ns()
-                self.rig.resolve(batch)
-                t3 = time.perf_counter_ns()
-        finally:
-            module.SamplingBatchInfo = sampling
-            for name in names:
-                setattr(module, name, whole[name])
+        self.streams.settle()
+        yield batch
         self.streams.settle()
         self.rig.release(*reqs)
+
+    def _timed_batch(self, side: str, lists: list[array[int]]) -> dict[str, float]:
+        took: dict[str, float] = {}
+        with self._batch(side, lists) as batch:
+            module = self.schedule_batch
+            names = ("flatten_arrays_to_pinned_cpu", "alloc_for_extend")
+            timed = {name: _timed(getattr(module, name), name, took) for name in names}
+            sampling = _timed(module.SamplingBatchInfo.from_schedule_batch, "sampling info", took)
+            timed["SamplingBatchInfo"] = SimpleNamespace(from_schedule_batch=sampling)
+            with mock.patch.multiple(module, **timed):
+                t0 = time.perf_counter_ns()
+                batch.prepare_for_extend()
+                t1 = time.perf_counter_ns()
+                with self.streams.on_forward():
+                    t2 = time.perf_counter_ns()
+                    self.rig.resolve(batch)
+                    t3 = time.perf_counter_ns()
         took["prepare_for_extend"] = (t1 - t0) / 1e3
         took["resolve_forward_inputs"] = (t3 - t2) / 1e3
         took["flatten + resolve"] = took["flatten_arrays_to_pinned_cpu"] + (t3 - t2) / 1e3
@@ -279,9 +278,6 @@ class Bench:
     def _timed_floor(self, floor: Floor, lists: list[array[int]]) -> dict[str, float]:
         """Its parts where flatten and resolve would be: the memcpy within prepare_for_extend, the
         others as the first on the forward stream. No Python call is in them."""
-        self.switch(WITH)  # which reads no ids on the way there
-        reqs = [self.rig.request(ids, max_new_tokens=1) for ids in lists]
-        batch = self.rig.batch(reqs)
         unused = torch.empty(sum(map(len, lists)), dtype=torch.int64)
         copied: list[float] = []
 
@@ -289,37 +285,27 @@ class Bench:
             copied.append(floor.copy(lists))
             return unused
 
-        module = self.schedule_batch
-        flatten = module.flatten_arrays_to_pinned_cpu
-        module.flatten_arrays_to_pinned_cpu = copy
-        try:
-            self.streams.settle()
+        # With the plugin, which reads no ids on the way to where they are flattened.
+        with (
+            self._batch(WITH, lists) as batch,
+            mock.patch.object(self.schedule_batch, "flatten_arrays_to_pinned_cpu", copy),
+        ):
             batch.prepare_for_extend()
             with self.streams.on_forward():
                 issued = floor.issue(unused.numel())
-        finally:
-            module.flatten_arrays_to_pinned_cpu = flatten
-        self.streams.settle()
-        self.rig.release(*reqs)
         parts = (*copied, *issued)
         return dict(zip(PARTS, parts, strict=True)) | {"sum": sum(parts)}
 
     def _idle_resolve(self, side: str, lists: list[array[int]]) -> float:
         """Microseconds of resolve_forward_inputs, in its place, of a batch that has its ids: what
         is left of the call when nothing is transferred."""
-        self.switch(side)
-        reqs = [self.rig.request(ids, max_new_tokens=1) for ids in lists]
-        batch = self.rig.batch(reqs)
-        self.streams.settle()
-        batch.prepare_for_extend()
-        batch.prefill_input_ids_cpu, batch.input_ids = None, batch.req_pool_indices
-        with self.streams.on_forward():
-            start = time.perf_counter_ns()
-            self.rig.resolve(batch)
-            took = (time.perf_counter_ns() - start) / 1e3
-        self.streams.settle()
-        self.rig.release(*reqs)
-        return took
+        with self._batch(side, lists) as batch:
+            batch.prepare_for_extend()
+            batch.prefill_input_ids_cpu, batch.input_ids = None, batch.req_pool_indices
+            with self.streams.on_forward():
+                start = time.perf_counter_ns()
+                self.rig.resolve(batch)
+                return (time.perf_counter_ns() - start) / 1e3
 
     def history_times(self, samples: int) -> dict[str, Any]:
         """The ids of a chunk behind a long history: what prepare_for_extend does with them."""
@@ -397,24 +383,20 @@ class Bench:
             times: dict[str, dict[str, list[float]]] = {WITH: {"us": []}, WITHOUT: {"us": []}}
             for i in self.track(samples + 5, where):
                 for side in (WITH, WITHOUT) if i % 2 else (WITHOUT, WITH):
-                    self.switch(side)
-                    req = self.rig.request(inputs[i % 16], max_new_tokens=1)
-                    batch = self.rig.batch([req])
-                    batch.prepare_for_extend()
-                    self.streams.settle()
-                    if where != "idle":
-                        with torch.cuda.stream(side_stream):
-                            gpu.copy_(host, non_blocking=True)
-                            gpu.copy_(host, non_blocking=True)
-                    with self.streams.on_forward():
-                        start = time.perf_counter_ns()
-                        self.rig.resolve(batch)
-                        ready.record()
-                    while not ready.query():
-                        pass
-                    took = (time.perf_counter_ns() - start) / 1e3
-                    self.streams.settle()
-                    self.rig.release(req)
+                    with self._batch(side, [inputs[i % 16]]) as batch:
+                        batch.prepare_for_extend()
+                        self.streams.settle()
+                        if where != "idle":
+                            with torch.cuda.stream(side_stream):
+                                gpu.copy_(host, non_blocking=True)
+                                gpu.copy_(host, non_blocking=True)
+                        with self.streams.on_forward():
+                            start = time.perf_counter_ns()
+                            self.rig.resolve(batch)
+                            ready.record()
+                        while not ready.query():
+                            pass
+                        took = (time.perf_counter_ns() - start) / 1e3
                     if i >= 5:
                         times[side]["us"].append(took)
             result[where] = _summaries(times)
