@@ -41,6 +41,13 @@ namespace {
     if (error_ != cudaSuccess) raise_cuda(error_, #call, this->name()); \
   } while (0)
 
+// The driver's codes are the runtime's.
+#define PYSTAGE_DRIVER(name, call)                              \
+  do {                                                          \
+    const auto error_ = static_cast<cudaError_t>(call);         \
+    if (error_ != cudaSuccess) raise_cuda(error_, name, name_); \
+  } while (0)
+
 // --- kernels -----------------------------------------------------------------------------------
 
 constexpr int kThreads = 128;
@@ -186,8 +193,8 @@ Addresses mixed_kernels() {
   return {address(transfer_mixed<In, false>), address(transfer_mixed<In, true>)};
 }
 
-// cuLaunchKernelEx. Past the runtime's look for the kernel behind its host address, which takes 0.4
-// of a launch's 4 us.
+// What every resolve() calls, straight from the driver: the runtime in front of it is so much more
+// code and data to fetch, and they are in no cache by then.
 struct LaunchConfig {  // the driver's CUlaunchConfig
   unsigned grid[3];
   unsigned block[3];
@@ -196,7 +203,12 @@ struct LaunchConfig {  // the driver's CUlaunchConfig
   const cudaLaunchAttribute* attributes;
   unsigned attribute_count;
 };
-using LaunchKernel = int (*)(const LaunchConfig*, cudaFunction_t, void**, void**);
+struct Driver {
+  int (*launch_kernel)(const LaunchConfig*, cudaFunction_t, void**, void**);
+  int (*event_record)(cudaEvent_t, cudaStream_t);
+  int (*stream_get_id)(cudaStream_t, unsigned long long*);
+  int (*stream_is_capturing)(cudaStream_t, cudaStreamCaptureStatus*);
+};
 
 // --- device ------------------------------------------------------------------------------------
 
@@ -254,13 +266,10 @@ class CudaDevice final : public Device {
       // pinned there is copied through a bounce buffer, synchronously.
       why_pageable_ =
           name_ + " does not support registering host memory (as under Confidential Computing)";
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    PYSTAGE_CUDA(cudaGetDriverEntryPointByVersion("cuLaunchKernelEx", &entry, 12000,
-                                                  cudaEnableDefault, &found));
-    if (found != cudaDriverEntryPointSuccess)
-      throw DeviceError("the driver has no cuLaunchKernelEx [" + name_ + "]");
-    launch_kernel_ = reinterpret_cast<LaunchKernel>(entry);
+    find(driver_.launch_kernel, "cuLaunchKernelEx");
+    find(driver_.event_record, "cuEventRecord");
+    find(driver_.stream_get_id, "cuStreamGetId");
+    find(driver_.stream_is_capturing, "cuStreamIsCapturing");
     // Loads the kernels now: with lazy loading the first launch would wait for a busy device.
     transfers_[0][0] = load(transfer_kernels<int32_t, int32_t>());
     transfers_[0][1] = load(transfer_kernels<int32_t, int64_t>());
@@ -364,8 +373,8 @@ class CudaDevice final : public Device {
       cudaGetLastError();  // as in free()
   }
   void record(FenceHandle fence, StreamHandle stream) override {
-    PYSTAGE_CUDA(
-        cudaEventRecord(static_cast<cudaEvent_t>(fence), static_cast<cudaStream_t>(stream)));
+    PYSTAGE_DRIVER("cuEventRecord", driver().event_record(static_cast<cudaEvent_t>(fence),
+                                                          static_cast<cudaStream_t>(stream)));
   }
   bool query(FenceHandle fence) override {
     RelaxedCapture relaxed;
@@ -386,12 +395,13 @@ class CudaDevice final : public Device {
   }
   uint64_t stream_id(StreamHandle stream) override {
     unsigned long long id = 0;
-    PYSTAGE_CUDA(cudaStreamGetId(static_cast<cudaStream_t>(stream), &id));
+    PYSTAGE_DRIVER("cuStreamGetId", driver().stream_get_id(static_cast<cudaStream_t>(stream), &id));
     return id;
   }
   bool capturing(StreamHandle stream) override {
     cudaStreamCaptureStatus status;
-    PYSTAGE_CUDA(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
+    PYSTAGE_DRIVER("cuStreamIsCapturing",
+                   driver().stream_is_capturing(static_cast<cudaStream_t>(stream), &status));
     return status != cudaStreamCaptureStatusNone;
   }
 
@@ -429,6 +439,25 @@ class CudaDevice final : public Device {
  private:
   using Kernels = std::array<cudaFunction_t, 2>;
 
+  template <typename Function>
+  void find(Function& function, const char* name) {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    PYSTAGE_CUDA(cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &found));
+    if (found != cudaDriverEntryPointSuccess)
+      throw DeviceError(std::string("the driver has no ") + name + " [" + name_ + "]");
+    function = reinterpret_cast<Function>(entry);
+  }
+
+  // For calls whose caller has made this device current. In a thread without a CUDA call so far the
+  // runtime would make the context current too; the driver does not.
+  const Driver& driver() {
+    thread_local bool has_context = false;
+    if (!has_context) PYSTAGE_CUDA(cudaSetDevice(index_));
+    has_context = true;
+    return driver_;
+  }
+
   Kernels load(const Addresses& addresses) {
     Kernels kernels;
     for (size_t i = 0; i < kernels.size(); ++i)
@@ -441,11 +470,6 @@ class CudaDevice final : public Device {
   // of the way to the host. After anything but a kernel it changes nothing.
   void run(cudaFunction_t kernel, const char* name, unsigned blocks, cudaStream_t stream,
            bool early, void** args) {
-    // In a thread without a CUDA call so far the runtime would make the context current; the driver
-    // does not.
-    thread_local bool has_context = false;
-    if (!has_context) PYSTAGE_CUDA(cudaSetDevice(index_));
-    has_context = true;
     static const cudaLaunchAttribute kEarly = [] {
       cudaLaunchAttribute attribute{};
       attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -454,17 +478,15 @@ class CudaDevice final : public Device {
     }();
     const LaunchConfig config{
         {blocks, 1, 1}, {kThreads, 1, 1}, 0, stream, &kEarly, early && can_launch_early_ ? 1u : 0u};
-    const auto error = static_cast<cudaError_t>(  // the driver's codes are the runtime's
-        launch_kernel_(&config, kernel, args, nullptr));
-    if (error != cudaSuccess)
-      raise_cuda(error, (std::string("cuLaunchKernelEx(") + name + ")").c_str(), name_);
+    PYSTAGE_DRIVER((std::string("cuLaunchKernelEx(") + name + ")").c_str(),
+                   driver().launch_kernel(&config, kernel, args, nullptr));
   }
 
   const int index_;
   const std::string name_;
   std::string why_pageable_;
   int can_map_ = 0;
-  LaunchKernel launch_kernel_ = nullptr;
+  Driver driver_;
   bool can_launch_early_ = false;
   Kernels transfers_[2][2];  // by int64 wire, int64 output
   Kernels mixed_[2];         // by int64 wire

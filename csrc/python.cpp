@@ -824,9 +824,7 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "trim", [](StagingPool& p) { return p.core().trim(); },
           py::call_guard<py::gil_scoped_release>())
-      .def(
-          "close", [](StagingPool& p) { p.core().close(); },
-          py::call_guard<py::gil_scoped_release>())
+      .def("close", &StagingPool::close, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("closed", [](const StagingPool& p) { return p.core().closed(); })
       .def_property_readonly("why_pageable",
                              [](const StagingPool& p) { return p.core().why_pageable(); });

@@ -7,6 +7,7 @@
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <algorithm>
 #include <array>
 
 #include "host_device.h"
@@ -151,6 +152,70 @@ Resolved launch_gather(Device& backend, StreamHandle stream, const std::shared_p
 
 }  // namespace
 
+// Note [Outputs cut from blocks]
+// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+// A call of torch's caching allocator touches so much memory that it is the longest part of
+// resolve() where the CPU's caches hold none of it, longer than the launch (bench/notes.md). So
+// short outputs are cut from blocks, eight or more from one. No part of a block is handed out
+// twice. The storage is torch's own, and all tensors of a block share it: it goes back to the
+// allocator with the last of them, and record_stream() on one holds for all. A tensor that is kept
+// keeps its block, of 1 MiB at most; so does the pool, for each of the streams it saw last.
+namespace {
+
+constexpr size_t kOutputAlignment = 512;           // that of torch's caching allocator
+constexpr size_t kLargestCut = size_t{128} << 10;  // bytes; what is longer is allocated alone
+constexpr size_t kSmallestBlock = size_t{64} << 10;
+constexpr size_t kOutputStreams = 8;
+
+}  // namespace
+
+at::Tensor OutputMemory::allocate(at::ScalarType dtype, size_t count, StreamHandle stream) {
+  const size_t item = c10::elementSize(dtype);
+  if (!device_.is_cuda() || !count || count > kLargestCut / item)
+    return empty_ids(device_, dtype, count);
+  const size_t bytes = (count * item + kOutputAlignment - 1) / kOutputAlignment * kOutputAlignment;
+  // The first part of `block` that was not handed out yet.
+  auto cut = [&](Block& block) {
+    at::Tensor ids = at::detail::make_tensor<c10::TensorImpl>(
+        c10::Storage(block.storage), c10::DispatchKeySet(c10::DispatchKey::CUDA),
+        c10::scalarTypeToTypeMeta(dtype));
+    c10::TensorImpl* impl = ids.unsafeGetTensorImpl();
+    impl->set_storage_offset(static_cast<int64_t>(block.used / item));
+    const auto size = static_cast<int64_t>(count);
+    impl->generic_set_sizes_contiguous(c10::IntArrayRef(size));
+    block.used += bytes;
+    return ids;
+  };
+  auto of_stream = [&] {
+    return std::find_if(blocks_.begin(), blocks_.end(),
+                        [&](const Block& block) { return block.stream == stream; });
+  };
+  {
+    std::lock_guard<std::mutex> guard(mutex_);
+    const auto block = of_stream();
+    if (block != blocks_.end() && block->storage.nbytes() - block->used >= bytes)
+      return cut(*block);
+  }
+  Block fresh{stream, empty_ids(device_, at::kByte, std::max(8 * bytes, kSmallestBlock)).storage(),
+              0};
+  at::Tensor ids = cut(fresh);
+  std::lock_guard<std::mutex> guard(mutex_);
+  const auto block = of_stream();
+  if (block != blocks_.end())
+    std::swap(*block, fresh);
+  else if (blocks_.size() < kOutputStreams)
+    blocks_.push_back(std::move(fresh));
+  else
+    std::swap(blocks_[turn_++ % kOutputStreams], fresh);
+  return ids;
+}
+
+void OutputMemory::clear() {
+  std::vector<Block> blocks;
+  std::lock_guard<std::mutex> guard(mutex_);
+  blocks.swap(blocks_);
+}
+
 DeviceScope::DeviceScope(c10::Device device) {
   if (!device.is_cuda()) return;
   const c10::impl::VirtualGuardImpl impl(device.type());
@@ -170,13 +235,19 @@ StagingPool::StagingPool(c10::Device device, const StagingOptions& options)
     : device_(device),
       options_(options),
       backend_(&backend_of(device)),
-      core_(Pool::create(*backend_, options.pool)) {
+      core_(Pool::create(*backend_, options.pool)),
+      outputs_(device) {
   if (options_.eager && device_.is_cuda())
     eager_stream_ = c10::impl::VirtualGuardImpl(device_.type())
                         .getStreamFromGlobalPool(device_, /*isHighPriority=*/true);
 }
 
 StagingPool::~StagingPool() { Pool::drop(std::move(core_)); }
+
+void StagingPool::close() {
+  core_->close();
+  outputs_.clear();
+}
 
 StreamHandle StagingPool::current_stream() const { return current_stream_of(device_); }
 
@@ -264,8 +335,9 @@ void StagedTokens::start_eager() {
   // Allocated on the stream that writes it: memory of the consumer's stream would be safe to write
   // only behind everything that stream still has to do.
   const c10::OptionalStreamGuard stream_guard(pool_->eager_stream_);
-  at::Tensor ids = empty_ids(pool_->device_, at::kLong, count_);
-  eager_fence_ = transfer_to(ids, pool_->eager_stream());
+  const StreamHandle stream = pool_->eager_stream();
+  at::Tensor ids = pool_->outputs_.allocate(at::kLong, count_, stream);
+  eager_fence_ = transfer_to(ids, stream);
   eager_ = std::move(ids);
   ++pool_->core().counters().eager_transfers;
 }
@@ -302,7 +374,7 @@ Resolved StagedTokens::resolve(const std::optional<at::Tensor>& out, at::ScalarT
   const StreamHandle stream = resolving_stream();
 
   if (fallback_.defined()) {
-    at::Tensor ids = out ? *out : empty_ids(device, dtype, count_);
+    at::Tensor ids = out ? *out : pool_->outputs_.allocate(dtype, count_, stream);
     ids.copy_(fallback_, /*non_blocking=*/true);  // torch's host allocator guards its own block
     ++core.counters().fallback_transfers;
     return {ids};
@@ -311,7 +383,7 @@ Resolved StagedTokens::resolve(const std::optional<at::Tensor>& out, at::ScalarT
     at::Tensor ids = take_eager(stream);
     return {ids, eager_fence_};
   }
-  at::Tensor ids = out ? *out : empty_ids(device, dtype, count_);
+  at::Tensor ids = out ? *out : pool_->outputs_.allocate(dtype, count_, stream);
   if (!count_) return {ids};
   return {ids, transfer_to(ids, stream)};
 }
@@ -328,7 +400,8 @@ Resolved StagedTokens::resolve_mixed(const at::Tensor& relay, const at::Tensor& 
   }
   const StreamHandle stream = resolving_stream();
   const auto tail = make_tail(relay, indices, device);
-  const at::Tensor ids = out ? *out : empty_ids(device, at::kLong, count_ + tail->count);
+  const at::Tensor ids =
+      out ? *out : pool_->outputs_.allocate(at::kLong, count_ + tail->count, stream);
   if (!tail->count) return resolve(ids, at::kLong);
   if (eager_.defined()) {
     const at::Tensor eager = take_eager(stream);

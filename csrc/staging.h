@@ -2,10 +2,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/Storage.h>
 #include <c10/core/Stream.h>
 
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <vector>
 
 #include "device.h"
 #include "gather.h"
@@ -33,6 +36,26 @@ class DeviceScope {
   std::optional<c10::Device> previous_;
 };
 
+// Memory for the ids that resolve() hands out. See Note [Outputs cut from blocks].
+class OutputMemory {
+ public:
+  explicit OutputMemory(c10::Device device) : device_(device) {}
+  // A new tensor [count] for work on `stream`, which is current.
+  at::Tensor allocate(at::ScalarType dtype, size_t count, StreamHandle stream);
+  void clear();
+
+ private:
+  struct Block {
+    StreamHandle stream;
+    c10::Storage storage;
+    size_t used;  // bytes
+  };
+  const c10::Device device_;
+  std::mutex mutex_;           // not held while torch allocates
+  std::vector<Block> blocks_;  // at most one a stream
+  size_t turn_ = 0;
+};
+
 class StagedTokens;
 
 class StagingPool {
@@ -48,6 +71,8 @@ class StagingPool {
 
   StreamHandle current_stream() const;
   StreamHandle eager_stream() const;
+  // Ends the pool; what was handed out stays valid.
+  void close();
 
   bool warned_pageable = false;  // guarded by the GIL
 
@@ -57,6 +82,7 @@ class StagingPool {
   StagingOptions options_;
   Device* backend_;
   std::shared_ptr<Pool> core_;
+  OutputMemory outputs_;
   std::optional<c10::Stream> eager_stream_;
 };
 

@@ -470,7 +470,9 @@ def resolve(
 
     Returns:
         ``out``, or a new tensor that belongs to the current stream (of an eager pool: to the
-        pool's stream, recorded on the current one).
+        pool's stream, recorded on the current one). On CUDA, tensors of up to 128 KiB are cut from
+        blocks of up to 1 MiB: no two share a byte, but they share a storage, which is kept while
+        any of them is.
 
     Raises:
         ValueError: ``out`` does not fit, or int32 asked of ids that do not fit it.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import threading
+from array import array
+from typing import Literal
 
 import pytest
 import torch
@@ -166,15 +170,81 @@ def test_nvtx_ranges_when_asked_for() -> None:
     assert run(RANGES, PYSTAGE_NVTX="0", PYTHONWARNINGS="ignore").strip() == "[]"
 
 
-def test_first_cuda_call_of_a_thread() -> None:
-    """A launch by the driver's API finds no context in a thread that made no call yet."""
+def test_first_cuda_call_of_a_thread(pool: pystage.StagingPool) -> None:
+    """The driver's own functions find no context in a thread that made no call yet."""
     wire = torch.arange(5000, dtype=torch.int32).pin_memory()
-    out = torch.zeros(5000, dtype=torch.int64, device="cuda")
-    thread = threading.Thread(target=torch.ops.pystage.transfer_out, args=(wire, out))
-    thread.start()
-    thread.join()
+    outs = [torch.zeros(5000, dtype=torch.int64, device="cuda") for _ in range(2)]
+    staged = pool.stage([run_of(0, 5000)])
+    threads = [
+        threading.Thread(target=torch.ops.pystage.transfer_out, args=(wire, outs[0])),
+        threading.Thread(target=pystage.resolve, args=(staged, outs[1])),
+    ]
+    for thread in threads:
+        thread.start()
+        thread.join()
     torch.cuda.synchronize()
-    assert torch.equal(out.cpu(), wire.long())
+    assert all(torch.equal(out.cpu(), wire.long()) for out in outs)
+
+
+@pytest.mark.parametrize("issue", ["deferred", "eager"])
+def test_outputs_share_blocks_and_no_bytes(issue: Literal["deferred", "eager"]) -> None:
+    rng = random.Random(3)
+    kept: list[tuple[array[int], torch.Tensor]] = []
+    streams = [torch.cuda.Stream() for _ in range(11)]  # more than blocks are kept for
+    with pystage.StagingPool("cuda:0", 64 << 20, issue=issue) as pool:
+        for i in range(3000):
+            count = rng.choice([1, 2, 63, 64, 65, 1000, 8192, 16384, 16385, 40000])
+            ids = run_of(i, count)
+            with torch.cuda.stream(streams[rng.randrange(len(streams)) if i % 2 else 0]):
+                dtype = rng.choice([torch.int64, torch.int32])
+                out = pystage.resolve(pool.stage([ids]), dtype=dtype)
+                assert out.shape == (count,) and out.dtype == dtype and out.is_contiguous()
+                assert out.data_ptr() % 512 == 0
+            kept.append((ids, out))
+            if len(kept) > 300:  # others stay, in the same blocks
+                del kept[rng.randrange(len(kept))]
+        torch.cuda.synchronize()
+        for ids, out in kept:
+            assert out.tolist() == list(ids)
+        ranges = sorted((o.data_ptr(), o.data_ptr() + o.nbytes) for _, o in kept)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(ranges))
+        storages = {out.untyped_storage().data_ptr() for _, out in kept}
+        assert len(storages) < len(kept)
+
+
+def test_blocks_of_outputs_go_back() -> None:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    pool = pystage.StagingPool("cuda:0", 4 << 20)
+    outs = [pystage.resolve(pool.stage([run_of(i, 8192)])) for i in range(20)]
+    assert torch.cuda.memory_allocated() - before <= (20 + 8) * 8192 * 8
+    pool.close()
+    assert torch.cuda.memory_allocated() > before
+    last = outs[13]
+    del outs
+    assert 0 < torch.cuda.memory_allocated() - before <= 1 << 20  # the block of the last
+    assert last.tolist() == list(range(13, 13 + 8192))
+    del last
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_record_stream_holds_for_the_block(recorded: bool) -> None:
+    """Until the other stream is done, nobody else gets the memory; without it, somebody does."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # the block is the one that would be taken
+    reader = torch.cuda.Stream()
+    pool = pystage.StagingPool("cuda:0", 4 << 20)
+    outs = [pystage.resolve(pool.stage([run_of(i, 16384)])) for i in range(9)]
+    where, size = outs[0].untyped_storage().data_ptr(), outs[0].untyped_storage().nbytes()
+    assert outs[8].untyped_storage().data_ptr() != where  # the pool is done with the first block
+    with torch.cuda.stream(reader), hold_transfers(pool):
+        if recorded:
+            outs[3].record_stream(reader)
+        del outs[:8]
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            taken = torch.empty(size, dtype=torch.uint8, device="cuda")
+        assert (taken.data_ptr() == where) == (not recorded)
 
 
 # Lets the next kernel start while it runs, takes its time, and then reads what that one may write.
