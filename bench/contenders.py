@@ -38,7 +38,6 @@ TORCH_LIST = "torch, list"
 CUPY = "CuPy pinned pool"
 BATCH = "cudaMemcpyBatchAsync"
 READY = "cudaMemcpyAsync, ready buffer"
-READ_BEFORE = "pystage, slot read before"
 READY_BATCH = "cudaMemcpyBatchAsync, ready buffer"
 FLOOR = ("memcpy", "allocation", "launch")
 BUFFERS, RAGGED = "arrays asked for their memory", "memcpy, one by one"
@@ -121,19 +120,6 @@ def ours_checked(device: Host) -> Contender:
         note="each id checked against the vocabulary",
         close=pool.close,
     )
-
-
-def slot_read_before(device: Host) -> Contender:
-    """The same staged ids, resolved a second time: a new slot costs what it takes more."""
-    pool = pystage.StagingPool(device.torch)
-
-    def stage(batch: Batch) -> pystage.StagedTokens:
-        staged = pool.stage(batch)
-        pystage.resolve(staged)
-        return staged
-
-    note = "resolved once before, untimed"
-    return Contender(READ_BEFORE, "reference", stage, pystage.resolve, note=note, close=pool.close)
 
 
 # --- peers -------------------------------------------------------------------------------------
@@ -453,7 +439,6 @@ class Contenders:
             BATCH: lambda: memcpy_batch(device),
             READY: lambda: ready(device, READY, room),
             READY_BATCH: lambda: ready(device, READY_BATCH, room),
-            READ_BEFORE: lambda: slot_read_before(device),
         }
         if name in POOLS:
             makers[name] = lambda: ours(name, device)

@@ -7,7 +7,6 @@ from typing import Any
 
 from bench.contenders import DEFERRED, EVERYBODY, READY
 from bench.regimes import (
-    AFTER_LAYER,
     BULK,
     DIRECTIONS,
     DRIFTERS,
@@ -18,6 +17,7 @@ from bench.regimes import (
     PIECES,
     PLAIN_MIXED,
     SHAPES,
+    WAITED,
 )
 from bench.targets import Cells, Missing
 
@@ -157,16 +157,18 @@ def _totals(result: dict[str, Any], regime: str) -> str:
 
 
 def _latency(result: dict[str, Any]) -> str:
-    wanted = ("alone", BULK, AFTER_LAYER)
+    wanted = ("alone", WAITED, BULK)
     cells = {name: c for name, c in _cells(result, "latency").items() if name in wanted}
     names: dict[str, None] = {}
     for cell in cells.values():
         names |= dict.fromkeys(cell["contenders"])
-    rows = [
-        [name, *(_pair(cell["contenders"].get(name, {}).get("ready")) for cell in cells.values())]
-        for name in names
-    ]
-    return tabulate(["8,192 ids ready, us, p50 / p99", *cells], rows)
+    head, rows = ["8,192 ids ready, us, p50 / p99"], [[name] for name in names]
+    for label, cell in cells.items():
+        head += [label, "in the call"]
+        for row in rows:
+            measured = cell["contenders"].get(row[0], {})
+            row += [_pair(measured.get("ready")), _half(measured.get("call"))]
+    return tabulate(head, rows)
 
 
 def _traffic(result: dict[str, Any]) -> str:

@@ -38,7 +38,6 @@ from bench.contenders import (
     OURS,
     PEERS,
     POOLS,
-    READ_BEFORE,
     READY,
     READY_BATCH,
     SGLANG,
@@ -415,20 +414,24 @@ ENGINE_MOVER, BATCH_MOVER, KERNEL_MOVER = "copy engine", "cudaMemcpyBatchAsync",
 MOVERS = (ENGINE_MOVER, BATCH_MOVER, KERNEL_MOVER)
 LATENCY_IDS = 8192
 BULK = "H2D, 2 x 256 MiB by copy engine"
-AFTER_LAYER = f"{BULK}, after a layer"
+WAITED = "alone, after a wait"
 
 
 def latency(bench: Bench) -> dict[str, Cell]:
-    """From the call until the ids are on the device, alone and behind KV-cache traffic."""
+    """From the call until the ids are on the device, alone and behind KV-cache traffic.
+
+    Before a call behind traffic the host waits for that to start, and its caches lose what the call
+    needs. How much of the time that is, a wait without traffic tells.
+    """
     wide = (DEFERRED, EAGER, ENGINE, WIDE, SGLANG, BUFFER, UVA, CUPY, READY, READY_BATCH)
     few = (DEFERRED, READY)
     bulk = partial(Traffic, bench.device, "H2D", ENGINE_MOVER, 256 << 20, 512 << 20)
+    none = partial(Traffic, bench.device, "none", ENGINE_MOVER, 0, 0)
+    some = (DEFERRED, SGLANG, BUFFER, READY, EMPTY)
     cells: dict[str, Cell] = {
-        "alone": partial(_latency_cell, bench, (*wide, READ_BEFORE, EMPTY), None),
-        BULK: partial(
-            _latency_cell, bench, (DEFERRED, SGLANG, BUFFER, READY, READ_BEFORE, EMPTY), bulk
-        ),
-        AFTER_LAYER: partial(_latency_cell, bench, (DEFERRED, READ_BEFORE, EMPTY), bulk, True),
+        "alone": partial(_latency_cell, bench, (*wide, EMPTY), None),
+        WAITED: partial(_latency_cell, bench, some, none),
+        BULK: partial(_latency_cell, bench, some, bulk),
     }
     for mover in MOVERS:
         for direction in DIRECTIONS:
@@ -515,13 +518,9 @@ class Traffic:
 
 
 def _latency_cell(
-    bench: Bench,
-    names: Sequence[str],
-    traffic: Callable[[], Traffic] | None,
-    after_layer: bool = False,
+    bench: Bench, names: Sequence[str], traffic: Callable[[], Traffic] | None
 ) -> dict[str, Any]:
-    """``after_layer``: a layer of a model runs between stage and resolve, as in a server. It leaves
-    its own in the device's caches, those of addresses too."""
+    """``call``: what of the time the host was in the call."""
     device = bench.device
     if not device.gpu_regimes:
         raise Absent("on the host device ids are there when resolve returns: see host time")
@@ -531,10 +530,10 @@ def _latency_cell(
     if EMPTY in names:
         everybody.append(empty_kernel(device))
     times: dict[str, list[float]] = {c.name: [] for c in everybody}
+    calls: dict[str, list[float]] = {c.name: [] for c in everybody}
     behind: dict[str, int] = dict.fromkeys(times, 0)
     failed: dict[str, Any] = {}
     done = device.event()
-    layer = _layer(device) if after_layer else []
     try:
         for i in range(-min(bench.warmup, 10), bench.samples):
             for contender in everybody[i % len(everybody) :] + everybody[: i % len(everybody)]:
@@ -545,14 +544,13 @@ def _latency_cell(
                     device.synchronize()
                     # An eager pool transfers when it stages: its ids were on their way before.
                     early = None if name == EAGER else contender.stage(batch)
-                    for step in layer:
-                        step()
                     device.synchronize()
                     ends = load.start() if load else []
                     running = bool(ends) and not any(end.query() for end in ends)
                     start = time.perf_counter_ns()
                     staged = contender.stage(batch) if early is None else early
                     keep = contender.resolve(staged)
+                    returned = time.perf_counter_ns()
                     done.record()
                     while not done.query():
                         pass
@@ -564,12 +562,17 @@ def _latency_cell(
                     continue
                 if i >= 0:
                     times[name].append((stop - start) / 1e3)
+                    calls[name].append((returned - start) / 1e3)
                     behind[name] += running
     finally:
         for contender in everybody:
             contender.close()
     rows: dict[str, Any] = {
-        name: {"ready": summary(values), "behind_traffic": behind[name] / len(values)}
+        name: {
+            "ready": summary(values),
+            "call": summary(calls[name]),
+            "behind_traffic": behind[name] / len(values),
+        }
         for name, values in times.items()
         if name not in failed and values
     }
