@@ -16,10 +16,11 @@ from bench.regimes import (
     NEW_SIZES,
     PIECES,
     PLAIN_MIXED,
+    REGIMES,
     SHAPES,
     WAITED,
 )
-from bench.targets import Cells, Missing
+from bench.targets import Cells, Missing, targets
 
 NOT_YET = "Not measured yet: `make bench` on an H100, then `make report`."
 SHORT = ("1 x 128", "1 x 8192", "8 x 1024", "64 x 128", "1 x 16384", "1 x 131072")
@@ -40,7 +41,9 @@ def tabulate(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(head), rule, *map(line, rows)])
 
 
-def sections(result: dict[str, Any] | None) -> dict[str, str]:
+def sections(
+    result: dict[str, Any] | None, others: Sequence[dict[str, Any]] = ()
+) -> dict[str, str]:
     """What stands at each mark, by its name. None: there is no run yet."""
     makers = {
         "suite": lambda r: _host_summary(r, [f"{shape} array" for shape in SHORT]),
@@ -50,6 +53,8 @@ def sections(result: dict[str, Any] | None) -> dict[str, str]:
         "suite-contenders": _host_contenders,
         "suite-stream": _stream,
         "suite-latency": _latency,
+        "suite-runs": lambda r: _runs(r, others),
+        "suite-calls": lambda r: _calls([r, *others]),
         "suite-traffic": _traffic,
         "suite-drift": _drift,
         "suite-new-sizes": _new_sizes,
@@ -157,18 +162,56 @@ def _totals(result: dict[str, Any], regime: str) -> str:
 
 
 def _latency(result: dict[str, Any]) -> str:
-    wanted = ("alone", WAITED, BULK)
-    cells = {name: c for name, c in _cells(result, "latency").items() if name in wanted}
+    cells = {name: c for name, c in _cells(result, "latency").items() if name in ("alone", BULK)}
     names: dict[str, None] = {}
     for cell in cells.values():
         names |= dict.fromkeys(cell["contenders"])
-    head, rows = ["8,192 ids ready, us, p50 / p99"], [[name] for name in names]
-    for label, cell in cells.items():
-        head += [label, "in the call"]
-        for row in rows:
-            measured = cell["contenders"].get(row[0], {})
-            row += [_pair(measured.get("ready")), _half(measured.get("call"))]
-    return tabulate(head, rows)
+    rows = [
+        [name, *(_pair(cell["contenders"].get(name, {}).get("ready")) for cell in cells.values())]
+        for name in names
+    ]
+    return tabulate(["8,192 ids ready, us, p50 / p99", *cells], rows)
+
+
+def _runs(result: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
+    """What was promised, in each run."""
+    lines, head, columns = [], ["measure", "target"], []
+    for run in (result, *others):
+        absent = [name for name in REGIMES if name not in run["regimes"]]
+        cut = f" Cut before {', '.join(absent)}." if absent else ""
+        lines.append(f"- {source(run)}{cut}")
+        head.append(f"`{run['commit'][:9]}`")
+        rows = run["targets"] if run is result else targets(run)
+        columns.append({row["measure"]: row for row in rows})
+    rows = [
+        [measure.replace("  ", "&nbsp;&nbsp;"), row["target"]]
+        + [_value(column.get(measure)) for column in columns]
+        for measure, row in columns[0].items()
+    ]
+    return "\n".join(lines) + "\n\n" + tabulate(head, rows)
+
+
+def _value(row: dict[str, Any] | None) -> str:
+    if row is None or row["value"] is None:
+        return ""
+    return f"{row['value']:,.2f} {row['unit']}".strip()
+
+
+def _calls(runs: Sequence[dict[str, Any]]) -> str:
+    """Until the ids are there, with what of it is the call's, from the newest run that has it."""
+    for run in sorted(runs, key=lambda run: str(run["date"]), reverse=True):
+        cells = {name: run["regimes"].get("latency", {}).get(name, {}) for name in (WAITED, BULK)}
+        if not all("contenders" in cell for cell in cells.values()):
+            continue
+        head = ["8,192 ids ready, us, p50"]
+        rows = [[name] for name in cells[BULK]["contenders"]]
+        for label, cell in cells.items():
+            head += [label, "of it the call"]
+            for row in rows:
+                measured = cell["contenders"].get(row[0], {})
+                row += [_half(measured.get("ready")), _half(measured.get("call"))]
+        return f"{source(run)}\n\n{tabulate(head, rows)}"
+    return NOT_YET
 
 
 def _traffic(result: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
 
 from bench import figures, pages  # noqa: E402
+from bench.regimes import REGIMES  # noqa: E402
 
 PAGES = ("README.md", "docs/benchmarks.md", "docs/pp.md", "docs/sglang.md")
 
@@ -35,16 +36,19 @@ def fill(text: str, parts: dict[str, str], name: str) -> str:
     return MARK.sub(lambda m: m[1] + parts[m[2]] + "\n" + m[3], text)
 
 
-def newest_suite(folder: Path) -> dict[str, Any] | None:
-    """The last whole run of ``python -m bench`` on a GPU; None if there is none yet."""
+def suites(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The last whole run of ``python -m bench`` on a GPU, if there is one, and all other runs on
+    one, the newest first. A run that lacks regimes is not whole."""
     runs = [json.loads(path.read_text()) for path in folder.glob("suite-*.json")]
-    whole = [run for run in runs if run["devices"] and not run["quick"]]
-    return max(whole, key=lambda run: str(run["date"]), default=None)
+    runs = [run for run in runs if run["devices"] and not run["quick"]]
+    runs.sort(key=lambda run: str(run["date"]), reverse=True)
+    newest = next((run for run in runs if run["regimes"].keys() >= REGIMES.keys()), None)
+    return newest, [run for run in runs if run is not newest]
 
 
 def pages_with_figures(root: Path) -> dict[Path, tuple[str, str]]:
     """Each page, as it is and as the results say."""
-    parts = figures.sections(root) | pages.sections(newest_suite(root / figures.RESULTS))
+    parts = figures.sections(root) | pages.sections(*suites(root / figures.RESULTS))
     found = {}
     for page in (root / name for name in PAGES):
         before = page.read_text()
@@ -71,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     for page, (_, after) in found.items():
         page.write_text(after)
     plots = figures.draw(args.root)
-    if (suite := newest_suite(args.root / figures.RESULTS)) is not None:
+    if (suite := suites(args.root / figures.RESULTS)[0]) is not None:
         from bench import plots as suite_plots
 
         plots += suite_plots.draw(suite, plots[0].with_name("suite.json"))

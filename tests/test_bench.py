@@ -330,6 +330,8 @@ def made_up() -> dict[str, Any]:
                 f"trace, {SGLANG}": {"contenders": {SGLANG: drift(900)}},
                 f"trace, {BUFFER}": {"contenders": {BUFFER: drift(400)}},
             },
+            "threads": {},
+            "history": {},
             "mixed": {
                 "8192 ids + 64 running": {"contenders": mixed},
                 KERNELS: {"contenders": kernels},
@@ -449,15 +451,37 @@ def test_pages_follow_the_results_and_check_notices_a_changed_figure(site: Path)
 
 def test_only_whole_runs_on_a_gpu_count_and_the_newest_of_them(site: Path) -> None:
     folder = site / "bench/results"
-    assert report.newest_suite(folder) is None
+    assert report.suites(folder) == (None, [])
     suite(site, "suite-a.json", quick=True)
     suite(site, "suite-b.json", devices=0)
-    assert report.newest_suite(folder) is None
+    assert report.suites(folder) == (None, [])
     suite(site, "suite-c.json", commit="older")
     suite(site, "suite-d.json", commit="newer", date="2026-02-01T00:00:00+00:00")
-    newest = report.newest_suite(folder)
+    regimes = {name: cells for name, cells in made_up()["regimes"].items() if name != "mixed"}
+    suite(site, "suite-e.json", commit="cut", date="2026-03-01T00:00:00+00:00", regimes=regimes)
+    newest, others = report.suites(folder)
     assert newest is not None
     assert newest["commit"] == "newer"
+    assert [run["commit"] for run in others] == ["cut", "older"]
+
+
+def test_other_runs_stand_beside(site: Path) -> None:
+    result = made_up()
+    result["targets"] = targets(result)
+    cut = made_up() | {"commit": "c" * 40, "date": "2026-03-01T00:00:00+00:00"}
+    del cut["regimes"]["mixed"]
+    cut["regimes"]["latency"][BULK]["contenders"][DEFERRED]["ready"]["p50"] = 77.0
+    parts = pages.sections(result, [cut])
+    assert "commit `ccccccccc`" in parts["suite-runs"]
+    assert "Cut before mixed." in parts["suite-runs"]
+    assert re.search(
+        r"8,192 ids, p50 +\| +<= 50 us \| +30\.00 us \| +77\.00 us", parts["suite-runs"]
+    )
+    assert re.search(
+        r"pystage deferred +\| +30\.0 \| +15\.0 \| +77\.0 \| +15\.0", parts["suite-calls"]
+    )
+    del cut["regimes"]["latency"], result["regimes"]["latency"]
+    assert pages.sections(result, [cut])["suite-calls"] == pages.NOT_YET
 
 
 def test_marks_and_figures_fit(site: Path) -> None:
