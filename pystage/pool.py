@@ -472,7 +472,8 @@ def resolve(
         ``out``, or a new tensor that belongs to the current stream (of an eager pool: to the
         pool's stream, recorded on the current one). On CUDA, tensors of up to 128 KiB are cut from
         blocks of up to 1 MiB: no two share a byte, but they share a storage, which is kept while
-        any of them is.
+        any of them is. As with any slice, ``resize_`` must not make one longer: the bytes behind it
+        are another's.
 
     Raises:
         ValueError: ``out`` does not fit, or int32 asked of ids that do not fit it.
