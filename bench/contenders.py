@@ -39,6 +39,7 @@ CUPY = "CuPy pinned pool"
 BATCH = "cudaMemcpyBatchAsync"
 READY = "cudaMemcpyAsync, ready buffer"
 READY_BATCH = "cudaMemcpyBatchAsync, ready buffer"
+EMPTY = "an empty kernel"
 FLOOR = ("memcpy", "allocation", "launch")
 BUFFERS, RAGGED = "arrays asked for their memory", "memcpy, one by one"
 
@@ -412,6 +413,10 @@ class CompiledFloor:
         self._floor.close()
 
 
+def empty_kernel(device: Host) -> Contender:
+    return Contender(EMPTY, "reference", lambda _: None, lambda _: device.launch())
+
+
 # --- all of them -------------------------------------------------------------------------------
 
 
@@ -439,6 +444,7 @@ class Contenders:
             BATCH: lambda: memcpy_batch(device),
             READY: lambda: ready(device, READY, room),
             READY_BATCH: lambda: ready(device, READY_BATCH, room),
+            EMPTY: lambda: empty_kernel(device),
         }
         if name in POOLS:
             makers[name] = lambda: ours(name, device)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.contenders import DEFERRED, EVERYBODY, READY
+from bench.contenders import DEFERRED, EMPTY, EVERYBODY, READY
 from bench.regimes import (
     BULK,
     DIRECTIONS,
     DRIFTERS,
-    EMPTY,
     KERNELS,
     MOVERS,
     NEW_SIZES,

@@ -15,6 +15,7 @@ from bench.contenders import (
     CUPY,
     DEFERRED,
     EAGER,
+    EMPTY,
     ENGINE,
     READY,
     SGLANG,
@@ -22,7 +23,7 @@ from bench.contenders import (
     UVA,
     WIDE,
 )
-from bench.regimes import DIRECTIONS, EMPTY, ENGINE_MOVER, MOVERS, PIECES, SHAPES, STREAM_COUNTS
+from bench.regimes import DIRECTIONS, ENGINE_MOVER, MOVERS, PIECES, SHAPES, STREAM_COUNTS
 
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "pystage"  # the same figures give the same file

@@ -32,6 +32,7 @@ from bench.contenders import (
     CUPY,
     DEFERRED,
     EAGER,
+    EMPTY,
     ENGINE,
     EVERYBODY,
     FLOOR,
@@ -249,7 +250,6 @@ def _two_calls(
 
 # --- 2: the compute stream ---------------------------------------------------------------------
 
-EMPTY = "an empty kernel"
 STREAM_COUNTS = (128, 1024, 8192, 16384, 131072, 1048576)
 
 
@@ -261,10 +261,6 @@ def stream(bench: Bench) -> dict[str, Cell]:
     for n in (8192, 131072):
         cells[f"busy, {n} ids"] = partial(_stream_cell, bench, n, busy=True)
     return cells
-
-
-def empty_kernel(device: Host) -> Contender:
-    return Contender(EMPTY, "reference", lambda _: None, lambda _: device.launch())
 
 
 def layer_steps(device: Host, tokens: int, history: int, hidden: int = 4096) -> list[Any]:
@@ -355,11 +351,8 @@ def _stream_cell(bench: Bench, count: int, busy: bool) -> dict[str, Any]:
     device = bench.device
     if not device.gpu_regimes:
         raise Absent("the host device has no streams that run beside the host")
-    names = (DEFERRED, EAGER, ENGINE, WIDE, SGLANG, UVA, READY, READY_BATCH)
-    everybody = [
-        *bench.contenders.all(names, count),
-        empty_kernel(device),
-    ]
+    names = (DEFERRED, EAGER, ENGINE, WIDE, SGLANG, UVA, READY, READY_BATCH, EMPTY)
+    everybody = bench.contenders.all(names, count)
     batch = bench.requests("array", [count], 0)
     if busy:
         kernels = _layer(device)
@@ -526,9 +519,7 @@ def _latency_cell(
         raise Absent("on the host device ids are there when resolve returns: see host time")
     load = traffic() if traffic else None
     batch = bench.requests("array", [LATENCY_IDS], 0)
-    everybody = bench.contenders.all([n for n in names if n != EMPTY], LATENCY_IDS)
-    if EMPTY in names:
-        everybody.append(empty_kernel(device))
+    everybody = bench.contenders.all(names, LATENCY_IDS)
     times: dict[str, list[float]] = {c.name: [] for c in everybody}
     calls: dict[str, list[float]] = {c.name: [] for c in everybody}
     behind: dict[str, int] = dict.fromkeys(times, 0)
@@ -544,7 +535,6 @@ def _latency_cell(
                     device.synchronize()
                     # An eager pool transfers when it stages: its ids were on their way before.
                     early = None if name == EAGER else contender.stage(batch)
-                    device.synchronize()
                     ends = load.start() if load else []
                     running = bool(ends) and not any(end.query() for end in ends)
                     start = time.perf_counter_ns()

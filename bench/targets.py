@@ -11,12 +11,13 @@ from bench.contenders import (
     BUFFERS,
     DEFERRED,
     EAGER,
+    EMPTY,
     FLOOR,
     RAGGED,
     READY,
     SGLANG,
 )
-from bench.regimes import BULK, EMPTY, FUSED, KERNELS, PLAIN_MIXED, WAITED
+from bench.regimes import BULK, FUSED, KERNELS, PLAIN_MIXED, WAITED
 
 LINK = "bytes over the link"
 Found = tuple[float, str]  # a value, and where it was

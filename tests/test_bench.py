@@ -25,6 +25,7 @@ from bench.contenders import (
     CUPY,
     DEFERRED,
     EAGER,
+    EMPTY,
     FLOOR,
     POOLS,
     RAGGED,
@@ -36,7 +37,7 @@ from bench.contenders import (
 )
 from bench.device import DURING_CALL, IN_STREAM_ORDER, Absent, Cuda, Host
 from bench.peers import Sources
-from bench.regimes import BULK, EMPTY, FUSED, KERNELS, PLAIN_MIXED, REGIMES, WAITED, Bench
+from bench.regimes import BULK, FUSED, KERNELS, PLAIN_MIXED, REGIMES, WAITED, Bench
 from bench.targets import targets
 
 ROOT = Path(__file__).resolve().parent.parent
