@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench.common import RESULTS, cpu_cache_bytes, provenance, save
+from bench.common import RESULTS, amount, cpu_cache_bytes, provenance, save
 from bench.contenders import Contenders
 from bench.device import Absent, find, own_stream
 from bench.peers import Sources
@@ -217,9 +217,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         return
     table = Table("measure", "target", "measured", "met", "where", title=result["device_name"])
     for row in result["targets"]:
-        value = "" if row["value"] is None else f"{row['value']:,.2f} {row['unit']}"
         met = {True: "yes", False: "NO", None: "?"}[row["met"]]
-        table.add_row(row["measure"], row["target"], value, met, row["where"])
+        table.add_row(row["measure"], row["target"], amount(row), met, row["where"])
     console.print(table)
 
 

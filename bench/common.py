@@ -49,6 +49,11 @@ def summary(samples_us: Sequence[float]) -> dict[str, float]:
     }
 
 
+def amount(row: dict[str, Any], key: str = "value") -> str:
+    """A figure of a row of targets, with its unit; empty if there is none."""
+    return "" if row.get(key) is None else f"{row[key]:,.2f} {row['unit']}".strip()
+
+
 @contextmanager
 def collector_off() -> Iterator[None]:
     """No pauses of Python's garbage collector within."""

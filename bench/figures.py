@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench.pages import tabulate
+from bench.common import amount
+from bench.pages import indented, tabulate
 
 RESULTS = Path("bench/results")  # below the repository's root, as all that follow
 STAGING = RESULTS / "staging-nvidia-h100-80gb-hbm3.json"
@@ -151,16 +152,12 @@ def latency_table(result: dict[str, Any]) -> str:
 def target_table(result: dict[str, Any]) -> str:
     targets = result["targets"]
     limits = any(r.get("limit") is not None for r in targets)
-
-    def number(r: dict[str, Any], key: str) -> str:
-        return "" if r.get(key) is None else f"{r[key]:,.2f} {r['unit']}".strip()
-
     rows = [
         [
-            r["measure"].replace("  ", "&nbsp;&nbsp;"),
+            indented(r["measure"]),
             r["target"],
-            number(r, "value"),
-            *([number(r, "limit")] if limits else []),
+            amount(r),
+            *([amount(r, "limit")] if limits else []),
             "yes" if r["ok"] else "no",
         ]
         for r in targets

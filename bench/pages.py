@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from bench.common import amount
 from bench.contenders import DEFERRED, EMPTY, EVERYBODY, READY
 from bench.regimes import (
     BULK,
@@ -38,6 +39,11 @@ def tabulate(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
     return "\n".join([line(head), rule, *map(line, rows)])
+
+
+def indented(measure: str) -> str:
+    """Markdown drops spaces in front."""
+    return measure.replace("  ", "&nbsp;&nbsp;")
 
 
 def sections(
@@ -161,15 +167,31 @@ def _totals(result: dict[str, Any], regime: str) -> str:
 
 
 def _latency(result: dict[str, Any]) -> str:
-    cells = {name: c for name, c in _cells(result, "latency").items() if name in ("alone", BULK)}
+    return _ready(result, ("alone", BULK), "p50 / p99", {"": ("ready", _pair)})
+
+
+def _ready(
+    result: dict[str, Any],
+    wanted: Sequence[str],
+    percentiles: str,
+    shown: dict[str, tuple[str, Callable[[dict[str, float] | None], str]]],
+) -> str:
+    """Contenders by cells. ``shown``: the times under each title, which if empty is the cell's."""
+    cells = {name: cell for name, cell in _cells(result, "latency").items() if name in wanted}
     names: dict[str, None] = {}
     for cell in cells.values():
         names |= dict.fromkeys(cell["contenders"])
+    head = [title or name for name in cells for title in shown]
     rows = [
-        [name, *(_pair(cell["contenders"].get(name, {}).get("ready")) for cell in cells.values())]
+        [name]
+        + [
+            show(cell["contenders"].get(name, {}).get(kind))
+            for cell in cells.values()
+            for kind, show in shown.values()
+        ]
         for name in names
     ]
-    return tabulate(["8,192 ids ready, us, p50 / p99", *cells], rows)
+    return tabulate([f"8,192 ids ready, us, {percentiles}", *head], rows)
 
 
 def _runs(result: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
@@ -180,37 +202,22 @@ def _runs(result: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
         cut = f" Cut before {', '.join(absent)}." if absent else ""
         lines.append(f"- {source(run)}{cut}")
         head.append(f"`{run['commit'][:9]}`")
-        rows = run["targets"] if run is result else targets(run)
-        columns.append({row["measure"]: row for row in rows})
+        columns.append(targets(run))  # anew: a run that was cut has no last ones
     rows = [
-        [measure.replace("  ", "&nbsp;&nbsp;"), row["target"]]
-        + [_value(column.get(measure)) for column in columns]
-        for measure, row in columns[0].items()
+        [indented(first["measure"]), first["target"], *map(amount, (first, *rest))]
+        for first, *rest in zip(*columns, strict=True)
     ]
     return "\n".join(lines) + "\n\n" + tabulate(head, rows)
 
 
-def _value(row: dict[str, Any] | None) -> str:
-    if row is None or row["value"] is None:
-        return ""
-    return f"{row['value']:,.2f} {row['unit']}".strip()
-
-
 def _calls(runs: Sequence[dict[str, Any]]) -> str:
     """Until the ids are there, with what of it is the call's, from the newest run that has it."""
-    for run in sorted(runs, key=lambda run: str(run["date"]), reverse=True):
-        cells = {name: run["regimes"].get("latency", {}).get(name, {}) for name in (WAITED, BULK)}
-        if not all("contenders" in cell for cell in cells.values()):
-            continue
-        head = ["8,192 ids ready, us, p50"]
-        rows = [[name] for name in cells[BULK]["contenders"]]
-        for label, cell in cells.items():
-            head += [label, "of it the call"]
-            for row in rows:
-                measured = cell["contenders"].get(row[0], {})
-                row += [_half(measured.get("ready")), _half(measured.get("call"))]
-        return f"{source(run)}\n\n{tabulate(head, rows)}"
-    return NOT_YET
+    having = [run for run in runs if {WAITED, BULK} <= _cells(run, "latency").keys()]
+    if not having:
+        return NOT_YET
+    run = max(having, key=lambda run: str(run["date"]))
+    shown = {"": ("ready", _half), "of it the call": ("call", _half)}
+    return f"{source(run)}\n\n{_ready(run, (WAITED, BULK), 'p50', shown)}"
 
 
 def _traffic(result: dict[str, Any]) -> str:
@@ -303,9 +310,9 @@ def _mixed(result: dict[str, Any]) -> str:
 def _targets(result: dict[str, Any]) -> str:
     rows = [
         [
-            row["measure"].replace("  ", "&nbsp;&nbsp;"),
+            indented(row["measure"]),
             row["target"],
-            "" if row["value"] is None else f"{row['value']:,.2f} {row['unit']}".strip(),
+            amount(row),
             {True: "yes", False: "no", None: "not measured"}[row["met"]],
             row["where"],
         ]

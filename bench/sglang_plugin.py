@@ -30,7 +30,7 @@ from unittest import mock
 import numpy as np
 import sglang_rig
 import torch
-from common import VOCAB, arriving, random_ids, summary, write_result
+from common import VOCAB, amount, arriving, random_ids, summary, write_result
 from floor import PARTS, Floor
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -502,9 +502,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     head = ("measure", "target", "measured", "at the floor", "")
     table = Table(*head, title=result["device_name"])
     for r in result["targets"]:
-        value = f"{r['value']:,.2f} {r['unit']}"
-        limit = "" if r["limit"] is None else f"{r['limit']:,.2f} {r['unit']}"
-        table.add_row(r["measure"], r["target"], value, limit, "yes" if r["ok"] else "NO")
+        met = "yes" if r["ok"] else "NO"
+        table.add_row(r["measure"], r["target"], amount(r), amount(r, "limit"), met)
     console.print(table)
     for part, error in result["errors"].items():
         console.print(f"FAILED: {part}\n{error}", markup=False)

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from common import VOCAB, arriving, host_time, random_ids, summary, write_result
+from common import VOCAB, amount, arriving, host_time, random_ids, summary, write_result
 from floor import PARTS, Floor
 from rich.console import Console
 from rich.table import Table
@@ -355,9 +355,7 @@ def show(result: dict[str, Any]) -> None:
         return
     table = Table("measure", "target", "measured", "", title=f"Targets, {result['device_name']}")
     for r in result["targets"]:
-        table.add_row(
-            r["measure"], r["target"], f"{r['value']:,.2f} {r['unit']}", "yes" if r["ok"] else "NO"
-        )
+        table.add_row(r["measure"], r["target"], amount(r), "yes" if r["ok"] else "NO")
     console.print(table)
 
 

@@ -274,18 +274,22 @@ class Cells:
         return ratio(ours, self.time("stream", cell, other, "added")), cell
 
     def ready_behind(self, cell: str, part: str) -> Found:
-        """Beside it what of that the call took, and what without copies; then the others."""
-        ready, call, waited = (
-            self.time("latency", where, DEFERRED, kind, part)
-            for where, kind in ((cell, "ready"), (cell, "call"), (WAITED, "ready"))
-        )
+        """Beside it what of that the call took, and what without copies, where it was measured;
+        then the others."""
+        ready = self.time("latency", cell, DEFERRED, "ready", part)
         rows = self.regimes["latency"][cell]["contenders"]
-        others = ", ".join(
+        where = ", ".join(
             f"{name} {row['ready'][part]:,.0f}"
             for name, row in rows.items()
             if name != DEFERRED and "ready" in row
         )
-        where = f"{call:.0f} us in the call; {waited:.0f} us as late without copies; {others} us"
+        where += " us"
+        if "contenders" in self.regimes["latency"].get(WAITED, {}):
+            call, waited = (
+                self.time("latency", at, DEFERRED, kind, part)
+                for at, kind in ((cell, "call"), (WAITED, "ready"))
+            )
+            where = f"{call:.0f} us in the call; {waited:.0f} us as late without copies; {where}"
         return ready, where
 
     def list_time(self, cell: str) -> Found:
