@@ -181,6 +181,7 @@ setup(
                 "csrc/ops.cpp",
                 "csrc/pool.cpp",
                 "csrc/python.cpp",
+                "csrc/requests.cpp",
                 "csrc/staging.cpp",
             ],
             include_dirs=[pybind11.get_include()],
