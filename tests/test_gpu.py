@@ -228,6 +228,18 @@ def test_blocks_of_outputs_go_back() -> None:
     assert torch.cuda.memory_allocated() == before
 
 
+def test_a_pool_keeps_blocks_for_eight_streams() -> None:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    with pystage.StagingPool("cuda:0", 4 << 20) as pool:
+        for i in range(20):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                pystage.resolve(pool.stage([run_of(i, 10)]))
+            kept = torch.cuda.memory_allocated() - before
+            assert kept == min(i + 1, 8) << 16  # the smallest block is 64 KiB
+    assert torch.cuda.memory_allocated() == before
+
+
 @pytest.mark.parametrize("recorded", [True, False])
 def test_record_stream_holds_for_the_block(recorded: bool) -> None:
     """Until the other stream is done, nobody else gets the memory; without it, somebody does."""
