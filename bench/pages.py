@@ -59,7 +59,7 @@ def sections(
         "suite-stream": _stream,
         "suite-latency": _latency,
         "suite-runs": lambda r: _runs(r, others),
-        "suite-calls": lambda r: _calls([r, *others]),
+        "suite-calls": _calls,
         "suite-traffic": _traffic,
         "suite-drift": _drift,
         "suite-new-sizes": _new_sizes,
@@ -75,9 +75,10 @@ def sections(
 
 
 def source(result: dict[str, Any]) -> str:
+    when = result["date"][:16].replace("T", " ")
     return (
         f"{result['device_name']}, {result['cores']}-core VM ({result['cpu']}), driver "
-        f"{result['driver']}, torch {result['torch']}, {result['date'][:10]}, commit "
+        f"{result['driver']}, torch {result['torch']}, {when} UTC, commit "
         f"`{result['commit'][:9]}`: `{result['command']}`."
     )
 
@@ -194,30 +195,26 @@ def _ready(
     return tabulate([f"8,192 ids ready, us, {percentiles}", *head], rows)
 
 
+def _calls(result: dict[str, Any]) -> str:
+    """Until the ids are there, and what of it is the call's."""
+    shown = {"": ("ready", _half), "of it the call": ("call", _half)}
+    return _ready(result, (WAITED, BULK), "p50", shown)
+
+
 def _runs(result: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
     """What was promised, in each run."""
     lines, head, columns = [], ["measure", "target"], []
-    for run in (result, *others):
+    for at, run in enumerate((result, *others), 1):
         absent = [name for name in REGIMES if name not in run["regimes"]]
         cut = f" Cut before {', '.join(absent)}." if absent else ""
-        lines.append(f"- {source(run)}{cut}")
-        head.append(f"`{run['commit'][:9]}`")
+        lines.append(f"{at}. {source(run)}{cut}")
+        head.append(f"run {at}")
         columns.append(targets(run))  # anew: a run that was cut has no last ones
     rows = [
         [indented(first["measure"]), first["target"], *map(amount, (first, *rest))]
         for first, *rest in zip(*columns, strict=True)
     ]
     return "\n".join(lines) + "\n\n" + tabulate(head, rows)
-
-
-def _calls(runs: Sequence[dict[str, Any]]) -> str:
-    """Until the ids are there, with what of it is the call's, from the newest run that has it."""
-    having = [run for run in runs if {WAITED, BULK} <= _cells(run, "latency").keys()]
-    if not having:
-        return NOT_YET
-    run = max(having, key=lambda run: str(run["date"]))
-    shown = {"": ("ready", _half), "of it the call": ("call", _half)}
-    return f"{source(run)}\n\n{_ready(run, (WAITED, BULK), 'p50', shown)}"
 
 
 def _traffic(result: dict[str, Any]) -> str:
