@@ -23,7 +23,7 @@ from bench.peers import Sources
 from bench.regimes import REGIMES, Bench
 from bench.targets import targets
 
-FULL_SAMPLES, QUICK_SAMPLES, REHEARSAL_SAMPLES = 500, 30, 3
+FULL_SAMPLES, QUICK_SAMPLES, REHEARSAL_SAMPLES = 500, 20, 3
 PERCENTILES = ("p50", "p90", "p99", "p99.9", "max")
 HOST_MEANS = (
     "The host device: ids move by a worker thread within the host's memory. Its host times say "

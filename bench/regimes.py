@@ -74,6 +74,11 @@ class Bench:
     trace_batches: int
     cache_bytes: int
 
+    @property
+    def few_samples(self) -> int:
+        """Of cells whose rounds take tens of milliseconds."""
+        return -(-self.samples // 4) if self.quick else self.samples
+
     @cached_property
     def arena(self) -> np.ndarray[Any, Any]:
         """Random ids, a quarter more than the CPU's largest cache holds."""
@@ -375,8 +380,9 @@ def _stream_cell(bench: Bench, count: int, busy: bool) -> dict[str, Any]:
 
     times: dict[str, list[float]] = {c.name: [] for c in everybody}
     failed: dict[str, Any] = {}
+    samples = bench.few_samples if busy else bench.samples
     try:
-        for i in range(-min(bench.warmup, 5), bench.samples):
+        for i in range(-min(bench.warmup, 5), samples):
             turn = i % len(everybody)
             order = [c for c in everybody[turn:] + everybody[:turn] if c.name not in failed]
             for name, value in timer.added([(c.name, partial(calls_of, c)) for c in order]):
@@ -526,7 +532,7 @@ def _latency_cell(
     failed: dict[str, Any] = {}
     done = device.event()
     try:
-        for i in range(-min(bench.warmup, 10), bench.samples):
+        for i in range(-min(bench.warmup, 10), bench.few_samples if load else bench.samples):
             for contender in everybody[i % len(everybody) :] + everybody[: i % len(everybody)]:
                 name = contender.name
                 if name in failed:

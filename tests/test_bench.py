@@ -137,10 +137,17 @@ def test_every_cell_of_a_gpu_run_runs_on_stand_ins(tmp_path: Path, package: Path
     ):
         assert {DEFERRED, SGLANG} <= set(regimes[regime][name]["contenders"]), regime
     assert len(regimes["latency"]) == 3 + 3 * 3 * 4
+    for name, samples in (("idle, 8192 ids", 2), ("busy, 8192 ids", 1)):  # a quick one's, if slow
+        assert regimes["stream"][name]["contenders"][DEFERRED]["added"]["samples"] == samples
     missing = [row["where"] for row in targets(result) if row["value"] is None]
     assert [where for where in missing if "no ratio" not in where] == [
         f"host, 1 x 8192 array: {BUFFER} has no total"
     ]
+
+
+@pytest.mark.parametrize("quick, few", [(True, 5), (False, 20)])
+def test_only_a_quick_run_has_fewer_samples_of_slow_cells(quick: bool, few: int) -> None:
+    assert Bench(Host(), Contenders(Host(), Sources(None)), 20, 3, quick, 10, 1).few_samples == few
 
 
 def test_options_that_are_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
