@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import amount
-from bench.pages import indented, tabulate
+from bench.pages import indented, source, tabulate
 
 RESULTS = Path("bench/results")  # below the repository's root, as all that follow
 STAGING = RESULTS / "staging-nvidia-h100-80gb-hbm3.json"
@@ -36,14 +36,14 @@ def sections(root: Path) -> dict[str, str]:
         "stream": stream_table(staging),
         "latency": latency_table(staging),
         "targets": target_table(staging),
-        "source": source(staging, STAGING),
+        "source": source(staging, STAGING.name),
         "others": other_machines(root / EARLIER),
         "sglang": sglang_tables(root / SGLANG),
         "sglang-in-place": in_place_table(root / SGLANG),
         "pp-errors": pipeline_errors(pipeline["results"]),
         "pp-plans": pipeline_plans(pipeline["results"]),
         "pp-targets": pipeline_targets(pipeline["results"]),
-        "pp-source": source(pipeline, PIPELINE),
+        "pp-source": source(pipeline, PIPELINE.name),
     }
 
 
@@ -185,7 +185,7 @@ def sglang_tables(path: Path) -> str:
         for name, cell in cells
     ]
     table = tabulate(["us, p50 / p99", *sides, "p50"], rows)
-    return f"{table}\n\n{target_table(result)}\n\n{source(result, path)}"
+    return f"{table}\n\n{target_table(result)}\n\n{source(result, path.name)}"
 
 
 def in_place_table(path: Path) -> str:
@@ -211,7 +211,7 @@ def in_place_table(path: Path) -> str:
         tabulate(["us, p50 / p99", *sides], rows),
         tabulate(["the floor, us, p50 / p99", ""], below),
     ]
-    return "\n\n".join([*tables, source(result, path)])
+    return "\n\n".join([*tables, source(result, path.name)])
 
 
 # --- the pipeline ---------------------------------------------------------------------------------
@@ -293,16 +293,6 @@ def pipeline_targets(measured: dict[str, Any]) -> str:
     return tabulate(
         ["measure", "target", "measured", "met"],
         [[m, t, v, "yes" if ok else "no"] for m, t, v, ok in rows],
-    )
-
-
-def source(result: dict[str, Any], path: Path) -> str:
-    gpus = f"{result['devices']} x " if result["devices"] > 1 else ""
-    return (
-        f"{gpus}{result['device']}, {result['cores']}-core VM ({result['cpu']}), "
-        f"driver {result['driver']}, torch {result['torch']}, {result['date'][:10]}, "
-        f"commit `{result['commit'][:9]}`: "
-        f"`{result['command']}`, `bench/results/{path.name}`."
     )
 
 

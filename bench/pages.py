@@ -74,12 +74,15 @@ def sections(
     return {name: make(result) for name, make in makers.items()}
 
 
-def source(result: dict[str, Any]) -> str:
+def source(result: dict[str, Any], file: str = "") -> str:
+    """Where figures come from. ``file``: that of the result, where it is to be named."""
+    gpus = f"{result['devices']} x " if result["devices"] > 1 else ""
     when = result["date"][:16].replace("T", " ")
+    at = f", `bench/results/{file}`" if file else ""
     return (
-        f"{result['device_name']}, {result['cores']}-core VM ({result['cpu']}), driver "
+        f"{gpus}{result['device']}, {result['cores']}-core VM ({result['cpu']}), driver "
         f"{result['driver']}, torch {result['torch']}, {when} UTC, commit "
-        f"`{result['commit'][:9]}`: `{result['command']}`."
+        f"`{result['commit'][:9]}`: `{result['command']}`{at}."
     )
 
 

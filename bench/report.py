@@ -7,7 +7,6 @@ python bench/report.py --check  fails if these tables are not those of the resul
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -39,16 +38,15 @@ def fill(text: str, parts: dict[str, str], name: str) -> str:
 def suites(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """The last whole run of ``python -m bench`` on a GPU, if there is one, and all other runs on
     one, the newest first. A run that lacks regimes is not whole."""
-    runs = [json.loads(path.read_text()) for path in folder.glob("suite-*.json")]
+    runs = [figures.load(path) for path in folder.glob("suite-*.json")]
     runs = [run for run in runs if run["devices"] and not run["quick"]]
     runs.sort(key=lambda run: str(run["date"]), reverse=True)
     newest = next((run for run in runs if run["regimes"].keys() >= REGIMES.keys()), None)
     return newest, [run for run in runs if run is not newest]
 
 
-def pages_with_figures(root: Path) -> dict[Path, tuple[str, str]]:
-    """Each page, as it is and as the results say."""
-    parts = figures.sections(root) | pages.sections(*suites(root / figures.RESULTS))
+def pages_with_figures(root: Path, parts: dict[str, str]) -> dict[Path, tuple[str, str]]:
+    """Each page, as it is and as it is to be."""
     found = {}
     for page in (root / name for name in PAGES):
         before = page.read_text()
@@ -63,7 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
     parser.add_argument("--root", type=Path, default=ROOT, help="of the repository")
     args = parser.parse_args(arguments)
-    found = pages_with_figures(args.root)
+    suite, others = suites(args.root / figures.RESULTS)
+    parts = figures.sections(args.root) | pages.sections(suite, others)
+    found = pages_with_figures(args.root, parts)
     if args.check:
         wrong = [page.name for page, (before, after) in found.items() if before != after]
         if wrong:
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     for page, (_, after) in found.items():
         page.write_text(after)
     plots = figures.draw(args.root)
-    if (suite := suites(args.root / figures.RESULTS)[0]) is not None:
+    if suite is not None:
         from bench import plots as suite_plots
 
         plots += suite_plots.draw(suite, plots[0].with_name("suite.json"))
