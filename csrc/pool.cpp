@@ -233,9 +233,11 @@ void Pool::finish_if_closed(Lock& lock) noexcept {
   free_segments(lock, detach_idle_segments());
 }
 
+bool Pool::have_orphans() { return orphans().count.load(std::memory_order_relaxed) > 0; }
+
 void Pool::reap_orphans() noexcept {
+  if (!have_orphans()) return;
   Orphans& o = orphans();
-  if (o.count.load(std::memory_order_relaxed) == 0) return;
   std::vector<std::shared_ptr<Pool>> pools;
   {
     std::lock_guard<std::mutex> guard(o.mutex);
@@ -258,22 +260,17 @@ void Pool::reap_orphans() noexcept {
 
 std::shared_ptr<Lease> Pool::try_acquire(size_t bytes) {
   check_process();
-  reap_orphans();
+  if (have_orphans()) return nullptr;
   Lock lock(mutex_);
   check_open();
-  if (bytes > options_.capacity_bytes) return nullptr;
-  const size_t need = std::min(size_class(bytes), options_.capacity_bytes);
-  Slot* slot = worth_reaping() ? nullptr : take(need);
-  if (!slot) {
-    reap(lock);
-    check_open();
-    slot = take(need);
-  }
+  if (bytes > options_.capacity_bytes || worth_reaping()) return nullptr;
+  Slot* slot = take(std::min(size_class(bytes), options_.capacity_bytes));
   return slot ? make_lease(slot) : nullptr;
 }
 
 std::shared_ptr<Lease> Pool::acquire(size_t bytes, const Poll& poll) {
   check_process();
+  reap_orphans();
   const bool fits = bytes <= options_.capacity_bytes;
   const size_t need = std::min(size_class(bytes), options_.capacity_bytes);
   Lock lock(mutex_);

@@ -190,7 +190,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  // A slot if one is free now: never waits, never allocates. Null otherwise.
+  // A slot if one is free now and the device need not be asked for others. Null otherwise.
   std::shared_ptr<Lease> try_acquire(size_t bytes);
   // A slot, after growing, waiting or failing as the policy says. Null only under kFallback.
   std::shared_ptr<Lease> acquire(size_t bytes, const Poll& poll = {});
@@ -265,6 +265,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   std::string figures() const;
   [[noreturn]] void raise_exhausted(size_t bytes, double waited_s);
   static void abandon(std::shared_ptr<Pool> pool) noexcept;
+  static bool have_orphans();
   static void reap_orphans() noexcept;
 
   Device& device_;
