@@ -1,8 +1,11 @@
 // What the pool needs of a device: host memory, transfers on streams, fences.
 //
 // Two implementations: cuda_device.cu (mapped pinned memory, CUDA streams and events) and
-// host_device.cpp (ordered queues on worker threads). Every call may be made from any thread; calls
-// that take a stream need its device to be the current one.
+// host_device.cpp (ordered queues on worker threads). Every call may be made from any thread,
+// whatever device is current there, if any: what CUDA has current in a thread is neither needed nor
+// changed. A CUDA default stream has one handle on all devices; here it is the one of this device.
+// A call that fails throws DeviceError, which names it. The noexcept ones give something back:
+// they take it as gone where the device is lost, or the driver at exit.
 #pragma once
 
 #include <cstddef>
