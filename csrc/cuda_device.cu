@@ -512,6 +512,19 @@ class CudaDevice final : public Device {
     PYSTAGE_CHECK(driver_, cuStreamGetId, static_cast<CUstream>(stream), &id);
     return id;
   }
+  bool usable() noexcept override {
+    // A call that every lost context refuses, and that a living one has no reason to.
+    CUevent event = nullptr;
+    try {
+      const InContext context(driver_);
+      const RelaxedCapture relaxed(driver_);
+      driver_.check(driver_.cuEventCreate(&event, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
+    } catch (const DriverError& error) {
+      return !is_gone(error.code);
+    }
+    destroy_fence(event);
+    return true;
+  }
   bool capturing(StreamHandle stream) override {
     const InContext context(driver_);
     CUstreamCaptureStatus status;
