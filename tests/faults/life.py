@@ -17,6 +17,7 @@ import time
 import warnings
 from array import array
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -283,7 +284,7 @@ def exits(faults: Faults) -> dict[str, Any]:
     places = 0
     for variant in VARIANTS:
         nth = 1
-        while in_child(lambda nth=nth, variant=variant: end(variant, nth)):
+        while in_child(partial(end, variant, nth)):
             nth += 5
             places += 1
     return {"places": places}
@@ -314,7 +315,7 @@ def asserts(faults: Faults) -> dict[str, Any]:
         life.pool.close()
         return "dead"
 
-    return {str(variant): in_child(lambda variant=variant: end(variant)) for variant in VARIANTS}
+    return {str(variant): in_child(partial(end, variant)) for variant in VARIANTS}
 
 
 def stale(faults: Faults) -> dict[str, Any]:
