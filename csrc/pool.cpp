@@ -310,10 +310,7 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes, const Poll& poll) {
   auto pause = std::chrono::microseconds(20);
   for (;;) {
     reap(lock);
-    if (closed_) {
-      finish_if_closed(lock);  // close() came while grow() held no lock: its segment is new
-      check_open();
-    }
+    check_open();
     if (Slot* slot = take(need)) return make_lease(slot, bytes);
     if (grow(lock, need)) continue;
     const double so_far = wait.seconds();
@@ -540,6 +537,7 @@ bool Pool::grow(Lock& lock, size_t need) {
   const size_t room = options_.capacity_bytes - reserved_bytes_;
   if (room < need) return false;
   allocate_segment(lock, std::min(room, std::max(need, kGrow)));
+  finish_if_closed(lock);  // close() may have come meanwhile, and knows nothing of the segment
   return true;
 }
 

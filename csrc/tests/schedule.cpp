@@ -392,22 +392,22 @@ void note_failure(Result& result, const Engine& engine) {
 
 }  // namespace
 
-Result explore(const Scenario& scenario, int bound, size_t most_runs) {
+Result explore(const Scenario& scenario, int bound) {
   Result result;
-  std::vector<size_t> prefix;
-  while (result.runs < most_runs) {
-    Engine engine(prefix);
-    engine.run(scenario);
-    ++result.runs;
-    if (!engine.error().empty()) {
-      note_failure(result, engine);
-      break;
-    }
-    prefix = engine.next(bound);
-    if (prefix.empty()) {
-      result.complete = true;
-      break;
-    }
+  // Few departures first, for a failure that is short to read.
+  for (int most = 0; most <= bound; ++most) {
+    result.runs = 0;
+    std::vector<size_t> prefix;
+    do {
+      Engine engine(prefix);
+      engine.run(scenario);
+      ++result.runs;
+      if (!engine.error().empty()) {
+        note_failure(result, engine);
+        return result;
+      }
+      prefix = engine.next(most);
+    } while (!prefix.empty());
   }
   return result;
 }

@@ -122,7 +122,6 @@ using Scenario = std::function<void(Run&)>;
 
 struct Result {
   size_t runs = 0;
-  bool complete = false;  // all schedules within the bound were run
   std::string error;      // of the first bad run; empty if there is none
   std::string schedule;   // that run's, for replay()
   std::string trace;      // and what happened in it
@@ -131,7 +130,7 @@ struct Result {
 // Runs all schedules with at most `bound` departures from the plain one, in which a thread runs
 // until it blocks, and a stream moves and time passes only when all threads are blocked. Which
 // thread runs after one that blocked is no departure: all are tried.
-Result explore(const Scenario& scenario, int bound, size_t most_runs = SIZE_MAX);
+Result explore(const Scenario& scenario, int bound);
 // Runs random schedules, one a seed.
 Result sample(const Scenario& scenario, uint64_t first_seed, size_t runs);
 // Runs one again.
