@@ -214,6 +214,7 @@ const std::vector<Scenario>& scenarios() {
                   auto a = w.take(), b = w.take(), c = w.take();
                   w.launch(a, 0), w.launch(b, 1), w.launch(c, 0), w.launch(c, 1);
                   a = b = c = nullptr;
+                  while (w.device.busy(0)) w.device.step(0);
                   run.thread([&w] { const auto first = w.take(), second = w.take(); });
                   run.thread([&w] { w.look_at_stats(); });
                   run.thread([&w] { w.pool->trim(); });
