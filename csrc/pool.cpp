@@ -270,13 +270,22 @@ void Pool::reap_orphans() noexcept {
 
 // --- Pool: slots -------------------------------------------------------------------------------
 
-std::shared_ptr<Lease> Pool::try_acquire(size_t bytes) {
+std::shared_ptr<Lease> Pool::try_acquire(size_t bytes, bool ask_device) {
   check_process();
-  if (have_orphans()) return nullptr;
+  if (ask_device)
+    reap_orphans();
+  else if (have_orphans())
+    return nullptr;
   Lock lock(mutex_);
   check_open();
-  if (!fits(bytes) || worth_reaping()) return nullptr;
-  Slot* slot = take(with_guards(bytes));
+  if (!fits(bytes)) return nullptr;
+  const size_t need = with_guards(bytes);
+  Slot* slot = worth_reaping() ? nullptr : take(need);
+  if (!slot && ask_device) {
+    reap(lock);
+    check_open();
+    slot = take(need);
+  }
   return slot ? make_lease(slot, bytes) : nullptr;
 }
 

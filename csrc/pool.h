@@ -213,8 +213,9 @@ class Pool : public std::enable_shared_from_this<Pool> {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  // A slot if one is free now and the device need not be asked for others. Null otherwise.
-  std::shared_ptr<Lease> try_acquire(size_t bytes);
+  // A slot if one is free now: never waits, never allocates. Null otherwise. Without `ask_device`
+  // it makes no device call: null too where slots in flight should be looked at first.
+  std::shared_ptr<Lease> try_acquire(size_t bytes, bool ask_device = true);
   // A slot, after growing, waiting or failing as the policy says. Null only under kFallback.
   std::shared_ptr<Lease> acquire(size_t bytes, const Poll& poll = {});
 

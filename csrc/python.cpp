@@ -48,7 +48,7 @@ void warn_if_pageable(StagingPool& pool) {
 }
 
 std::shared_ptr<Lease> acquire(StagingPool& pool, size_t bytes) {
-  if (auto lease = pool.core().try_acquire(bytes)) return lease;
+  if (auto lease = pool.core().try_acquire(bytes, /*ask_device=*/false)) return lease;
   std::shared_ptr<Lease> lease;
   {
     ReleaseGil release;  // this asks the device, pins memory, or waits
