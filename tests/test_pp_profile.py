@@ -123,6 +123,17 @@ def test_it_stops_early_when_the_law_is_found_and_not_when_noise_hides_it() -> N
     assert full.forwards > 55
 
 
+@pytest.mark.parametrize(("least", "planned"), [(26, 24), (27, 32)])
+def test_it_stops_no_earlier_than_with_the_least_number_of_samples(
+    least: int, planned: int
+) -> None:
+    """Two samples of the warm-up and 24 planned points are 26; it looks every eight points."""
+    device = Device(law)
+    plan = plan_for(min_samples=least, on_policy=0, repeats=0)
+    profile = profile_prefill(device.step, plan, timer=device.timer)
+    assert [(s.history_len, s.chunk_len) for s in profile][2:] == list(plan.points[:planned])
+
+
 def test_it_measures_where_a_sizer_would_go() -> None:
     device = Device(law)
     profile_prefill(device.step, plan_for(), timer=device.timer)

@@ -85,6 +85,29 @@ def test_smooth_moves_a_share_of_the_way_from_the_base_chunk() -> None:
     assert half == pytest.approx((8192 + full) / 2, abs=64)
 
 
+@pytest.mark.parametrize("smooth", [0.05, 0.3, 0.5, 0.77, 0.999, 1.0])
+@pytest.mark.parametrize(("base_chunk", "page"), [(8192, 64), (8000, 256), (7777, 96), (5000, 1)])
+def test_smoothed_sizes_are_whole_pages_within_the_limits(
+    smooth: float, base_chunk: int, page: int
+) -> None:
+    """Also where the base chunk is none, and at both limits."""
+    sizer = sizer_of(
+        smooth=smooth, base_chunk=base_chunk, page_size=page, min_chunk=1000, max_chunk=7000
+    )
+    plain = sizer_of(base_chunk=base_chunk, page_size=page, min_chunk=1000, max_chunk=7000)
+    smallest, largest = -(-1000 // page) * page, 7000 // page * page
+    for history in range(0, 120_000, 997):  # with room for the largest
+        size, full = sizer.next_chunk(history), plain.next_chunk(history)
+        assert size is not None and full is not None
+        assert size % page == 0 and smallest <= size <= largest
+        wanted = min(base_chunk + smooth * (full - base_chunk), 7000)
+        assert wanted - page - 1 < size <= max(wanted, smallest)
+    for prompt_len in (100_000, 54_321, 3000):
+        chunks = sizer.plan(prompt_len)
+        assert sum(chunks) == prompt_len
+        assert all(size % page == 0 and size <= largest for size in chunks[:-1])
+
+
 def test_at_a_jump_in_time_the_size_stays_below_it() -> None:
     sizer = sizer_of(STAIRS)
     history = 100_000
