@@ -251,6 +251,14 @@ def test_gathering_from_a_relay_alone() -> None:
 # --- staged tokens as objects ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("device", [1, "cuda:1", torch.device("cuda", 1)])
+def test_cuda_of_another_pool_names_both_devices(device: Any) -> None:
+    with pystage.StagingPool("cpu", 1 << 16) as pool:
+        staged = pool.stage([ids(1)])
+        with pytest.raises(ValueError, match=r"cpu.*cuda:1|cuda:1.*cpu"):
+            staged.cuda(device)
+
+
 def test_a_slice_of_what_the_collector_has_cleared() -> None:
     """A finalizer of a cycle may still read what is in it."""
     code = """

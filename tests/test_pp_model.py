@@ -330,6 +330,14 @@ def test_samples_that_cannot_be_fitted_are_refused() -> None:
         LatencyModel.fit(samples_of(law), forms=["cubic"])
 
 
+def test_of_four_samples_none_is_set_aside() -> None:
+    """Three would be left, which any form fits."""
+    samples = [Sample(0, 1024 * n, 10.0 * n) for n in range(1, 5)]
+    samples[2] = with_latency(samples[2], 10.0)
+    report = LatencyModel.fit(samples).report
+    assert (report.samples_used, report.rejected) == (4, ())
+
+
 def test_one_point_only_is_no_model() -> None:
     model = LatencyModel.fit([Sample(0, 8192, 100.0)] * 12)
     assert not model.report.usable

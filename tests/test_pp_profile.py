@@ -173,6 +173,17 @@ def test_a_failing_step_is_named_and_its_context_left() -> None:
     assert (engine.entered, engine.left) == (1, 1)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_a_device_that_is_not_there_is_a_profile_error_and_the_context_left() -> None:
+    """The error that says so, not the one of waiting for it."""
+    engine = Engine(ValueError("not reached"))
+    with pytest.raises(ProfileError, match="after 1 forwards and 0 samples") as caught:
+        profile_prefill(engine, plan_for(), device="cuda")
+    cause = caught.value.__cause__
+    assert isinstance(cause, (RuntimeError, AssertionError)) and str(cause) in str(caught.value)
+    assert (engine.entered, engine.left, engine.calls) == (1, 1, [])
+
+
 def test_an_interrupt_passes_through_and_leaves_the_context() -> None:
     engine = Engine(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
@@ -230,6 +241,9 @@ def test_lengths_that_cannot_be_are_refused() -> None:
         Sample(0, 0, 1.0)
     with pytest.raises(ValueError, match="at least one point"):
         SamplePlan(points=(), base=(0, 64))
+    with pytest.raises(ValueError, match="max_forwards=2: at least 3"):
+        SamplePlan(points=((0, 64),), base=(0, 64), max_forwards=2)
+    assert SamplePlan(points=((0, 64),), base=(0, 64), max_forwards=3).max_forwards == 3
 
 
 def check_timer(timer: Timer) -> None:

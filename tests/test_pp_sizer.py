@@ -149,6 +149,15 @@ def test_the_last_chunk_is_as_long_as_the_others_whatever_the_prompt() -> None:
         assert times[-1] == pytest.approx(times.mean(), rel=0.04)
 
 
+@pytest.mark.parametrize("prompt_len", range(60_000, 131_072, 5_003))
+def test_evening_the_last_chunk_keeps_to_the_smallest_and_the_largest(prompt_len: int) -> None:
+    """Late chunks stand at the smallest and are the slowest; the last one stands below the cap."""
+    floored = sizer_of(min_chunk=4096).plan(prompt_len)
+    assert sum(floored) == prompt_len and min(floored[:-1]) >= 4096
+    capped = sizer_of(max_chunk=2048).plan(prompt_len)
+    assert sum(capped) == prompt_len and max(capped) <= 2048
+
+
 def test_a_little_more_than_a_chunk_is_one_chunk_and_a_half_more_is_two_halves() -> None:
     sizer = sizer_of()
     assert sizer.plan(100) == [100]
@@ -247,6 +256,11 @@ def test_what_cannot_be_is_refused() -> None:
         sizer_of(smooth=0.0)
     with pytest.raises(ValueError, match="must be positive"):
         sizer_of(page_size=0)
+    for change in ({"base_chunk": 0}, {"context_len": 0}):
+        with pytest.raises(ValueError, match="positive needed"):
+            sizer_of(**{"max_chunk": 16_384} | change)
+    with pytest.raises(ValueError, match="ranks=0 must be positive"):
+        sizer_of().fastest_plan(1000, 0)
     with pytest.raises(ValueError, match="not be negative"):
         sizer_of().next_chunk(-1)
     for prompt_len in (0, 131_073):
