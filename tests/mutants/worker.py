@@ -59,9 +59,9 @@ def run_forked(job: dict[str, Any]) -> int | None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    deadline = time.monotonic() + job["seconds"]
+    parent, deadline = os.getppid(), time.monotonic() + job["seconds"]
     status: int | None = None
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and os.getppid() == parent:
         done, code = os.waitpid(child, os.WNOHANG)
         if done:
             status = os.waitstatus_to_exitcode(code)
