@@ -150,13 +150,16 @@ class Result:
 # --- the list ------------------------------------------------------------------------------------
 
 
-def find_sites(root: Path) -> list[Site]:
-    """All faults. Raises MutantError naming each whose original is not there exactly once."""
+def find_sites(root: Path, only: tuple[str, ...] = ("",)) -> list[Site]:
+    """The faults whose names begin so. Raises MutantError naming each whose original is not there
+    exactly once."""
     sites, stale = [], []
     for file, mutants in ALL.items():
         text = (root / file).read_text(encoding="utf-8")
         for short, mutant in mutants.items():
             name = f"{Path(file).name}/{short}"
+            if not name.startswith(only):
+                continue
             before, inner, after = _parts(mutant.original)
             whole = before + inner + after
             if (found := text.count(whole)) != 1:
@@ -583,10 +586,7 @@ def main() -> int:
     options = parser.parse_args()
     console = Console(markup=False, stderr=True)
     try:
-        sites = find_sites(ROOT)
-        if options.only:
-            wanted = tuple(options.only.split(","))
-            sites = [s for s in sites if s.name.startswith(wanted)]
+        sites = find_sites(ROOT, tuple(options.only.split(",")))
         if options.list:
             for s in sites:
                 print(f"{s.name}  ({s.file})  {s.mutant.equivalent}")

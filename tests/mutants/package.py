@@ -95,16 +95,17 @@ MUTANTS: Mutants = {
             '        if name.endswith("_"):\n            _read_only(name)\n', ""
         ),
         "attribute-of-storage": M("if name in _OF_STORAGE:", "if False:"),
-        "function-in-place": M(
-            'in_place = (<|name.endswith("_") and not name.endswith("__")|>) or name', "False"
-        ),
+        "function-in-place": M("if <|_is_in_place(name) or |>kwargs.get", ""),
+        "function-inplace-argument": M('if _is_in_place(name)<| or kwargs.get("inplace")|>:', ""),
         "function-dunder-in-place": M(
             'not name.endswith("__"))<| or name in _MUTATING_DUNDERS|>', ""
         ),
-        "function-in-place-of-any": M(
-            "if in_place and args<| and isinstance(args[0], StagedTokens)|>:", ""
-        ),
-        "function-out": M('if isinstance(kwargs.get("out"), StagedTokens):', "if False:"),
+        "function-named-self": M('args[:1] or [<|kwargs.get("self"), |>kwargs', ""),
+        "function-named-input": M('kwargs.get("self")<|, kwargs.get("input")|>]', ""),
+        "function-in-place-of-any": M("written += <|args[:1]|> or", "args"),
+        "function-overload": M('getattr(func, "__name__", "")<|.partition(".")[0]|>', ""),
+        "function-out": M('written = [<|kwargs.get("out")|>]', ""),
+        "function-lists": M("for leaf in <|pytree.tree_leaves(written)|>)", "written"),
         "function-copy": M("if func is Tensor.copy_:", "if False:"),
         "function-op": M("if func in (ops.transfer, ops.transfer.default):", "if False:"),
         "function-op-out": M(
