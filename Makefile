@@ -16,7 +16,7 @@ endif
 STAMP := build/.installed-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: help demo test sglang-env sglang-test cpp-test bench report build clean
+.PHONY: help demo test sglang-env sglang-test cpp-test mutants bench report build clean
 help:  ## what there is (the default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -57,6 +57,9 @@ sglang-test: sglang-env  ## the plugin in the real SGLang, on the CPU
 
 cpp-test:  ## the C++ tests of pool and gather; they need doctest
 	$(MAKE) -C csrc/tests
+
+mutants: build  ## put single faults into pystage: do the tests notice? (ARGS='--only pool.cpp --list')
+	$(PY) -m tests.mutants --sglang $(SGLANG_VENV)/bin/python $(ARGS)
 
 bench:  ## measure all peers in all regimes; results go to bench/results (ARGS='--quick --peers DIR')
 	$(PY) -m bench $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
