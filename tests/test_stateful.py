@@ -36,6 +36,7 @@ from pystage.testing import hold_transfers, synchronize
 from .conftest import SCALE, on_stream
 
 STREAMS = (0, 1, 2)
+IDLE = 3  # nothing is put on it
 EAGER = -1  # the stream of eager pools
 WIDE = 2**40
 VOCAB = 1000
@@ -136,13 +137,17 @@ class Slots(RuleBasedStateMachine):
         self.live: list[Handle] = []
         self.results: list[Result] = []
         self.next_id = itertools.count(1)
+        self.relay = torch.arange(50, 70, device=device)
+        self.indices = torch.tensor([3, -1, 0], device=device)
+        if device != "cpu":
+            torch.cuda.synchronize()
         # Nothing on a held stream may be the first of its kind: loading a kernel waits for all.
         with pystage.StagingPool(device, 4096) as pool:
             for stream in STREAMS:
                 with on_stream(device, stream):
                     for dtype in (torch.int64, torch.int32):
-                        relay = torch.arange(8, device=device)
-                        mixed = pystage.resolve_mixed(pool.stage([[1, 2]]), relay, relay[:3])
+                        batch = pool.stage([[1, 2]])
+                        mixed = pystage.resolve_mixed(batch, self.relay, self.indices)
                         whole = pystage.resolve(pool.stage([[1]]), dtype=dtype)
                         out = torch.full((1,), -1, device=device)
                         out.copy_(pool.stage([[3]]), non_blocking=True)
@@ -192,10 +197,12 @@ class Slots(RuleBasedStateMachine):
         """Drains what is not held. What is done comes back in the order of the leases' ends."""
         for stream in STREAMS:
             if not self.blocked(stream):
-                eager = self.eager if not self.held[EAGER] else self.deferred
-                for model in (self.deferred, eager):
-                    with on_stream(self.device, stream):
-                        synchronize(model.pool)
+                with on_stream(self.device, stream):
+                    synchronize(self.deferred.pool)
+        if not self.held[EAGER]:
+            with on_stream(self.device, IDLE):
+                for model in self.models():
+                    synchronize(model.pool)
         for model in self.models():
             for slot in model.slots:
                 for stream in slot.readers:
@@ -234,7 +241,9 @@ class Slots(RuleBasedStateMachine):
             issue="eager" if eager else "deferred",
             transfer=data.draw(st.sampled_from(["kernel", "kernel", "copy_engine"])),
             wire="auto" if narrow else "int64",
-            reserve_bytes=data.draw(st.sampled_from([0, 4096, capacity])),
+            reserve_bytes=data.draw(
+                st.sampled_from([0, 4096, capacity] if self.device == "cpu" else [capacity])
+            ),
         )
         return Model(pool, eager, raises, narrow, capacity)
 
@@ -402,9 +411,7 @@ class Slots(RuleBasedStateMachine):
                     self.reach(how)
                     return
             else:
-                relay = torch.arange(50, 70, device=self.device)
-                indices = torch.tensor([3, -1, 0], device=self.device)
-                out = pystage.resolve_mixed(handle.staged, relay, indices)
+                out = pystage.resolve_mixed(handle.staged, self.relay, self.indices)
                 ids = np.concatenate([ids, [53, 69, 50]])
         self.reach(how)
         if handle.fallback:
@@ -479,8 +486,22 @@ class Slots(RuleBasedStateMachine):
             synchronize(self.deferred.pool)
             assert np.array_equal(result.tensor.cpu().numpy(), result.ids)
 
-    # A blocked host function holds up those of all streams of a GPU: one at a time there.
-    @precondition(lambda self: len(self.holds) < (3 if self.device == "cpu" else 1))
+    def may_hold(self) -> bool:
+        """Unpinning waits for all streams of a GPU, and so does a host function there for another:
+        one hold at a time, and no memory that may have to go meanwhile."""
+        if self.device == "cpu":
+            return len(self.holds) < 3
+        pinned = [model.pool.stats() for model in self.models() if not model.closed]
+        return (
+            not self.holds
+            and all(s.reserved_bytes == s.capacity_bytes for s in pinned)
+            and not any(model.closed and model.slots for model in self.models())
+        )
+
+    def may_free(self) -> bool:
+        return self.device == "cpu" or not self.holds
+
+    @precondition(lambda self: self.may_hold())
     @rule(stream=st.sampled_from(STREAMS), eager=st.booleans(), read=st.booleans())
     def hold(self, stream: int, eager: bool, read: bool) -> None:
         if stream in self.waiting:
@@ -500,7 +521,16 @@ class Slots(RuleBasedStateMachine):
     @precondition(lambda self: self.holds)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        at = data.draw(st.integers(0, len(self.holds) - 1))
+        # A stream that waits for the eager one is not let go of before that: of what is on it, the
+        # part ahead of the wait would run.
+        free = [
+            at
+            for at, (stream, eager, _) in enumerate(self.holds)
+            if stream not in self.waiting or self.held[EAGER] == eager
+        ]
+        if not free:
+            return
+        at = data.draw(st.sampled_from(free))
         if at < len(self.holds) - 1:
             self.reach("released-out-of-order")
         self.release_now(at)
@@ -513,7 +543,7 @@ class Slots(RuleBasedStateMachine):
         if not self.held[EAGER]:
             self.waiting.clear()
 
-    @precondition(lambda self: len(self.live) > 1)
+    @precondition(lambda self: len(self.live) > 1 and self.may_free())
     @rule(eager=st.booleans(), what=st.sampled_from(["trim", "close"]))
     def manage(self, eager: bool, what: str | None) -> None:
         model = self.eager if eager else self.deferred
@@ -526,8 +556,10 @@ class Slots(RuleBasedStateMachine):
         self.settle()
         before = model.pool.stats().reserved_bytes
         freed = model.pool.trim()
-        assert model.pool.stats().reserved_bytes == before - freed
-        assert model.slots or freed == before, "an idle pool gives all back"
+        after = model.pool.stats().reserved_bytes
+        # Of a closed pool any call gives back what has come free since.
+        assert after == before - freed or (model.closed and after < before - freed)
+        assert model.slots or after == 0, "an idle pool gives all back"
         self.reach("trim:some" if freed else "trim:none")
 
     def close(self, model: Model) -> None:
@@ -628,6 +660,6 @@ def test_slots_live_as_the_model_says(device: str) -> None:
         print(f"{count:8,} {state}")
     if SCALE >= 1:
         if device != "cpu":
-            wanted -= {"released-out-of-order"}  # one hold at a time there
+            wanted -= {"released-out-of-order", "closed:in-flight"}  # see may_hold
         assert reached.keys() >= wanted, f"never reached: {sorted(wanted - reached.keys())}"
         assert reached.keys() <= wanted, f"not listed: {sorted(reached.keys() - wanted)}"
