@@ -11,10 +11,33 @@ namespace {
 constexpr size_t kMinSlot = 64;            // a cache line: slots of two threads share none
 constexpr size_t kPage = 4096;             // granularity of segments
 constexpr size_t kGrow = size_t{1} << 20;  // the largest step that pins in well under 1 ms
+constexpr auto kPollEvery = std::chrono::milliseconds(50);
 
 size_t round_up(size_t value, size_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
+
+// Calls `poll` without the lock, once in kPollEvery of a wait.
+class Polling {
+ public:
+  Polling(std::unique_lock<std::mutex>& lock, const Poll& poll) : lock_(lock), poll_(poll) {}
+  void look() {
+    if (!poll_ || Clock::now() < next_) return;
+    struct Relock {  // also when it throws
+      ~Relock() { lock.lock(); }
+      std::unique_lock<std::mutex>& lock;
+    } relock{lock_};
+    lock_.unlock();
+    poll_();
+    next_ = Clock::now() + kPollEvery;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  std::unique_lock<std::mutex>& lock_;
+  const Poll& poll_;
+  Clock::time_point next_ = Clock::now() + kPollEvery;
+};
 
 std::atomic<uint64_t> g_fork_generation{0};
 
@@ -168,12 +191,18 @@ void Pool::drop(std::shared_ptr<Pool> pool) noexcept {
   lock.unlock();
 }
 
-void Pool::close() {
+void Pool::close(const Poll& poll) {
   if (forked()) return;
   {
     Lock lock(mutex_);
     closed_ = true;
     slot_freed_.notify_all();
+    struct Finish {  // also when `poll` throws
+      ~Finish() { pool.finish_if_closed(lock); }
+      Pool& pool;
+      Lock& lock;
+    } finish{*this, lock};
+    Polling polling(lock, poll);
     const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
                                              std::chrono::duration<double>(options_.timeout_s));
     auto pause = std::chrono::microseconds(20);
@@ -181,12 +210,12 @@ void Pool::close() {
       for (reap(lock); in_flight_slots_ && Clock::now() < deadline; reap(lock)) {
         slot_freed_.wait_for(lock, pause);
         pause = std::min(pause * 2, std::chrono::microseconds(1000));
+        polling.look();
       }
     } catch (const DeviceError&) {
       // The device is lost. Its fences will never be done: the slots stay in flight, and their
       // segments are left to the end of the process.
     }
-    finish_if_closed(lock);
   }
   reap_orphans();
 }
@@ -204,9 +233,11 @@ void Pool::finish_if_closed(Lock& lock) noexcept {
   free_segments(lock, detach_idle_segments());
 }
 
+bool Pool::have_orphans() { return orphans().count.load(std::memory_order_relaxed) > 0; }
+
 void Pool::reap_orphans() noexcept {
+  if (!have_orphans()) return;
   Orphans& o = orphans();
-  if (o.count.load(std::memory_order_relaxed) == 0) return;
   std::vector<std::shared_ptr<Pool>> pools;
   {
     std::lock_guard<std::mutex> guard(o.mutex);
@@ -229,22 +260,17 @@ void Pool::reap_orphans() noexcept {
 
 std::shared_ptr<Lease> Pool::try_acquire(size_t bytes) {
   check_process();
-  reap_orphans();
+  if (have_orphans()) return nullptr;
   Lock lock(mutex_);
   check_open();
-  if (bytes > options_.capacity_bytes) return nullptr;
-  const size_t need = std::min(size_class(bytes), options_.capacity_bytes);
-  Slot* slot = worth_reaping() ? nullptr : take(need);
-  if (!slot) {
-    reap(lock);
-    check_open();
-    slot = take(need);
-  }
+  if (bytes > options_.capacity_bytes || worth_reaping()) return nullptr;
+  Slot* slot = take(std::min(size_class(bytes), options_.capacity_bytes));
   return slot ? make_lease(slot) : nullptr;
 }
 
-std::shared_ptr<Lease> Pool::acquire(size_t bytes) {
+std::shared_ptr<Lease> Pool::acquire(size_t bytes, const Poll& poll) {
   check_process();
+  reap_orphans();
   const bool fits = bytes <= options_.capacity_bytes;
   const size_t need = std::min(size_class(bytes), options_.capacity_bytes);
   Lock lock(mutex_);
@@ -266,6 +292,7 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes) {
     Clock::time_point start = Clock::now();
     bool waiting = false;
   } wait{wait_seconds_};
+  Polling polling(lock, poll);
   auto pause = std::chrono::microseconds(20);
   for (;;) {
     reap(lock);
@@ -280,6 +307,7 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes) {
     if (give_up && reaping_) {
       // Another thread is looking through the queues: what it finds may be enough.
       slot_freed_.wait_for(lock, std::chrono::microseconds(20));
+      polling.look();
       continue;
     }
     if (options_.at_capacity == AtCapacity::kFallback) return nullptr;
@@ -290,6 +318,7 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes) {
     const auto left = std::chrono::duration<double>(options_.timeout_s - so_far);
     slot_freed_.wait_for(lock, std::min<std::chrono::duration<double>>(pause, left));
     pause = std::min(pause * 2, std::chrono::microseconds(1000));
+    polling.look();
   }
 }
 

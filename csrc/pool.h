@@ -57,6 +57,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -112,6 +113,10 @@ struct PoolCounters {
 
 // Bytes that a request of `bytes` takes from a pool. See Note [Slots out of segments].
 size_t size_class(size_t bytes);
+
+// What a waiting call does about every 50 ms, without the pool's mutex: looks for Ctrl-C, say. What
+// it throws ends the wait.
+using Poll = std::function<void()>;
 
 class Pool;
 struct Segment;
@@ -185,16 +190,17 @@ class Pool : public std::enable_shared_from_this<Pool> {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  // A slot if one is free now: never waits, never allocates. Null otherwise.
+  // A slot if one is free now and the device need not be asked for others. Null otherwise.
   std::shared_ptr<Lease> try_acquire(size_t bytes);
   // A slot, after growing, waiting or failing as the policy says. Null only under kFallback.
-  std::shared_ptr<Lease> acquire(size_t bytes);
+  std::shared_ptr<Lease> acquire(size_t bytes, const Poll& poll = {});
 
   // Gives segments without a slot in use back to the device. Returns the bytes.
   size_t trim();
   // No more slots are handed out; waiting threads fail. Waits up to timeout_s for slots in flight;
-  // leases that are out stay valid, and what they hold is freed after them.
-  void close();
+  // leases that are out stay valid, and what they hold is freed after them. Where `poll` ends the
+  // wait the pool is closed all the same.
+  void close(const Poll& poll = {});
   bool closed() const;
   // The owner is gone: as close(), without waiting.
   static void drop(std::shared_ptr<Pool> pool) noexcept;
@@ -259,6 +265,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   std::string figures() const;
   [[noreturn]] void raise_exhausted(size_t bytes, double waited_s);
   static void abandon(std::shared_ptr<Pool> pool) noexcept;
+  static bool have_orphans();
   static void reap_orphans() noexcept;
 
   Device& device_;

@@ -378,6 +378,70 @@ TEST_CASE("wait: close ends it") {
   CHECK(b.join() == "this StagingPool (counting) is closed");
 }
 
+struct Interrupted {};
+
+TEST_CASE("wait: the caller looks up now and then, without the pool's mutex, and may give up") {
+  CountingDevice& device = new_device();
+  Owner pool(device, whole(8192, AtCapacity::kWait));
+  LeasePtr held = pool->acquire(8192);
+  int looks = 0;
+  auto give_up = [&] {
+    CHECK(pool->stats().leased_slots == 1);  // takes the mutex
+    if (++looks == 2) throw Interrupted();
+  };
+  CHECK_THROWS_AS(pool->acquire(1, give_up), Interrupted);
+  CHECK(looks == 2);
+  PoolStats s = pool->stats();
+  CHECK(s.waits == 1);
+  CHECK(s.wait_seconds >= 0.1);
+  CHECK(s.exhausted == 0);
+  CHECK(s.in_use_bytes == 8192);
+  // What is done while it looks up ends the wait as anything else does.
+  LeasePtr got = pool->acquire(1, [&] { held.reset(); });
+  CHECK(got);
+  CHECK(pool->stats().waits == 2);
+  // Where nothing waits, nothing looks up.
+  CHECK(pool->acquire(1, [] { throw Interrupted(); }));
+}
+
+TEST_CASE("raise: the wait for another thread's look through the queues can be given up too") {
+  CountingDevice& device = new_device();
+  Owner pool(device, whole(8192));
+  stage_and_launch(*pool->acquire(8192), host_stream(1));
+  std::atomic<bool> asked{false}, open{false};
+  device.on_query = [&] {
+    asked = true;
+    while (!open) std::this_thread::yield();
+  };
+  Background looks([&] { pool->stats(); });
+  REQUIRE(eventually([&] { return asked.load(); }));
+  CHECK_THROWS_AS(pool->acquire(1, [] { throw Interrupted(); }), Interrupted);
+  CHECK(pool->stats().exhausted == 0);
+  open = true;
+  CHECK(looks.join() == "");
+}
+
+TEST_CASE("close can be given up: the pool is closed, and what is in flight comes back later") {
+  CountingDevice& device = new_device();
+  Owner pool(device, whole(8192, AtCapacity::kWait));
+  Held held(host_stream(1));
+  const Output out = stage_and_launch(*pool->acquire(4096), host_stream(1));
+  auto give_up = [&] {
+    CHECK(pool->stats().in_flight_slots == 1);
+    throw Interrupted();
+  };
+  CHECK_THROWS_AS(pool->close(give_up), Interrupted);
+  CHECK(pool->closed());
+  CHECK_THROWS_AS(pool->acquire(1), PoolClosedError);
+  CHECK(device.live_bytes() == 8192);
+  held.release();
+  drain(host_stream(1));
+  reap_dropped_pools();
+  CHECK(device.live_bytes() == 0);
+  CHECK(out.arrived());
+  pool->close(give_up);  // nothing to wait for
+}
+
 TEST_CASE("raise: at once, and counted") {
   CountingDevice& device = new_device();
   Owner pool(device, whole(8192));
