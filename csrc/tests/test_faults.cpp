@@ -210,43 +210,57 @@ void check_what_is_left(Machine& m) {
 
 // --- device calls ------------------------------------------------------------------------------
 
-TEST_CASE("a device call fails, or all from one on do, at each place") {
+// `lost`: all calls from that place on fail. `typed`: with the device's own error, else for want of
+// memory, as the making of its message may.
+void fail_device_calls(bool lost, bool typed) {
+  CAPTURE(lost);
+  CAPTURE(typed);
   int failures = 0;
   for (const Scenario& scenario : kScenarios) {
     CAPTURE(scenario.name);
-    for (const bool lost : {false, true}) {
-      CAPTURE(lost);
-      bool failed = true;
-      for (int place = 1; failed; ++place) {
-        CAPTURE(place);
-        Machine m;
-        std::string what;
-        int calls = 0;
-        bool recording = false;
-        failed = false;
-        m.device.on_call = [&](const char* call) {
-          if (!std::strcmp(call, "free") || !std::strcmp(call, "destroy_fence")) return;
-          if (++calls != place && !(lost && calls > place)) return;
-          if (!failed) recording = !std::strcmp(call, "record");
-          failed = true;
-          throw DeviceError(std::string(call) + " failed");
-        };
-        try {
-          scenario.run(m);
-        } catch (const DeviceError& e) {
-          what = e.what();
-        }
-        CAPTURE(what);
-        if (failed && recording && m.pool) REQUIRE(m.pool->stats().quarantined_slots == 1);
-        if (failed && !recording && m.pool) REQUIRE(m.pool->stats().quarantined_slots == 0);
-        if (lost && place % 2) m.drop();  // while the device is lost
-        m.device.on_call = [](const char*) {};
-        failures += failed;
-        check_what_is_left(m);
+    bool failed = true;
+    for (int place = 1; failed; ++place) {
+      CAPTURE(place);
+      Machine m;
+      std::string what;
+      int calls = 0;
+      bool recording = false;
+      failed = false;
+      m.device.on_call = [&](const char* call) {
+        if (!std::strcmp(call, "free") || !std::strcmp(call, "destroy_fence")) return;
+        if (++calls != place && !(lost && calls > place)) return;
+        if (!failed) recording = !std::strcmp(call, "record");
+        failed = true;
+        if (!typed) throw std::bad_alloc();
+        throw DeviceError(std::string(call) + " failed");
+      };
+      try {
+        scenario.run(m);
+      } catch (const DeviceError& e) {
+        what = e.what();
+      } catch (const std::bad_alloc& e) {
+        REQUIRE_FALSE(typed);
       }
+      CAPTURE(what);
+      if (failed && recording && m.pool) REQUIRE(m.pool->stats().quarantined_slots == 1);
+      if (failed && !recording && m.pool) REQUIRE(m.pool->stats().quarantined_slots == 0);
+      if (lost && place % 2) m.drop();  // while the device is lost
+      m.device.on_call = [](const char*) {};
+      failures += failed;
+      check_what_is_left(m);
     }
   }
   CHECK(failures > 100);
+}
+
+TEST_CASE("a device call fails at each place") {
+  fail_device_calls(/*lost=*/false, /*typed=*/true);
+  fail_device_calls(/*lost=*/false, /*typed=*/false);
+}
+
+TEST_CASE("a device fails for good at each place") {
+  fail_device_calls(/*lost=*/true, /*typed=*/true);
+  fail_device_calls(/*lost=*/true, /*typed=*/false);
 }
 
 // --- allocations -------------------------------------------------------------------------------
