@@ -223,15 +223,10 @@ void Pool::close(const Poll& poll) {
     const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
                                              std::chrono::duration<double>(options_.timeout_s));
     auto pause = std::chrono::microseconds(20);
-    try {
-      for (reap(lock); in_flight_slots_ && Clock::now() < deadline; reap(lock)) {
-        slot_freed_.wait_for(lock, pause);
-        pause = std::min(pause * 2, std::chrono::microseconds(1000));
-        polling.look();
-      }
-    } catch (const DeviceError&) {
-      // The device is lost. Its fences will never be done: the slots stay in flight, and their
-      // segments are left to the end of the process.
+    while (try_reap(lock) && in_flight_slots_ && Clock::now() < deadline) {
+      slot_freed_.wait_for(lock, pause);
+      pause = std::min(pause * 2, std::chrono::microseconds(1000));
+      polling.look();
     }
   }
   reap_orphans();
@@ -258,11 +253,7 @@ void Pool::reap_orphans() noexcept {
     const std::shared_ptr<Pool> pool = std::move(next->self_);
     next = pool->next_orphan_;
     Lock lock(pool->mutex_);
-    try {
-      pool->reap(lock);
-    } catch (const std::exception&) {
-      // As in close(): a lost device's fences are never done. The next call looks again.
-    }
+    pool->try_reap(lock);
     pool->orphaned_ = false;
     pool->finish_if_closed(lock);  // puts it back if slots are still in flight
   }
@@ -534,6 +525,18 @@ void Pool::reap(Lock& lock) {
   }
 }
 
+// As reap(), where an error would help nobody. False after one: if the device is lost its fences
+// will never be done, so the slots stay in flight, and their segments are left to the end of the
+// process.
+bool Pool::try_reap(Lock& lock) noexcept {
+  try {
+    reap(lock);
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
 // --- Pool: segments ----------------------------------------------------------------------------
 
 bool Pool::grow(Lock& lock, size_t need) {
@@ -700,11 +703,7 @@ PoolStats Pool::stats() {
   s.eager_transfers = counters_.eager_transfers;
   s.fallback_transfers = counters_.fallback_transfers;
   Lock lock(mutex_);
-  try {
-    reap(lock);
-  } catch (const DeviceError&) {
-    // Figures must be had of a pool whose device is lost: its slots are in flight for good.
-  }
+  try_reap(lock);
   s.capacity_bytes = options_.capacity_bytes;
   s.reserved_bytes = reserved_bytes_;
   s.in_use_bytes = in_use_bytes_;

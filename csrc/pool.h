@@ -282,6 +282,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
     return in_flight_slots_ >= 16 || in_flight_bytes_ >= size_t{256} << 10;
   }
   void reap(Lock& lock);
+  bool try_reap(Lock& lock) noexcept;
   void retire(Reader* reader) noexcept;
   void end_lease(Lease& lease) noexcept;
   void finish_if_closed(Lock& lock) noexcept;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -33,7 +34,8 @@ class ModelDevice final : public Device {
 
   HostMemory allocate(size_t bytes, std::string*) override {
     on_call("allocate");
-    std::unique_ptr<char[]> memory(new char[bytes]);
+    Memory memory(static_cast<char*>(std::aligned_alloc(4096, bytes)));
+    if (!memory) throw DeviceError("out of memory");
     HostMemory result;
     result.host = memory.get();
     result.device = memory.get();
@@ -150,6 +152,11 @@ class ModelDevice final : public Device {
   int live_fences() const { return live_fences_; }
 
  private:
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  using Memory = std::unique_ptr<char, Free>;
+
   struct ModelFence {
     uint64_t recorded = 0, reached = 0;
   };
@@ -169,7 +176,7 @@ class ModelDevice final : public Device {
 
   const std::string name_ = "model";
   std::vector<Stream> streams_;
-  std::map<char*, std::pair<std::unique_ptr<char[]>, size_t>> memory_;
+  std::map<char*, std::pair<Memory, size_t>> memory_;
   size_t live_bytes_ = 0, max_bytes_ = 0;
   int live_fences_ = 0;
 };

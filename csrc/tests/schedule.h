@@ -122,9 +122,9 @@ using Scenario = std::function<void(Run&)>;
 
 struct Result {
   size_t runs = 0;
-  std::string error;      // of the first bad run; empty if there is none
-  std::string schedule;   // that run's, for replay()
-  std::string trace;      // and what happened in it
+  std::string error;     // of the first bad run; empty if there is none
+  std::string schedule;  // that run's, for replay()
+  std::string trace;     // and what happened in it
 };
 
 // Runs all schedules with at most `bound` departures from the plain one, in which a thread runs
