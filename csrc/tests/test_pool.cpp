@@ -1305,5 +1305,76 @@ TEST_CASE("stress: pools come and go with transfers in flight") {
   CHECK(device.live_fences == 0);
 }
 
+// --- what a call does beside its own work -------------------------------------------------------
+
+TEST_CASE("free slots are handed out without a look at those in flight, until these are many") {
+  CountingDevice& device = new_device();
+  Owner pool(device, whole(kMiB));
+  int queries = 0;
+  device.on_query = [&] { ++queries; };
+  for (int i = 0; i < 16; ++i) {
+    stage_and_launch(*pool->try_acquire(64), host_stream(1));
+    drain(host_stream(1));
+    CHECK(queries == 0);
+  }
+  LeasePtr lease = pool->try_acquire(64);  // 16 are in flight: one look brings them all back
+  CHECK(queries == 1);
+  stage_and_launch(*pool->try_acquire(240 * kKiB), host_stream(1));
+  drain(host_stream(1));
+  CHECK(pool->try_acquire(64));
+  CHECK(queries == 1);
+  stage_and_launch(*pool->try_acquire(16 * kKiB), host_stream(1));  // 256 KiB are
+  drain(host_stream(1));
+  CHECK(pool->try_acquire(64));
+  CHECK(queries == 2);
+  CHECK(pool->try_acquire(64));  // none is
+  CHECK(queries == 2);
+  device.on_query = nullptr;
+}
+
+TEST_CASE("every call that takes or frees memory frees dropped pools, too") {
+  CountingDevice& device = new_device();
+  CountingDevice& other = new_device();
+  Owner pool(other, whole(8192));
+  const std::function<void()> calls[] = {[&] { pool->try_acquire(1); }, [&] { pool->trim(); },
+                                         [&] { Owner(other, whole(4096)); },
+                                         [&] { pool->close(); }};
+  for (const auto& call : calls) {
+    Held held(host_stream(1));
+    Output out = [&] {
+      Owner dropped(device, whole(8192));
+      return stage_and_launch(*dropped->acquire(4096), host_stream(1));
+    }();
+    held.release();
+    drain(host_stream(1));
+    CHECK(device.live_bytes() == 8192);
+    call();
+    CHECK(device.live_bytes() == 0);
+    CHECK(out.arrived());
+  }
+}
+
+TEST_CASE("a child of fork leaves those pools alone that its parent has dropped" *
+          doctest::skip(kSkipFork)) {
+  CountingDevice& device = new_device();
+  Held held(host_stream(1));
+  stage_and_launch(*Owner(device, whole(8192))->acquire(4096), host_stream(1));
+  held.release();
+  drain(host_stream(1));
+  REQUIRE(device.live_bytes() == 8192);  // to be freed by the next call, of the parent only
+  const pid_t child = fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    alarm(30);
+    reap_dropped_pools();
+    _exit(device.live_bytes() == 8192 ? 0 : 1);
+  }
+  int status = 0;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  CHECK(status == 0);
+  reap_dropped_pools();
+  CHECK(device.live_bytes() == 0);
+}
+
 }  // namespace
 }  // namespace pystage

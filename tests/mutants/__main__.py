@@ -40,7 +40,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -127,8 +128,13 @@ class Site:
     mutant: M
     start: int
     stop: int
-    number: int = 0
     batch: int = 0
+
+    @property
+    def number(self) -> int:
+        """What PYSTAGE_MUTANT is set to. From the name alone: other faults may come and go, and
+        sources without a change are not compiled again."""
+        return zlib.crc32(self.name.encode()) >> 1
 
     @property
     def tests(self) -> tuple[str, ...]:
@@ -184,10 +190,9 @@ def _parts(original: str) -> tuple[str, str, str]:
 
 
 def assign_batches(sites: list[Site]) -> int:
-    """Numbers the C++ sites; those that overlap partly go to different builds. Returns how many."""
+    """C++ sites that overlap partly go to different builds. Returns how many there are."""
     batches: list[list[Site]] = [[]]
-    for number, site in enumerate(sites, 1):
-        site.number = number
+    for site in sites:
         for batch in range(len(batches) + 1):
             if batch == len(batches):
                 batches.append([])
@@ -260,14 +265,14 @@ inline bool pystage_mutant(int number) {
 # --- the copies ----------------------------------------------------------------------------------
 
 
-def copy_project(to: Path) -> None:
-    """What git has or would take, less results of benchmarks."""
+def copy_project(to: Path, less: Collection[str] = ()) -> None:
+    """What git has or would take, less some."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.splitlines()  # fmt: skip
     wanted = {name for name in listed if (ROOT / name).is_file()}
-    for name in wanted:
+    for name in wanted - set(less):
         source, target = ROOT / name, to / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists() or target.read_bytes() != source.read_bytes():
@@ -275,7 +280,7 @@ def copy_project(to: Path) -> None:
     for folder in ("csrc", "pystage", "tests"):
         for path in (to / folder).rglob("*"):
             stale = path.is_file() and str(path.relative_to(to)) not in wanted
-            if stale and path.suffix in (".py", ".cpp", ".h", ".pyc"):
+            if stale and path.suffix in (".py", ".pyc"):
                 path.unlink()
 
 
@@ -461,18 +466,25 @@ def prepare(
     sites: list[Site], workers: int, sglang: str | None, progress: Progress
 ) -> Iterator[tuple[list[Site], list[Runner]]]:
     """The copies, built, for each batch of faults. Python faults go with the first."""
-    cpp = [site for site in sites if not site.file.endswith(".py")]
-    batches = max(assign_batches(cpp), 1)
+    built = [site for site in find_sites(ROOT, ("",)) if not site.file.endswith(".py")]
+    batches = assign_batches([site for site in built if not site.mutant.equivalent])
+    batch_of = {site.name: site.batch for site in built}
+    for site in sites:
+        site.batch = batch_of.get(site.name, 0)
     plugin = any("integrations/" in site.file for site in sites)
     for batch in range(batches):
         here = [s for s in sites if s.batch == batch]
+        if not here:
+            continue
         folder = BUILD / f"{batch}"
         task = progress.add_task(f"building batch {batch + 1} of {batches}", total=None)
-        copy_project(folder)
+        copy_project(folder, {site.file for site in built})
         write(folder / "csrc" / HEADER, CHOSEN)
-        for file in {site.file for site in cpp}:
+        for file in {site.file for site in built}:
+            inside = [s for s in built if s.file == file and s.batch == batch]
             text = (ROOT / file).read_text(encoding="utf-8")
-            write(folder / file, schema(text, [s for s in here if s.file == file]))
+            wanted = [s for s in inside if not s.mutant.equivalent]
+            write(folder / file, schema(text, wanted) if wanted else text)
         build_extension(folder, sys.executable)
         needs_cpp = any(t.startswith("cpp") for s in here for t in s.tests)
         program = build_cpp_tests(folder) if needs_cpp else None
