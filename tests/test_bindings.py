@@ -171,7 +171,7 @@ def test_the_error_of_an_allocator_passes(device: str) -> None:
 
 @pytest.mark.skipif(HAVE_GPU, reason="needs a machine without a CUDA device")
 def test_asking_for_the_current_cuda_device_without_one() -> None:
-    with pytest.raises(RuntimeError, match="(?i)cuda"):
+    with pytest.raises(RuntimeError, match=r"(?i)cuda"):
         _C.current_cuda_device()
 
 
