@@ -16,7 +16,7 @@ endif
 STAMP := build/.installed-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: help demo test coverage sglang-env sglang-test cpp-test mutants bench report build clean
+.PHONY: help demo test coverage sglang-env sglang-test cpp-test mutants fuzz fuzz-coverage bench report build clean
 help:  ## what there is (the default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -79,6 +79,38 @@ cpp-test:  ## the C++ tests of pool and gather; they need doctest
 
 mutants: build  ## put single faults into pystage: do the tests notice? (ARGS='--only pool.cpp --list')
 	$(PY) -m tests.mutants --sglang $(SGLANG_VENV)/bin/python $(ARGS)
+
+# libFuzzer by way of atheris, the extension under AddressSanitizer (clang), Python's objects each in
+# memory of its own. FUZZ_SEED=N runs what a run with that seed ran. A crash leaves its input in
+# build/fuzz: python tests/fuzz.py --replay FILE.
+FUZZ_SECONDS ?= 60
+FUZZ_SEED ?= 0
+FUZZ_FLAGS := -fno-omit-frame-pointer -Wno-unknown-warning-option
+FUZZ_RUN = PYTHONMALLOC=malloc PYTHONPATH=build/fuzz/lib \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+  LD_PRELOAD=$$($(PY) -c 'import atheris; print(atheris.path())')/asan_with_fuzzer.so
+
+build/fuzz/.built: $(SOURCES) $(wildcard pystage/*.py) $(STAMP)
+	$(PY) -c 'import atheris' || $(PY) -m pip install atheris
+	CC=clang CXX=clang++ LDSHARED='clang++ -shared' LDFLAGS=-shared-libasan PYSTAGE_CUDA=0 \
+	  CFLAGS='-fsanitize=address,fuzzer-no-link $(FUZZ_FLAGS)' $(PY) setup.py -q \
+	  build_py --build-lib build/fuzz/lib \
+	  build_ext --build-lib build/fuzz/lib --build-temp build/fuzz/temp
+	@touch $@
+
+fuzz: build/fuzz/.built  ## requests, views and ops against hostile input, for FUZZ_SECONDS=60
+	$(FUZZ_RUN) $(PY) tests/fuzz.py build/fuzz/corpus -max_total_time=$(FUZZ_SECONDS) \
+	  -seed=$(FUZZ_SEED) -artifact_prefix=build/fuzz/ -timeout=60 -rss_limit_mb=4096 \
+	  -print_final_stats=1 -verbosity=1
+
+fuzz-coverage:  ## lines and branches of the C++ files that build/fuzz/corpus comes by (gcovr)
+	CFLAGS='--coverage -fprofile-update=atomic' LDFLAGS=--coverage DEBUG=1 PYSTAGE_CUDA=0 \
+	  $(PY) setup.py -q build_py --build-lib build/fuzz/cov \
+	  build_ext --build-lib build/fuzz/cov --build-temp build/fuzz/cov
+	find build/fuzz/cov -name '*.gcda' -delete
+	PYTHONPATH=build/fuzz/cov $(PY) tests/fuzz.py --replay build/fuzz/corpus
+	$(PY) -m gcovr --root . --filter 'csrc/(requests|ids_view|python|staging|gather)' \
+	  --exclude-throw-branches build/fuzz/cov
 
 bench:  ## measure all peers in all regimes; results go to bench/results (ARGS='--quick --peers DIR')
 	$(PY) -m bench $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
