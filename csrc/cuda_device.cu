@@ -439,6 +439,15 @@ class CudaDevice final : public Device {
     settle([&] { return driver_.cuMemFreeHost(memory.host); }, "cuMemFreeHost");
   }
 
+  bool kernels_read_pinned() override {
+    if (!can_map_ || !why_not_pinned().empty()) return false;
+    if (probed_) return true;
+    std::string why;
+    const HostMemory memory = allocate(kProbeIds * sizeof(int64_t), &why);  // probes it
+    free(memory);
+    return memory.device != nullptr;
+  }
+
   void launch(const Transfer& t, StreamHandle stream) override {
     if (!t.count && !t.tail) return;
     auto* s = static_cast<CUstream>(stream);
@@ -649,9 +658,9 @@ class CudaDevice final : public Device {
   Kernels mixed_[2];         // by int64 wire
   void* probe_out_ = nullptr;
 
-  std::mutex pin_mutex_;  // guards what follows
+  std::mutex pin_mutex_;  // guards why_pageable_, and one probe at a time
   std::string why_pageable_;
-  bool probed_ = false;
+  std::atomic<bool> probed_{false};
 };
 
 }  // namespace
