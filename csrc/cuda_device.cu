@@ -5,6 +5,7 @@
 // queues there behind whatever KV-cache traffic was issued before it, on any stream, and handing
 // the stream over to the engine and back costs about 8 us. A kernel that loads from mapped memory
 // does neither, and can widen int32 to int64 on the way, which halves the bytes on the bus.
+//
 // Note [Which context]
 // ~~~~~~~~~~~~~~~~~~~~
 // The pool calls from whatever thread stages, resolves, asks for figures or drops the last tokens.

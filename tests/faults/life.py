@@ -272,7 +272,8 @@ def lost(faults: Faults) -> dict[str, Any]:
 
 
 def exits(faults: Faults) -> dict[str, Any]:
-    """A process ends with a pool, tokens and transfers on a lost device: exit code 0."""
+    """A process ends with a pool, tokens and transfers on a lost device: exit code 0. Each place
+    takes a process, so one in eight is tried."""
     kept: list[Life] = []
 
     def end(variant: tuple[str, str], nth: int) -> str:
@@ -285,7 +286,7 @@ def exits(faults: Faults) -> dict[str, Any]:
     for variant in VARIANTS:
         nth = 1
         while in_child(partial(end, variant, nth)):
-            nth += 5
+            nth += 8
             places += 1
     return {"places": places}
 
