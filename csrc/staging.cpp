@@ -543,7 +543,7 @@ void transfer_tensor(const at::Tensor& wire, const at::Tensor& out) {
     // stream is past this point. Anything else takes torch's own way.
     const c10::DataPtr& data = src.storage().data_ptr();
     at::HostAllocator* allocator = at::getHostAllocator(device.type());
-    const bool pinned = src.is_pinned();
+    const bool pinned = src.is_pinned() && backend.kernels_read_pinned();
     if (pinned) backend.launch(t, stream.native_handle());
     if (!pinned || !allocator->record_event(data.get(), data.get_context(), stream))
       out.copy_(src, /*non_blocking=*/false);
