@@ -3,7 +3,8 @@
     python bench/against.py ../pystage-before
 
 Both trees are built in place. Each runs in a process of its own, a short block at a time and in
-turn, so that what the machine does meanwhile happens to both.
+turn, so that what the machine does meanwhile happens to both. Where objects come to lie in memory
+differs from process to process and stays for its life: hence several pairs of processes.
 """
 
 from __future__ import annotations
@@ -96,58 +97,72 @@ class Worker:
         self._process.wait()
 
 
-def interval(ratios: np.ndarray[Any, Any]) -> list[float]:
-    """95 % of the median's bootstrap."""
+def interval(by_pair: list[np.ndarray[Any, Any]]) -> list[float]:
+    """95 % of the bootstrap of the ratio: pairs of processes are drawn, then their rounds."""
     rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
+    medians = []
+    for _ in range(2000):
+        pairs = rng.integers(0, len(by_pair), len(by_pair))
+        medians.append(
+            np.median([np.median(rng.choice(by_pair[p], len(by_pair[p]))) for p in pairs])
+        )
     return [round(float(v), 4) for v in np.percentile(medians, [2.5, 97.5])]
 
 
-def compare(other: Path, rounds: int, calls: int) -> dict[str, Any]:
-    names = {"here": HERE.parent, "other": other}
-    workers = {name: Worker(tree, calls) for name, tree in names.items()}
+def compare(other: Path, pairs: int, rounds: int, calls: int) -> dict[str, Any]:
+    trees = {"here": HERE.parent, "other": other}
     order = random.Random(3)
+    times: dict[str, dict[str, list[list[float]]]] = {c: {n: [] for n in trees} for c in CELLS}
+    ratios: dict[str, list[np.ndarray[Any, Any]]] = {cell: [] for cell in CELLS}
+    for pair in range(pairs):
+        workers = {name: Worker(trees[name], calls) for name in order.sample(list(trees), 2)}
+        for cell in CELLS:
+            blocks: dict[str, list[list[float]]] = {name: [] for name in trees}
+            for i in range(-5, rounds):
+                for name in order.sample(list(workers), 2):
+                    block = workers[name].block(cell)
+                    if i >= 0:
+                        blocks[name].append(block)
+            medians = {name: np.median(np.array(found), axis=1) for name, found in blocks.items()}
+            ratios[cell].append(medians["here"] / medians["other"])
+            for name, found in blocks.items():
+                times[cell][name] += found
+        for worker in workers.values():
+            worker.stop()
+        print(f"pair {pair + 1} of {pairs}", flush=True)
     cells: dict[str, Any] = {}
     for cell in CELLS:
-        times: dict[str, list[list[float]]] = {name: [] for name in names}
-        for i in range(-5, rounds):
-            for name in order.sample(list(workers), 2):
-                block = workers[name].block(cell)
-                if i >= 0:
-                    times[name].append(block)
-        medians = {name: np.median(np.array(blocks), axis=1) for name, blocks in times.items()}
-        ratios = medians["here"] / medians["other"]
+        by_pair = [round(float(np.median(r)), 4) for r in ratios[cell]]
         cells[cell] = {
             **{
                 name: {
-                    "p50": round(float(np.median(blocks)), 3),
-                    "p99": round(float(np.percentile(blocks, 99)), 3),
+                    "p50": round(float(np.median(found)), 3),
+                    "p99": round(float(np.percentile(found, 99)), 3),
                 }
-                for name, blocks in times.items()
+                for name, found in times[cell].items()
             },
-            "ratio": round(float(np.median(ratios)), 4),
-            "interval": interval(ratios),
+            "ratio": round(float(np.median(by_pair)), 4),
+            "interval": interval(ratios[cell]),
+            "by_pair": by_pair,
         }
         print(
             f"{cell:>18}: here {cells[cell]['here']['p50']:8.2f} us, other "
             f"{cells[cell]['other']['p50']:8.2f}, ratio {cells[cell]['ratio']:.3f} "
-            f"{cells[cell]['interval']}",
-            flush=True,
+            f"{cells[cell]['interval']} {by_pair}"
         )
-    for worker in workers.values():
-        worker.stop()
-    return {"rounds": rounds, "calls_a_round": calls, "cells": cells}
+    return {"pairs": pairs, "rounds": rounds, "calls_a_round": calls, "cells": cells}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("other", type=Path, help="the other tree, built in place")
     parser.add_argument("--other-commit", default="unknown", help="its commit, for the result")
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=8, help="pairs of processes")
+    parser.add_argument("--rounds", type=int, default=60, help="rounds a pair")
     parser.add_argument("--calls", type=int, default=20, help="calls a round")
     parser.add_argument("--out", help="JSON; default bench/results/against.json")
     args = parser.parse_args()
-    result = compare(args.other.resolve(), args.rounds, args.calls)
+    result = compare(args.other.resolve(), args.pairs, args.rounds, args.calls)
     from common import write_result
 
     write_result("against", {"other_commit": args.other_commit, **result}, args.out)

@@ -197,6 +197,7 @@ __device__ int4 probe_ids[kProbeIds * sizeof(int64_t) / sizeof(int4)];
   X(cuDeviceGetAttribute)              \
   X(cuDevicePrimaryCtxRetain)          \
   X(cuDevicePrimaryCtxRelease)         \
+  X(cuCtxGetCurrent)                   \
   X(cuCtxGetDevice)                    \
   X(cuCtxPushCurrent)                  \
   X(cuCtxPopCurrent)                   \
@@ -207,6 +208,7 @@ __device__ int4 probe_ids[kProbeIds * sizeof(int64_t) / sizeof(int4)];
   X(cuMemHostAlloc)                    \
   X(cuMemHostGetDevicePointer)         \
   X(cuMemFreeHost)                     \
+  X(cuMemGetInfo)                      \
   X(cuMemcpyHtoDAsync)                 \
   X(cuMemcpyDtoHAsync)                 \
   X(cuEventCreate)                     \
@@ -320,8 +322,12 @@ struct Driver {
 class InContext {
  public:
   explicit InContext(const Driver& driver) : driver_(driver) {
-    CUdevice current;
-    if (driver_.cuCtxGetDevice(&current) == CUDA_SUCCESS && current == driver_.device) return;
+    CUcontext current = nullptr;
+    CUdevice device;
+    if (driver_.cuCtxGetCurrent(&current) == CUDA_SUCCESS && current &&
+        (current == driver_.primary ||
+         (driver_.cuCtxGetDevice(&device) == CUDA_SUCCESS && device == driver_.device)))
+      return;
     PYSTAGE_CHECK(driver_, cuCtxPushCurrent, driver_.primary);
     pushed_ = true;
   }
@@ -523,16 +529,15 @@ class CudaDevice final : public Device {
     return id;
   }
   bool usable() noexcept override {
-    // A call that every lost context refuses, and that a living one has no reason to.
-    CUevent event = nullptr;
+    // A call that a lost context refuses, and that a living one has no reason to.
+    size_t free_bytes, all_bytes;
     try {
       const InContext context(driver_);
       const RelaxedCapture relaxed(driver_);
-      driver_.check(driver_.cuEventCreate(&event, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
+      PYSTAGE_CHECK(driver_, cuMemGetInfo, &free_bytes, &all_bytes);
     } catch (const DriverError& error) {
       return !is_gone(error.code);
     }
-    destroy_fence(event);
     return true;
   }
   bool capturing(StreamHandle stream) override {

@@ -60,16 +60,16 @@ at::Tensor empty_ids(c10::Device device, at::ScalarType dtype, size_t count) {
 
 void check_out(const at::Tensor& out, c10::Device device, size_t count) {
   int_type(out.scalar_type());
-  check_memory(out, "out");
-  TORCH_CHECK_VALUE(!out.is_neg(),
-                    "out is a lazily negated view, which would negate the ids that "
-                    "are written to it: pass the tensor that it is a view of");
   TORCH_CHECK_VALUE(out.dim() == 1 && out.size(0) == static_cast<int64_t>(count),
                     "out must have shape [" + std::to_string(count) + "], not " + shape_of(out));
-  TORCH_CHECK_VALUE(out.is_contiguous(), "out must be contiguous");
   TORCH_CHECK_VALUE(out.device() == device, "out is on " + out.device().str() +
                                                 ", the ids are staged for " + device.str() +
                                                 ": use a pool of that device");
+  check_memory(out, "out");
+  TORCH_CHECK_VALUE(out.is_contiguous(), "out must be contiguous");
+  TORCH_CHECK_VALUE(!out.is_neg(),
+                    "out is a lazily negated view, which would negate the ids that "
+                    "are written to it: pass the tensor that it is a view of");
 }
 
 // The tensor as it reads, without a lazy negation.

@@ -333,7 +333,7 @@ class StagedTokens(_C.StagedTokens):
             self._wrong_device(device)
         if dtype is None or dtype is torch.int64 or dtype is torch.int32:
             return self._resolve(None, dtype, not non_blocking)
-        return self._resolve(None, torch.int64, not non_blocking).to(dtype)
+        return _there(self._resolve(None, torch.int64, False).to(dtype), non_blocking)
 
     def cuda(
         self, device: torch.device | int | str | None = None, non_blocking: bool = False
@@ -352,7 +352,7 @@ class StagedTokens(_C.StagedTokens):
             plain = out.dtype in (torch.int32, torch.int64) and out.is_contiguous()
             if plain and out.shape == self.shape:
                 return self._resolve(out, None, not non_blocking)
-            return out.copy_(self._resolve(None, torch.int64, False), non_blocking)
+            return _there(out.copy_(self._resolve(None, torch.int64, False)), non_blocking)
         if out.device.type != "cpu":
             self._wrong_device(out.device)
         return out.copy_(self.cpu())
@@ -518,6 +518,13 @@ def resolve_mixed(
     if not isinstance(staged, StagedTokens):
         raise TypeError(f"resolve_mixed takes StagedTokens, not {type(staged).__name__}")
     return staged._resolve_mixed(relay, indices, out)
+
+
+def _there(ids: Tensor, non_blocking: bool) -> Tensor:
+    """``ids``, once the current stream has made them, unless `non_blocking`."""
+    if ids.is_cuda and not non_blocking:
+        torch.cuda.current_stream(ids.device).synchronize()
+    return ids
 
 
 _OF_STORAGE = frozenset(

@@ -55,28 +55,25 @@ def test_a_blocking_way_waits_for_the_stream(
         staged = pool.stage([run_of(7, 3000)])
     out = torch.zeros(3000, dtype=torch.int64, device="cuda:0")
     torch.cuda.synchronize()
-    order: list[str] = []
-    start = threading.Event()
     stream = torch.cuda.Stream()
+    made: list[Tensor] = []
+
+    def block() -> None:
+        with torch.cuda.stream(stream):
+            made.append(WAYS[way](staged, out, False))
+
     with torch.cuda.stream(stream):
         hold = hold_transfers(pool)
         hold.__enter__()
-        WAYS[way](staged, out, True)
-        order.append("did not wait")
-
-        def release() -> None:
-            start.wait()
-            order.append("released")
-            hold.__exit__(None, None, None)
-
-        thread = threading.Thread(target=release)
-        thread.start()
-        start.set()
-        ids = WAYS[way](staged, out, False)
-        order.append("returned")
-        assert stream.query()
+        WAYS[way](staged, out, True)  # does not wait, or this would take the hold's 60 seconds
+    thread = threading.Thread(target=block)
+    thread.start()
+    thread.join(0.5)  # long enough to come back, if it does not wait
+    assert thread.is_alive() and not made
+    hold.__exit__(None, None, None)
     thread.join()
-    assert order == ["did not wait", "released", "returned"]
+    (ids,) = made
+    assert stream.query()
     assert ids.long().tolist() == list(range(7, 3007))
 
 

@@ -396,6 +396,12 @@ CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
   return CUDA_SUCCESS;
 }
 
+CUresult cuCtxGetCurrent(CUcontext* context) {
+  ENTER("cuCtxGetCurrent", kNothing);
+  *context = current_context();
+  return CUDA_SUCCESS;
+}
+
 CUresult cuCtxGetDevice(CUdevice* device) {
   ENTER("cuCtxGetDevice", kContext);
   *device = current_context()->device;
@@ -488,6 +494,11 @@ static CUresult copy(const char* call, void* to, const void* from, size_t bytes,
 }
 CUresult cuMemcpyHtoDAsync(CUdeviceptr to, const void* from, size_t bytes, CUstream stream) {
   return copy("cuMemcpyHtoDAsync", reinterpret_cast<void*>(to), from, bytes, stream);
+}
+CUresult cuMemGetInfo(size_t* free_bytes, size_t* all_bytes) {
+  ENTER("cuMemGetInfo", kContext | kDevice | kSafe);
+  *free_bytes = *all_bytes = size_t{1} << 30;
+  return CUDA_SUCCESS;
 }
 CUresult cuMemcpyDtoHAsync(void* to, CUdeviceptr from, size_t bytes, CUstream stream) {
   return copy("cuMemcpyDtoHAsync", to, reinterpret_cast<const void*>(from), bytes, stream);
@@ -597,6 +608,7 @@ const std::map<std::string, void*> kEntries{
     ENTRY(cuDeviceGetAttribute),
     ENTRY(cuDevicePrimaryCtxRetain),
     ENTRY(cuDevicePrimaryCtxRelease),
+    ENTRY(cuCtxGetCurrent),
     ENTRY(cuCtxGetDevice),
     ENTRY(cuCtxPushCurrent),
     ENTRY(cuCtxPopCurrent),
@@ -607,6 +619,7 @@ const std::map<std::string, void*> kEntries{
     ENTRY(cuMemHostAlloc),
     ENTRY(cuMemHostGetDevicePointer),
     ENTRY(cuMemFreeHost),
+    ENTRY(cuMemGetInfo),
     ENTRY(cuMemcpyHtoDAsync),
     ENTRY(cuMemcpyDtoHAsync),
     ENTRY(cuEventCreate),
