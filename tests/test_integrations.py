@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import pystage
-from pystage import StagedTokens, StagingPool, TokenRangeError
+from pystage import StagedTokens, StagingPool, TokenRangeError, doctor
 from pystage._C import ids_view
 from pystage.batch import PrefillBatch, forgotten_resolves, prepare_for_extend
 from pystage.integrations import sglang as plugin
@@ -351,10 +351,10 @@ class Small:
         assert all(type(ids) is array for ids in batch.fill_ids)
         return staged
 
-    def run_mixed(self, spec: bool = False) -> None:
-        batch = self.batch()
+    def run_mixed(self, spec: bool = False, device: str = "cpu") -> None:
+        batch = self.batch(device)
         batch.prepare_for_extend()
-        batch.mix_running_indices = torch.tensor([3, 4])
+        batch.mix_running_indices = torch.tensor([3, 4], device=device)
         batch.spec_algorithm = self.schedule_batch.SpecAlgorithm(not spec)
         assert self.resolve(batch) == [*self.IDS, 5003, 5004]
 
@@ -394,13 +394,13 @@ def test_loaded(sglang: Small, caplog: pytest.LogCaptureFixture) -> None:
 @small
 @pytest.mark.parametrize("issue", ["deferred", "eager"])
 def test_batches_go_through_the_pool(
-    sglang: Small, monkeypatch: pytest.MonkeyPatch, issue: str
+    sglang: Small, monkeypatch: pytest.MonkeyPatch, device: str, issue: str
 ) -> None:
     monkeypatch.setenv("PYSTAGE_SGLANG_ISSUE", issue)
-    assert sglang.run() is not None and plugin.pool_stats() == []
+    assert type(sglang.run(sglang.batch(device))) is torch.Tensor and plugin.pool_stats() == []
     sglang.load()
-    assert type(sglang.run()) is StagedTokens
-    sglang.run_mixed()
+    assert type(sglang.run(sglang.batch(device))) is StagedTokens
+    sglang.run_mixed(device=device)
     (stats,) = plugin.pool_stats()
     assert stats.stages == stats.kernel_transfers == 2 and stats.tokens == 2 * len(Small.IDS)
     assert stats.eager_transfers == (2 if issue == "eager" else 0)
@@ -1005,6 +1005,28 @@ def test_main_says_why_it_was_not_loaded(
     assert why == ("SGLANG_PLUGINS is 'another'" if allowed else "SGLang did not load it")
 
 
+@small
+@pytest.mark.parametrize("takes", ["server_args", "args"])
+def test_the_doctor_tells_what_is_left(
+    sglang: Small, monkeypatch: pytest.MonkeyPatch, takes: str
+) -> None:
+    """What SGLang keeps is no fault of this machine."""
+    plugins = "from pystage.integrations.sglang import plugin\n\nPLUGINS = [plugin]"
+    sglang.edit("plugins.__init__", "PLUGINS = []", plugins)
+    sglang.edit("managers.overlap_utils", "torch.cat([", "torch.concat([")
+    sglang.edit("ray.engine", "server_args, rank):", f"{takes}, rank):")
+    (sglang.folder / "ray").mkdir()
+    (sglang.folder / "sglang-9.9.dist-info").mkdir()
+    (sglang.folder / "sglang-9.9.dist-info/METADATA").write_text("Name: sglang\nVersion: 9.9\n")
+    monkeypatch.setenv("PYTHONPATH", f"{sglang.folder}{os.pathsep}{ROOT}")
+    monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
+    check = doctor._sglang()
+    assert check.ok and check.found.startswith("9.9; pystage ")
+    assert "; left to SGLang: mixed (its resolve_forward_inputs is not that of a k" in check.found
+    ray = "; off in the schedulers of --use-ray: ray.engine:_create_scheduler_actor takes no serv"
+    assert (ray in check.found) == (takes == "args")
+
+
 # --- Ray ------------------------------------------------------------------------------------------
 
 
@@ -1040,15 +1062,22 @@ def test_schedulers_of_ray_load_plugins(sglang: Small) -> None:
 
 
 @small
-def test_what_to_do_where_they_cannot(sglang: Small, caplog: pytest.LogCaptureFixture) -> None:
-    sglang.edit("ray.engine", "server_args, rank):", "args, rank):")
-    sglang.edit("ray.engine", "(pg, server_args, rank)", "(pg, args, rank)")
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("server_args, rank):", "args, rank):", "takes no server_args"),
+        ("def _create_scheduler_actor", "def _create_actor", "no ray.engine:_create_scheduler"),
+    ],
+)
+def test_what_to_do_where_they_cannot(
+    sglang: Small, caplog: pytest.LogCaptureFixture, old: str, new: str, why: str
+) -> None:
+    sglang.edit("ray.engine", old, new)
     sglang.load()
     sglang.module("ray.engine")
     for _ in range(2):
         sglang.common.configure_logger(None)
-    assert caplog.text.count("pystage is off in Ray's schedulers: ") == 1
-    assert "ray.engine:_create_scheduler_actor takes no server_args" in caplog.text
+    assert caplog.text.count("pystage is off in Ray's schedulers: ") == 1 and why in caplog.text
     assert "'worker_process_setup_hook': 'sglang.srt.plugins.load_plugins'" in caplog.text
 
 
