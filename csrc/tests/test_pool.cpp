@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <cstdio>
 #include <limits>
 #include <numeric>
 
@@ -1044,6 +1045,7 @@ TEST_CASE("a child of fork can use neither pool nor lease, lets go of both, and 
 // How a child ends that runs `steps`, which returns the first that went wrong, or 0.
 template <typename Steps>
 int in_child(Steps steps) {
+  std::fflush(stdout);  // or the child may print it again
   const pid_t child = fork();
   if (child < 0) return -1;
   if (child == 0) {
