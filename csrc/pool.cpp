@@ -39,28 +39,6 @@ const char* first_other(const char* from, size_t bytes, unsigned char value) {
   return std::find_if(from, from + bytes, [&](char byte) { return byte != expected; });
 }
 
-// Calls `poll` without the lock, once in kPollEvery of a wait.
-class Polling {
- public:
-  Polling(std::unique_lock<sync::Mutex>& lock, const Poll& poll) : lock_(lock), poll_(poll) {}
-  void look() {
-    if (!poll_ || Clock::now() < next_) return;
-    struct Relock {  // also when it throws
-      ~Relock() { lock.lock(); }
-      std::unique_lock<sync::Mutex>& lock;
-    } relock{lock_};
-    lock_.unlock();
-    poll_();
-    next_ = Clock::now() + kPollEvery;
-  }
-
- private:
-  using Clock = sync::Clock;
-  std::unique_lock<sync::Mutex>& lock_;
-  const Poll& poll_;
-  Clock::time_point next_ = Clock::now() + kPollEvery;
-};
-
 std::atomic<uint64_t> g_fork_generation{0};
 
 // The first of the closed pools that slots in flight keep alive. At process exit they are left as
@@ -73,6 +51,34 @@ void after_fork_in_child() {
 }
 
 [[maybe_unused]] const int g_fork_handler = pthread_atfork(nullptr, nullptr, after_fork_in_child);
+
+// Calls `poll` without the lock, once in kPollEvery of a wait.
+class Polling {
+ public:
+  Polling(const Pool& pool, std::unique_lock<sync::Mutex>& lock, const Poll& poll)
+      : pool_(pool), lock_(lock), poll_(poll) {}
+  void look() {
+    if (!poll_ || Clock::now() < next_) return;
+    struct Relock {  // also when it throws
+      ~Relock() {
+        if (generation == fork_generation()) lock.lock();
+      }
+      std::unique_lock<sync::Mutex>& lock;
+      const uint64_t generation = fork_generation();
+    } relock{lock_};
+    lock_.unlock();
+    poll_();
+    pool_.check_process();  // it may have forked
+    next_ = Clock::now() + kPollEvery;
+  }
+
+ private:
+  using Clock = sync::Clock;
+  const Pool& pool_;
+  std::unique_lock<sync::Mutex>& lock_;
+  const Poll& poll_;
+  Clock::time_point next_ = Clock::now() + kPollEvery;
+};
 
 }  // namespace
 
@@ -156,9 +162,9 @@ Pool::Pool(Device& device, const PoolOptions& options)
   if (!options_.capacity_bytes) throw Error("capacity_bytes must be at least one page (4096)");
 }
 
-// Only reached without leases and without slots in flight: both hold the pool.
+// Only reached without leases and without slots in flight: both hold the pool. Never in a child of
+// fork: what it lets go of keeps its reference.
 Pool::~Pool() {
-  if (forked()) return;
   for (const Reader& reader : readers_) device_.destroy_fence(reader.fence);
   for (const Segment& segment : segments_) {
     bool quarantined = false;
@@ -215,11 +221,13 @@ void Pool::close(const Poll& poll) {
     closed_ = true;
     slot_freed_.notify_all();
     struct Finish {  // also when `poll` throws
-      ~Finish() { pool.finish_if_closed(lock); }
+      ~Finish() {
+        if (lock.owns_lock()) pool.finish_if_closed(lock);  // else in a child of fork
+      }
       Pool& pool;
       Lock& lock;
     } finish{*this, lock};
-    Polling polling(lock, poll);
+    Polling polling(*this, lock, poll);
     const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
                                              std::chrono::duration<double>(options_.timeout_s));
     auto pause = std::chrono::microseconds(20);
@@ -303,7 +311,7 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes, const Poll& poll) {
     Clock::time_point start = Clock::now();
     bool waiting = false;
   } wait{wait_seconds_};
-  Polling polling(lock, poll);
+  Polling polling(*this, lock, poll);
   auto pause = std::chrono::microseconds(20);
   for (;;) {
     reap(lock);

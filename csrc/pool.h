@@ -40,7 +40,10 @@
 //    it has to keep is made by the calls that may fail.
 // 6. After fork the child shares neither streams nor worker threads with the parent, and may have
 //    inherited a locked mutex: every entry point checks the fork generation first and touches
-//    nothing.
+//    nothing; so does a wait whose `poll` forked.
+//
+// csrc/tests/test_schedules.cpp runs all this under every interleaving of a few threads and
+// streams, and schedule_mutants.sh breaks it in one place after another to see that it notices.
 //
 // Note [Slots out of segments]
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~
@@ -57,13 +60,13 @@
 // ~~~~~~~~~~~~~~~~~~~~~
 // With PYSTAGE_DEBUG_CANARIES=1 in the environment when a pool is made, 64 bytes in front of each
 // leased range and at least as many behind it, from the first byte that was not asked for, hold
-// 0xCA; free memory holds 0xDB. Neither makes a valid id at any place or width. The guards are
-// checked when the lease ends, free memory when it is handed out or goes back to the device. A byte
-// that differs ends the process, with a message that names the slot and the side: memory is
-// corrupt, so other slots may bring wrong ids already, and the core file shows the state closest to
-// the stray write. Each slot takes 128 bytes more, so the largest request is the capacity less 128
-// bytes, and each byte of a slot is written and read once more. Without the variable one branch per
-// hand-out and return is all.
+// 0xCA; free memory holds 0xDB: negative ids, of either width. The guards are checked when the
+// lease ends, free memory when it is handed out or goes back to the device. A byte that differs
+// ends the process, with a message that names the slot and the side: memory is corrupt, so other
+// slots may bring wrong ids already, and the core file shows the state closest to the stray write.
+// Each slot takes 128 bytes more, so the largest request is the capacity less 128 bytes, and each
+// byte of a slot is written and read once more. Without the variable one branch per hand-out and
+// return is all.
 #pragma once
 
 #include <algorithm>

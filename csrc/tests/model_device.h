@@ -48,8 +48,8 @@ class ModelDevice final : public Device {
   }
   void free(const HostMemory& memory) noexcept override {
     on_call("free");
-    if (has_to_read(memory.host, memory.bytes))
-      note("memory was freed that a stream has yet to read");
+    if (has_to_read(memory.host, memory.bytes))  // which it shall: the memory stays
+      return note("memory was freed that a stream has yet to read");
     const auto it = memory_.find(memory.host);
     if (it == memory_.end()) return note("memory was freed twice");
     live_bytes_ -= it->second.second;

@@ -246,8 +246,8 @@ class Engine {
   }
 
   static std::vector<const void*>& spare_stacks() {
-    static std::vector<const void*> stacks;
-    return stacks;
+    static auto* stacks = new std::vector<const void*>;  // never destroyed, so it holds them
+    return *stacks;
   }
 
   static void start(Fiber& fiber) {

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <csignal>
+#include <cstdio>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -31,6 +32,7 @@ PoolOptions options(size_t pages) {
 std::string aborts_with(const std::function<void(Pool&)>& call) {
   int ends[2];
   REQUIRE(pipe(ends) == 0);
+  std::fflush(stdout);  // or the child may print it again
   const pid_t child = fork();
   REQUIRE(child >= 0);
   if (child == 0) {

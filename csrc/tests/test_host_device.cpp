@@ -1,5 +1,8 @@
 #include <doctest/doctest.h>
 
+#include <cstdint>
+#include <tuple>
+
 #include "errors.h"
 #include "helpers.h"
 #include "host_device.h"
@@ -237,6 +240,45 @@ TEST_CASE("a transfer keeps the owner of its output until it ran") {
   held.release();
   drain(host_stream(1));
   CHECK(alive.expired());
+}
+
+TEST_CASE("a tail is gathered behind the ids, and its first bad index is told") {
+  const Ids ids{7, 8}, wide_relay{10, 11, 12};
+  const std::vector<int32_t> relay{10, 11, 12}, narrow_indices{2, -3};
+  const Ids indices{0, -1, 3, -4, 1};
+  auto run = [&](const void* from, IntType type, const void* at, IntType index_type, size_t count) {
+    auto tail = std::make_shared<RelayTail>();
+    tail->relay = from;
+    tail->relay_type = type;
+    tail->relay_size = 3;
+    tail->indices = at;
+    tail->index_type = index_type;
+    tail->count = count;
+    Ids out(2 + count, 99);
+    Transfer t;
+    t.src = ids.data();
+    t.wire = t.out = IntType::kInt64;
+    t.dst = out.data();
+    t.count = 2;
+    t.tail = tail;
+    host_device().launch(t, host_stream(1));
+    drain(host_stream(1));
+    return std::pair(out, tail->bad);
+  };
+  auto [out, bad] = run(relay.data(), IntType::kInt32, indices.data(), IntType::kInt64, 5);
+  CHECK(out == Ids{7, 8, 10, 12, -1, -1, 11});
+  REQUIRE(bad);
+  CHECK(bad->position == 2);
+  CHECK(bad->value == 3);
+  std::tie(out, bad) =
+      run(wide_relay.data(), IntType::kInt64, narrow_indices.data(), IntType::kInt32, 2);
+  CHECK(out == Ids{7, 8, 12, 10});
+  CHECK_FALSE(bad);
+}
+
+TEST_CASE("memory that cannot be had is a typed error") {
+  std::string why;
+  CHECK_THROWS_AS(host_device().allocate(SIZE_MAX / 4096 * 4096, &why), DeviceError);
 }
 
 TEST_CASE("threads may share a stream") {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <cstdio>
 #include <limits>
 #include <numeric>
 
@@ -1044,6 +1045,7 @@ TEST_CASE("a child of fork can use neither pool nor lease, lets go of both, and 
 // How a child ends that runs `steps`, which returns the first that went wrong, or 0.
 template <typename Steps>
 int in_child(Steps steps) {
+  std::fflush(stdout);  // or the child may print it again
   const pid_t child = fork();
   if (child < 0) return -1;
   if (child == 0) {
@@ -1148,6 +1150,48 @@ TEST_CASE("a child of fork can launch from no lease of its parent's, and its own
   lease = nullptr;
   device.finish();
   pool->close();
+  CHECK(device.live_bytes() == 0);
+}
+
+TEST_CASE("a wait whose caller forks ends in the child, and goes on in the parent") {
+  ModelDevice device(1);
+  PoolOptions waits = whole(4096, AtCapacity::kWait, 30);
+  auto pool = Pool::create(device, waits);
+  LeasePtr lease = pool->acquire(4096);
+  pid_t child = -1;
+  auto fork_once = [&] {
+    if (child == -1) child = fork();
+    if (child == 0) return;
+    lease = nullptr;
+  };
+  LeasePtr got;
+  bool ended = false;
+  try {
+    got = pool->acquire(1, fork_once);
+  } catch (const ForkedProcessError&) {
+    ended = true;
+  }
+  if (child == 0) exit_child(ended ? 0 : 1);
+  int status = 0;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  CHECK(status == 0);
+  CHECK(got);
+  CHECK_FALSE(ended);
+  launch_on(device, *got, 0);
+  got = nullptr;
+  child = -1;
+  try {
+    pool->close([&] {
+      if (child == -1) child = fork();
+      device.finish();
+    });
+  } catch (const ForkedProcessError&) {
+    ended = true;
+  }
+  if (child == 0) exit_child(ended && device.live_bytes() == 4096 ? 0 : 1);
+  REQUIRE(waitpid(child, &status, 0) == child);
+  CHECK(status == 0);
+  CHECK_FALSE(ended);
   CHECK(device.live_bytes() == 0);
 }
 
