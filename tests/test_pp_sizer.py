@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -327,5 +329,35 @@ def test_the_plot_shows_samples_residuals_and_the_plan(tmp_path: Path) -> None:
     model = LatencyModel(LAW.form, LAW.report, samples)
     figure = plot_profile(sizer_of(model), 65_536, tmp_path / "profile.png")
     assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
-    titles = [axis.get_title() for axis in figure.axes]
-    assert {"samples and fit", "residuals", "chunk plan", "predicted time"} <= set(titles)
+    axes = {axis.get_title(): axis for axis in figure.axes}
+    assert {"samples and fit", "residuals", "chunk plan", "predicted time"} <= set(axes)
+    assert axes["residuals"].get_legend_handles_labels()[1] == ["used"]
+    chunk_plan = axes["chunk plan"].get_legend_handles_labels()[1]
+    assert chunk_plan == ["equal time", "static 8,192"]
+
+
+def test_the_plot_tells_rejected_samples_from_used_ones() -> None:
+    pytest.importorskip("matplotlib")
+    from pystage.pp import Sample
+    from pystage.pp.plot import plot_profile
+
+    samples = [Sample(h, c, LAW.predict(h, c)) for h in (0, 50_000) for c in (512, 4096)]
+    samples[1] = Sample(0, 4096, 2 * LAW.predict(0, 4096))
+    report = dataclasses.replace(LAW.report, rejected=((samples[1], "2.00 x the fit"),))
+    figure = plot_profile(sizer_of(LatencyModel(LAW.form, report, samples)), 4096)
+    (residuals,) = (axis for axis in figure.axes if axis.get_title() == "residuals")
+    used, rejected = residuals.collections
+    assert (used.get_label(), rejected.get_label()) == ("used", "rejected")
+    assert np.asarray(rejected.get_offsets()) == pytest.approx(np.array([[4096, 100.0]]))
+    assert len(used.get_offsets()) == 3
+    # No static chunk is as short as this prompt: the plan is drawn alone.
+    (plan,) = (axis for axis in figure.axes if axis.get_title() == "chunk plan")
+    assert plan.get_legend_handles_labels()[1] == ["equal time"]
+
+
+def test_without_matplotlib_the_plot_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pystage.pp.plot import plot_profile
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pystage-h2d\[plot\]"):
+        plot_profile(sizer_of(), 4096)
