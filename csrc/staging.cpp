@@ -93,8 +93,10 @@ StreamHandle current_stream_of(c10::Device device) {
 void record_on_current_stream(const at::Tensor& tensor) {
   const c10::Device device = tensor.device();
   if (!device.is_cuda()) return;
+  // GCOV_EXCL_START: streams of CUDA
   const c10::impl::VirtualGuardImpl impl(device.type());
   impl.recordDataPtrOnStream(tensor.storage().data_ptr(), impl.getStream(device));
+  // GCOV_EXCL_STOP
 }
 
 // What is read on the current stream of `device` to gather relay[indices].

@@ -5,13 +5,24 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from pystage.pp import Profile, ProfileError, Sample, SamplePlan, Timing, profile_prefill
-from pystage.pp.profile import Point, Timer, cuda_timer, host_timer, random_token_ids
+from pystage.pp import (
+    FitReport,
+    LatencyModel,
+    Profile,
+    ProfileError,
+    Sample,
+    SamplePlan,
+    Timing,
+    profile_prefill,
+)
+from pystage.pp.model import Form
+from pystage.pp.profile import Point, Timer, _Run, cuda_timer, host_timer, random_token_ids
 
 
 def law(history: int, chunk: int) -> float:
@@ -132,6 +143,63 @@ def test_it_stops_no_earlier_than_with_the_least_number_of_samples(
     plan = plan_for(min_samples=least, on_policy=0, repeats=0)
     profile = profile_prefill(device.step, plan, timer=device.timer)
     assert [(s.history_len, s.chunk_len) for s in profile][2:] == list(plan.points[:planned])
+
+
+def run_with(samples: int, **report: Any) -> _Run:
+    """A profile under way, whose fit so far is known: median error 1 %, p95 4 %, waves of 1,056."""
+    form = Form("waves", (4.0, 0, 0, 0, 0.0105, 1.2e-7, 2.6e-7), floor_ms=7.0, tile=128, wave=1056)
+    plan = plan_for(min_samples=20, target_error=0.01)
+    run = _Run(lambda history, chunk: None, plan, host_timer, lambda: None)
+    run.samples = [Sample(h, c, law(h, c)) for h, c in plan.points[:samples]]
+    found = {
+        "holdout_median": 0.01,
+        "holdout_p95": 0.04,
+        "rejected": (),
+        "samples_used": samples,
+        "scores": {},
+        "usable": True,
+        "reason": "",
+    }
+    fit_report = FitReport("waves", {}, 7.0, 128, 1056, **(found | report))
+    run.fitted = LatencyModel(form, fit_report, run.samples)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("samples", "report", "settled"),
+    [
+        (20, {}, True),
+        (19, {}, False),
+        (20, {"holdout_median": 0.0101}, False),
+        (20, {"holdout_p95": 0.0401}, False),
+        (20, {"rejected": ((Sample(0, 64, 9.0), "slow"),)}, True),  # one in twenty
+        (20, {"rejected": ((Sample(0, 64, 9.0), "slow"),) * 2}, False),
+    ],
+)
+def test_it_is_settled_when_all_limits_are_met(
+    samples: int, report: dict[str, Any], settled: bool
+) -> None:
+    assert run_with(samples, **report).settled() == ("hold-out error 1.0%" if settled else "")
+
+
+def test_it_fits_again_when_there_are_more_samples_and_not_before() -> None:
+    pytest.importorskip("scipy")
+    run = run_with(20)
+    known = run.fit()
+    assert run.fit() is known
+    run.samples.append(Sample(64, 512, law(64, 512)))
+    assert run.fit() is not known and len(run.fit().samples) == 21
+
+
+def test_it_measures_both_sides_of_three_edges_of_the_waves() -> None:
+    run = run_with(20)
+    *_, a, b, c, d, e, f = run.on_policy_points()
+    assert [chunk for _, chunk in (a, b, c, d, e, f)] == [1024, 1088, 2112, 2176, 3136, 3200]
+    assert {history for history, _ in (a, b, c, d, e, f)} == {65_280}  # half of the deepest
+
+
+def test_no_size_is_asked_of_a_fit_that_is_not_usable() -> None:
+    assert list(run_with(20, usable=False).on_policy_points()) == []
 
 
 def test_it_measures_where_a_sizer_would_go() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +158,38 @@ def test_pageable_memory_is_right_counted_and_told() -> None:
         """,
         PYSTAGE_DISABLE_PINNED="1",
     )
+
+
+def test_an_extension_that_does_not_load_is_told_with_what_to_do() -> None:
+    run(
+        """
+        import sys
+        sys.modules["pystage._C"] = None
+        try:
+            import pystage
+        except ImportError as error:
+            assert "pystage's extension does not load (" in str(error), error
+            assert "rebuild with: pip install --no-build-isolation ." in str(error), error
+            assert error.__cause__ is not None
+        else:
+            raise AssertionError("it loaded")
+        """
+    )
+
+
+@pytest.mark.parametrize(("status", "expected"), [(0, "12.9"), (999, None)])
+def test_the_driver_is_asked_for_its_version(
+    monkeypatch: pytest.MonkeyPatch, status: int, expected: str | None
+) -> None:
+    class Driver:
+        def cuDriverGetVersion(self, version: Any) -> int:
+            version._obj.value = 12090
+            return status
+
+    asked: list[str] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: asked.append(name) or Driver())
+    assert pystage.build_info().cuda_driver == expected
+    assert asked == ["libcuda.so.1"]
 
 
 def test_build_info_tells_the_build() -> None:
