@@ -78,8 +78,8 @@ build/fuzz/.built: $(SOURCES) $(wildcard pystage/*.py) $(STAMP)
 
 fuzz: build/fuzz/.built  ## requests, views and ops against hostile input, for FUZZ_SECONDS=60
 	$(FUZZ_RUN) $(PY) tests/fuzz.py build/fuzz/corpus -max_total_time=$(FUZZ_SECONDS) \
-	  -seed=$(FUZZ_SEED) -artifact_prefix=build/fuzz/ -timeout=60 -rss_limit_mb=4096 \
-	  -print_final_stats=1 -verbosity=1
+	  -seed=$(FUZZ_SEED) -max_len=200 -len_control=10 -artifact_prefix=build/fuzz/ -timeout=60 \
+	  -rss_limit_mb=4096 -print_final_stats=1
 
 fuzz-coverage:  ## lines and branches of the C++ files that build/fuzz/corpus comes by (gcovr)
 	CFLAGS='--coverage -fprofile-update=atomic' LDFLAGS=--coverage DEBUG=1 PYSTAGE_CUDA=0 \

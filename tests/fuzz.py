@@ -12,6 +12,7 @@ from __future__ import annotations
 import array as arrays
 import ctypes
 import gc
+import logging
 import sys
 import warnings
 from collections import Counter
@@ -27,6 +28,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 import pystage
 from pystage import _C
 
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs refusals
 array = arrays.array
 CORPUS = Path(__file__).with_name("fuzz_corpus.txt")
 REFUSALS = (TypeError, ValueError, OverflowError, BufferError, pystage.PystageError)
@@ -267,6 +269,11 @@ def ends(source: Source, made: list[Made], victims: list[Any]) -> tuple[Any, lis
     return values, None
 
 
+def references(made: list[Made]) -> list[int]:
+    """To each request; ints are shared by all who use them."""
+    return [0 if isinstance(request, int) else sys.getrefcount(request) for request, _ in made]
+
+
 def first_bad(parts: list[tuple[int, list[int]]], vocab: int) -> tuple[int, int, int] | None:
     for request, (start, ids) in enumerate(parts):
         for position, value in enumerate(ids, start):
@@ -290,7 +297,7 @@ def stage(source: Source, pool: pystage.StagingPool, reached: Counter[str]) -> N
     if source.bit():
         stops, last = ends(source, made, victims)
     vocab = source.pick([None, None, 1000, 128_256, 2**31, 2**40, 1, 2**63 - 1, 0, -1, 2**64, "x"])
-    counts = [sys.getrefcount(request) for request, _ in made]
+    counts = references(made)
     batch = source.pick([list, tuple, iter])(requests) if source.bit() else requests
     staged = bad = None
     try:
@@ -316,7 +323,7 @@ def stage(source: Source, pool: pystage.StagingPool, reached: Counter[str]) -> N
         tokens(source, staged, reached)
     del staged, batch
     gc.collect(0)
-    if sure and [sys.getrefcount(request) for request, _ in made] != counts:
+    if sure and references(made) != counts:
         raise Finding(f"{kinds}: a reference is lost or kept")
 
 
@@ -671,6 +678,7 @@ _pools: list[pystage.StagingPool] = []
 
 def pools() -> list[pystage.StagingPool]:
     if not _pools:
+        pystage.ops.transfer(fake(1))  # the first one imports half of torch
         _pools.extend(
             [
                 pystage.StagingPool("cpu", 8 << 20),
