@@ -274,27 +274,24 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if args.resume and out.exists():
         before = json.loads(out.read_text())
         rows, runs = before["rows"], before["runs"]
-    done = sum(row["seconds"] for row in rows)
-    left = args.minutes * 60 - done
+    left = round(args.minutes * 60 / args.every) - len(rows)
     if args.at_most is not None:
-        left = min(left, args.at_most * 60)
-    if left < args.every / 2:
-        print(f"{done / 60:.1f} of {args.minutes:g} minutes are there")
+        left = min(left, round(args.at_most * 60 / args.every))
+    if left < 1:
+        print(f"all {len(rows)} rows are there")
         return json.loads(out.read_text()) if rows else {}
     source = provenance()
     runs.append({key: source[key] for key in ("date", "command", "commit", "device", "driver")})
     size = (args.traffic or (256 if device.cuda else 4)) * MIB
-    wrong_before = 0
+    wrong_before, done = 0, sum(row["seconds"] for row in rows)
     with pools_of(device) as pools, Traffic(device, size) as traffic:
         replay = Replay(device, pools, Work(device, seed=len(runs)))
         for _ in range(200):
             replay.once()
         replay.forget()
-        end = time.monotonic() + left
-        while time.monotonic() < end - args.every / 2:
+        for _ in range(left):
             begin, copies = time.monotonic(), traffic.copies
-            until = min(begin + args.every, end)
-            while time.monotonic() < until:
+            while time.monotonic() < begin + args.every:
                 replay.once()
             wrong, seconds = replay.wrong(), time.monotonic() - begin
             row = {
