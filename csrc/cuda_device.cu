@@ -5,6 +5,7 @@
 // queues there behind whatever KV-cache traffic was issued before it, on any stream, and handing
 // the stream over to the engine and back costs about 8 us. A kernel that loads from mapped memory
 // does neither, and can widen int32 to int64 on the way, which halves the bytes on the bus.
+//
 // Note [Which context]
 // ~~~~~~~~~~~~~~~~~~~~
 // The pool calls from whatever thread stages, resolves, asks for figures or drops the last tokens.
@@ -439,6 +440,15 @@ class CudaDevice final : public Device {
     settle([&] { return driver_.cuMemFreeHost(memory.host); }, "cuMemFreeHost");
   }
 
+  bool kernels_read_pinned() override {
+    if (!can_map_ || !why_not_pinned().empty()) return false;
+    if (probed_) return true;
+    std::string why;
+    const HostMemory memory = allocate(kProbeIds * sizeof(int64_t), &why);  // probes it
+    free(memory);
+    return memory.device != nullptr;
+  }
+
   void launch(const Transfer& t, StreamHandle stream) override {
     if (!t.count && !t.tail) return;
     auto* s = static_cast<CUstream>(stream);
@@ -662,9 +672,9 @@ class CudaDevice final : public Device {
   Kernels mixed_[2];         // by int64 wire
   void* probe_out_ = nullptr;
 
-  std::mutex pin_mutex_;  // guards what follows
+  std::mutex pin_mutex_;  // guards why_pageable_, and one probe at a time
   std::string why_pageable_;
-  bool probed_ = false;
+  std::atomic<bool> probed_{false};
 };
 
 }  // namespace

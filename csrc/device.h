@@ -86,6 +86,9 @@ class Device {
   // *why_pageable. The host device's memory is never pinned and needs no reason.
   virtual HostMemory allocate(size_t bytes, std::string* why_pageable) = 0;
   virtual void free(const HostMemory& memory) noexcept = 0;
+  // False where a kernel cannot read pinned memory, or may read stale bytes of it, whoever pinned
+  // it: the copy engine takes it then.
+  virtual bool kernels_read_pinned() { return true; }
 
   virtual void launch(const Transfer& transfer, StreamHandle stream) = 0;
 

@@ -144,8 +144,7 @@ Resolved launch_unleased(Device& backend, StreamHandle stream, Transfer t, const
     backend.launch(t, stream);
     return resolved;
   }
-  resolved.fence_owner = std::shared_ptr<void>(
-      backend.create_fence(), [&backend](FenceHandle fence) { backend.destroy_fence(fence); });
+  resolved.fence_owner = make_fence(backend);
   resolved.fence = resolved.fence_owner.get();
   t.dst_owner = owner_of(out);
   backend.launch(t, stream);
@@ -169,6 +168,10 @@ void check_memory(const at::Tensor& tensor, const std::string& name) {
   TORCH_CHECK_TYPE(has_memory, name +
                                    " has no memory of its own (a FakeTensor, a sparse tensor, or "
                                    "a subclass that wraps other tensors): pass a plain tensor");
+}
+
+std::shared_ptr<void> make_fence(Device& device) {
+  return {device.create_fence(), [&device](FenceHandle fence) { device.destroy_fence(fence); }};
 }
 
 std::atomic<int> mem_pool_regions{0};
@@ -197,6 +200,7 @@ at::Tensor OutputMemory::allocate(at::ScalarType dtype, size_t count, StreamHand
   if (!device_.is_cuda() || !count || count > kLargestCut / item ||
       mem_pool_regions.load(std::memory_order_relaxed) > 0)
     return empty_ids(device_, dtype, count);
+  // GCOV_EXCL_START: outputs on CUDA alone are cut
   const size_t bytes = (count * item + kOutputAlignment - 1) / kOutputAlignment * kOutputAlignment;
   // The first part of `block` that was not handed out yet.
   auto cut = [&](Block& block) {
@@ -232,6 +236,7 @@ at::Tensor OutputMemory::allocate(at::ScalarType dtype, size_t count, StreamHand
   else
     std::swap(blocks_[turn_++ % kOutputStreams], fresh);
   return ids;
+  // GCOV_EXCL_STOP
 }
 
 void OutputMemory::clear() {
@@ -351,6 +356,7 @@ FenceHandle StagedTokens::transfer_to(const at::Tensor& out, StreamHandle stream
     t.dst_owner = owner_of(out);
     return lease_->launch_transfer(t, stream);
   }
+  // GCOV_EXCL_START: transfers to CUDA
   if (t.kind == TransferKind::kKernel || t.wire == t.out) {
     t.dst = out.mutable_data_ptr();
     return lease_->launch_transfer(t, stream);
@@ -363,6 +369,7 @@ FenceHandle StagedTokens::transfer_to(const at::Tensor& out, StreamHandle stream
   out.copy_(raw);
   pool_->backend_->record(fence, stream);  // whoever waits for the fence waits for `out`
   return fence;
+  // GCOV_EXCL_STOP
 }
 
 void StagedTokens::start_eager() {
@@ -380,10 +387,11 @@ void StagedTokens::start_eager() {
 
 StreamHandle StagedTokens::resolving_stream() const {
   const StreamHandle stream = pool_->current_stream();
-  if (pool_->backend_->capturing(stream))
+  if (pool_->backend_->capturing(stream))  // GCOV_EXCL_START: the host captures nothing
     throw CaptureError(
         "resolve() on a stream that captures a CUDA graph: every replay would read a slot that is "
         "long reused; resolve before the capture, with out= into the graph's static input");
+  // GCOV_EXCL_STOP
   return stream;
 }
 
@@ -494,6 +502,7 @@ at::Tensor fallback_memory(c10::Device device, size_t count) {
   const auto options = at::TensorOptions().dtype(at::kLong).device(at::kCPU);
   const std::array<int64_t, 1> size{static_cast<int64_t>(count)};
   if (!device.is_cuda()) return at::empty(size, options);
+  // GCOV_EXCL_START: torch pins memory with CUDA alone
   try {
     return at::empty(size, options.pinned_memory(true));
   } catch (const c10::Error&) {
@@ -501,6 +510,7 @@ at::Tensor fallback_memory(c10::Device device, size_t count) {
     // wrong.
     return at::empty(size, options);
   }
+  // GCOV_EXCL_STOP
 }
 
 // --- the op ------------------------------------------------------------------------------------
@@ -518,6 +528,7 @@ void transfer_tensor(const at::Tensor& wire, const at::Tensor& out) {
             static_cast<size_t>(src.numel()));
     return;
   }
+  // GCOV_EXCL_START: the op to CUDA
   TORCH_CHECK_VALUE(wire.is_cpu() || wire.device() == device,
                     "wire is on " + wire.device().str() + ", out on " + device.str());
   Device& backend = backend_of(device);
@@ -535,13 +546,14 @@ void transfer_tensor(const at::Tensor& wire, const at::Tensor& out) {
     // stream is past this point. Anything else takes torch's own way.
     const c10::DataPtr& data = src.storage().data_ptr();
     at::HostAllocator* allocator = at::getHostAllocator(device.type());
-    const bool pinned = src.is_pinned();
+    const bool pinned = src.is_pinned() && backend.kernels_read_pinned();
     if (pinned) backend.launch(t, stream.native_handle());
     if (!pinned || !allocator->record_event(data.get(), data.get_context(), stream))
       out.copy_(src, /*non_blocking=*/false);
     return;
   }
   backend.launch(t, stream.native_handle());
+  // GCOV_EXCL_STOP
 }
 
 }  // namespace pystage

@@ -436,15 +436,15 @@ class StagedTokens(_C.StagedTokens):
     ) -> Any:
         """Routes to a device go through the pool; any other function reads copies."""
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        in_place = (name.endswith("_") and not name.endswith("__")) or name in _MUTATING_DUNDERS
-        if in_place and args and isinstance(args[0], StagedTokens):
-            _read_only(name)
-        if isinstance(kwargs.get("out"), StagedTokens):
-            _read_only(f"{name}(out=)")
         if func is Tensor.copy_:
             source, non_blocking = _copy_arguments(*args, **kwargs)
             return source._copy_into(args[0], non_blocking)
+        name = getattr(func, "__name__", "").partition(".")[0]  # less an overload: add_.Tensor
+        written = [kwargs.get("out")]
+        if _is_in_place(name) or kwargs.get("inplace"):
+            written += args[:1] or [kwargs.get("self"), kwargs.get("input")]
+        if any(isinstance(leaf, StagedTokens) for leaf in pytree.tree_leaves(written)):
+            _read_only(name)  # the copies below would be written, and nobody would be told
         ops = torch.ops.pystage
         if func in (ops.transfer, ops.transfer.default):
             return _op_transfer(*args, **kwargs)
@@ -525,6 +525,10 @@ _OF_STORAGE = frozenset(
 )
 _IN_PLACE = "add sub mul floordiv truediv mod pow and or xor lshift rshift"
 _MUTATING_DUNDERS = frozenset(["__setitem__", *(f"__i{name}__" for name in _IN_PLACE.split())])
+
+
+def _is_in_place(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__")) or name in _MUTATING_DUNDERS
 
 
 def _read_only(name: str) -> NoReturn:

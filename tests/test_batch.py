@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import pystage
+from pystage import _C
 from pystage.batch import (
     PrefillBatch,
     ensure_resolved,
@@ -188,6 +191,14 @@ def test_running_requests_join_a_resolved_prefill(pool: pystage.StagingPool, dev
     assert resolved_ids(batch, tensor([7], device)) == [1, 2, 7]
     with pytest.raises(pystage.UnresolvedInputsError, match="prepare_for_extend"):
         mix_with_running(PrefillBatch(device), tensor([0], device))
+    batch = staged(pool, [1])
+    mix_with_running(batch, tensor([0], device))
+    before = fields(batch)
+    with pytest.raises(ValueError, match="running requests already"):
+        mix_with_running(batch, tensor([0], device))
+    assert all(vars(batch)[name] is value for name, value in before.items())
+    # Its slot waits for the relay: whoever takes the ids for resolved would read none.
+    assert batch.input_ids is None and batch.prefill_input_ids_cpu is not None
 
 
 def test_decode(device: str) -> None:
@@ -216,6 +227,35 @@ def test_an_encoder_decoder_stages_twice(device: str) -> None:
         assert pool.stats().leased_slots == 1
         assert resolved_ids(batch) == list(range(100, 1000))
         assert pool.stats().leased_slots == 0
+
+
+def test_preparing_again_forgets_resolved_ids(pool: pystage.StagingPool) -> None:
+    """Ids of the forward before would otherwise be taken for the new ones."""
+    batch = staged(pool, [1, 2])
+    resolve_forward_inputs(batch)
+    prepare_for_extend(batch, [[3, 4, 5]], pool=pool)
+    assert batch.input_ids is None and batch.extend_lens == [3]
+    assert resolved_ids(batch) == [3, 4, 5]
+
+
+def test_an_interrupted_restage_keeps_the_ids(pool: pystage.StagingPool) -> None:
+    class Interrupt:
+        def __index__(self) -> int:
+            raise KeyboardInterrupt
+
+    batch = staged(pool, [1, 2])
+    with pytest.raises(KeyboardInterrupt):
+        prepare_for_extend(batch, [[Interrupt()]], pool=pool)
+    assert isinstance(batch.prefill_input_ids_cpu, pystage.StagedTokens)
+    assert resolved_ids(batch) == [1, 2]
+
+
+def test_ends_of_requests(pool: pystage.StagingPool) -> None:
+    batch = staged(pool, run_of(0, 9), run_of(10, 9), starts=[2, 0], stops=[5, 9])
+    assert batch.extend_lens == [3, 9]
+    assert resolved_ids(batch) == [2, 3, 4, *range(10, 19)]
+    with pytest.raises(pystage.TokenRangeError):
+        staged(pool, [5], vocab_size=5)
 
 
 def test_a_failed_restage_keeps_the_ids(device: str) -> None:
@@ -318,6 +358,20 @@ def test_a_bad_index_is_named() -> None:
         tokens = pool.stage([[1]])
         with pytest.raises(IndexError, match=r"indices\[1\] is -3, outside a relay of 2 ids"):
             pystage.resolve_mixed(tokens, torch.arange(2), torch.tensor([-2, -3, 9]))
+        for relay_dtype, index_dtype in itertools.product([torch.int64, torch.int32], repeat=2):
+            relay = torch.arange(5, 8, dtype=relay_dtype)
+            good = torch.tensor([-3, 2, 0, -1], dtype=index_dtype)
+            assert pystage.resolve_mixed(tokens, relay, good).tolist() == [1, 5, 7, 5, 7]
+            for bad in (3, -4):
+                with pytest.raises(
+                    IndexError, match=rf"indices\[1\] is {bad}, outside a relay of 3"
+                ):
+                    indices = torch.tensor([0, bad, 1, 9], dtype=index_dtype)
+                    pystage.resolve_mixed(tokens, relay, indices)
+        with hold_transfers(pool):  # nobody waits, so nobody can be told
+            ids = pystage.resolve_mixed(tokens, torch.arange(5, 8), torch.tensor([3, 1, -4]))
+        synchronize(pool)
+        assert ids.tolist() == [1, -1, 6, -1]
         decode = PrefillBatch("cpu", mix_running_indices=torch.tensor([2]))
         with pytest.raises(IndexError, match=r"indices\[0\] is 2"):
             resolve_forward_inputs(decode, torch.arange(2))
@@ -348,10 +402,19 @@ def test_wrong_arguments_of_resolve_mixed(pool: pystage.StagingPool, device: str
     tokens = pool.stage([[1, 2]])
     for out in (
         torch.empty(2, dtype=torch.int64, device=device),
+        torch.empty(4, dtype=torch.int64, device=device),
         torch.empty(6, dtype=torch.int64, device=device)[::2],
+        torch.empty(3, 1, dtype=torch.int64, device=device),
+        torch.empty(3, dtype=torch.int64, device="meta"),
     ):
-        with pytest.raises(ValueError, match="out must"):
+        with pytest.raises(ValueError, match=r"out (must|is)"):
             pystage.resolve_mixed(tokens, relay, indices, out)
+    for bad in (indices[None], indices.to("meta")):
+        with pytest.raises(ValueError, match="indices"):
+            pystage.resolve_mixed(tokens, relay, bad)
+    for size in (0, 2):
+        with pytest.raises(ValueError, match="out must have shape"):
+            _C.gather(relay, indices, torch.empty(size, dtype=torch.int64, device=device))
     with pytest.raises(TypeError, match="out must be int64"):
         pystage.resolve_mixed(
             tokens, relay, indices, torch.empty(3, dtype=torch.int32, device=device)
@@ -625,6 +688,85 @@ def test_filter_and_slices(pool: pystage.StagingPool, device: str) -> None:
     assert len(batch) == 4 and len(middle) == 2
     assert resolved_ids(middle) == [3]
     assert resolved_ids(batch) == [1, 2, 3, 4, 5, 6]
+
+
+def test_filter_over_the_seams_of_a_merge(pool: pystage.StagingPool) -> None:
+    """Requests kept from both sides of a seam are one range, in two slots."""
+    requests = [[1, 2], [3, 4], [5, 6, 7], [8], [9]]
+    for seam, end in itertools.combinations(range(1, 5), 2):
+        for first, last in itertools.combinations(range(6), 2):
+            batch = staged(pool, *requests[:seam])
+            merge(batch, staged(pool, *requests[seam:end]))
+            merge(batch, staged(pool, *requests[end:]))
+            part = batch[first:last]
+            assert part.extend_lens == [len(ids) for ids in requests[first:last]]
+            assert resolved_ids(part) == [i for ids in requests[first:last] for i in ids]
+
+
+@given(data=st.data())
+def test_merge_and_filter_agree_with_lists(data: st.DataObject) -> None:
+    relay = torch.arange(1000, 1010)
+    with pystage.StagingPool("cpu", 1 << 16) as pool:
+        batch, expected = staged(pool), list[list[int]]()
+        for _ in range(data.draw(st.integers(1, 4))):
+            some = st.lists(st.lists(st.integers(0, 99), max_size=4), max_size=4)
+            requests = data.draw(some)
+            other = staged(pool, *requests)
+            if data.draw(st.booleans()):
+                resolve_forward_inputs(other)
+            merge(batch, other)
+            expected += requests
+        running = data.draw(st.lists(st.integers(0, 9), max_size=4))
+        if running:
+            mix_with_running(batch, torch.tensor(running))
+        prefill = list(range(len(expected)))
+        expected += [[1000 + i] for i in running]
+        kept = st.lists(st.sampled_from(prefill), max_size=6) if prefill else st.just([])
+        keep = [*data.draw(kept), *range(len(prefill) + len(running) // 2, len(expected))]
+        filter(batch, keep)
+        assert batch.extend_lens == [len(expected[i]) for i in keep]
+        assert resolved_ids(batch, relay) == [i for k in keep for i in expected[k]]
+        assert not any(len(part) == 0 for part in _parts_of(batch))
+
+
+def _parts_of(batch: PrefillBatch) -> tuple[Any, ...]:
+    ids = batch.prefill_input_ids_cpu
+    return ids if isinstance(ids, tuple) else ()
+
+
+def test_rows_follow_their_requests(pool: pystage.StagingPool, device: str) -> None:
+    batch, other = staged(pool, [1, 2]), staged(pool, [3])
+    batch.req_pool_indices, other.req_pool_indices = tensor([7], device), tensor([9], device)
+    merge(batch, other)
+    assert batch.req_pool_indices.tolist() == [7, 9]
+    merge(batch, staged(pool, [4]))  # whose rows nobody knows
+    assert batch.req_pool_indices is None and batch.extend_lens == [2, 1, 1]
+
+
+def test_a_filter_that_keeps_all_changes_nothing(pool: pystage.StagingPool) -> None:
+    batch = staged(pool, [1, 2], [3])
+    before = fields(batch)
+    filter(batch, [0, 1])
+    assert all(vars(batch)[name] is value for name, value in before.items())
+    filter(batch, [1])
+    assert len(batch.prefill_input_ids_cpu) == 1  # the others' ids are not transferred
+    assert isinstance(batch.prefill_input_ids_cpu, pystage.StagedTokens)
+
+
+def test_what_stays_together_stays_in_one_piece(pool: pystage.StagingPool) -> None:
+    batch = staged(pool, [1, 2], [3], [4], [5])
+    filter(batch, [0, 1, 3])
+    assert [part.tolist() for part in batch.prefill_input_ids_cpu] == [[1, 2, 3], [5]]
+    filter(batch, [1, 2])
+    assert [part.tolist() for part in batch.prefill_input_ids_cpu] == [[3], [5]]
+
+
+def test_a_resolved_batch_stays_resolved_when_filtered(pool: pystage.StagingPool) -> None:
+    batch = staged(pool, [1, 2], [3])
+    resolve_forward_inputs(batch)
+    filter(batch, [1])
+    assert batch.input_ids is not None and batch.input_ids.tolist() == [3]
+    assert batch.prefill_input_ids_cpu is None
 
 
 def test_a_slot_stays_while_a_filtered_batch_needs_it(device: str) -> None:

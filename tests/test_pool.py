@@ -61,6 +61,23 @@ def test_capacity_is_never_exceeded(sizes: list[int]) -> None:
             assert stats.in_use_bytes <= stats.reserved_bytes <= capacity // PAGE * PAGE
 
 
+def test_a_failed_stage_takes_nothing_and_says_so(device: str) -> None:
+    with pystage.StagingPool(device, 1 << 16, at_capacity="raise") as pool:
+        held = pool.stage([run_of(0, 1 << 14)])
+        for _ in range(2):
+            with pytest.raises(pystage.PoolExhaustedError) as caught:
+                pool.stage([[1]])
+        assert caught.value.stats is not None and caught.value.stats.exhausted == 2
+        del held
+        assert len(pool.stage([run_of(0, 1 << 14)])) == 1 << 14
+
+
+def test_a_pool_is_closed_behind_its_block() -> None:
+    with pystage.StagingPool("cpu", 1 << 16) as pool:
+        pass
+    assert pool.closed and pool.stats().reserved_bytes == 0
+
+
 def test_no_allocation_after_warm_up(pool: pystage.StagingPool) -> None:
     before = pool.stats().allocations
     for i in range(2000):
@@ -77,6 +94,30 @@ def test_grows_to_the_cap_and_no_further(device: str) -> None:
         with pytest.raises(pystage.PoolExhaustedError):
             pool.stage([[1]])
         assert [int(s[5]) for s in held] == [5, 5, 5]
+
+
+def test_transfers_are_counted_by_kind(device: str) -> None:
+    for kind in ("kernel", "copy_engine"):
+        with pystage.StagingPool(device, 1 << 20, transfer=kind) as pool:  # type: ignore[arg-type]
+            wide = pool.stage([[2**40, 1]])
+            assert pystage.resolve(wide).tolist() == [2**40, 1]
+            stats = pool.stats()
+            assert getattr(stats, f"{kind}_transfers") == 1 and stats.wire_bytes == 16
+            assert stats.kernel_transfers + stats.copy_engine_transfers == 1
+            assert (stats.eager_transfers, stats.fallback_transfers, stats.waits) == (0, 0, 0)
+
+
+def test_figures_of_slots_are_their_own(device: str) -> None:
+    with pystage.StagingPool(device, 1 << 20) as pool:
+        with hold_transfers(pool):
+            held = [pool.stage([run_of(0, 100)]) for _ in range(3)]
+            pystage.resolve(pool.stage([run_of(0, 100)]))
+            stats = pool.stats()
+            assert (stats.leased_slots, stats.in_flight_slots) == (3, 1)
+            assert (stats.quarantined_slots, stats.stages, stats.tokens) == (0, 4, 400)
+        synchronize(pool)
+        assert (pool.stats().leased_slots, pool.stats().in_flight_slots) == (3, 0)
+        del held
 
 
 def test_idle_memory_makes_room_for_another_size(device: str) -> None:
@@ -205,6 +246,12 @@ def test_fallback_is_right_and_counted(device: str) -> None:
     ("arguments", "says"),
     [
         ({"capacity_bytes": 100}, "at least a page"),
+        ({"capacity_bytes": 0}, "at least a page"),
+        ({"capacity_bytes": 4095}, "at least a page"),
+        ({"capacity_bytes": -1}, "at least a page"),
+        ({"capacity_bytes": 8192, "reserve_bytes": 8193}, r"outside \[0, 8192\]"),
+        ({"timeout_s": 1e7}, "timeout_s"),
+        ({"timeout_s": float("inf")}, "timeout_s"),
         ({"reserve_bytes": -1}, "reserve_bytes"),
         ({"reserve_bytes": 1 << 40}, "reserve_bytes"),
         ({"timeout_s": -1}, "timeout_s"),
@@ -218,6 +265,19 @@ def test_fallback_is_right_and_counted(device: str) -> None:
 def test_bad_arguments(arguments: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         pystage.StagingPool("cpu", **arguments)  # type: ignore[arg-type]
+
+
+def test_the_least_and_the_most_that_is_taken() -> None:
+    with pystage.StagingPool("cpu", PAGE, timeout_s=0, reserve_bytes=PAGE) as pool:
+        assert pool.stats().reserved_bytes == PAGE
+        held = pool.stage([run_of(0, 1024)])
+        with pytest.raises(pystage.PoolExhaustedError):
+            pool.stage([[1]])  # at once
+        assert held[1023] == 1023
+    with pystage.StagingPool("cpu", 2 * PAGE - 1, timeout_s=1e6, reserve_bytes=0) as pool:
+        assert (pool.stats().capacity_bytes, pool.stats().reserved_bytes) == (PAGE, 0)
+    with pystage.StagingPool("cpu") as pool:
+        assert (pool.stats().capacity_bytes, pool.stats().reserved_bytes) == (64 << 20, 8 << 20)
 
 
 def test_unknown_devices() -> None:
@@ -236,6 +296,12 @@ def test_unknown_devices() -> None:
 def test_a_device_that_is_not_there() -> None:
     with pytest.raises(pystage.DeviceError, match="does not exist"):
         pystage.StagingPool("cuda:63")
+
+
+def test_the_host_device_has_no_number() -> None:
+    with pystage.StagingPool("cpu:0", PAGE) as pool:
+        assert pool.device == torch.device("cpu") and repr(pool) == "StagingPool(device='cpu')"
+        assert pool.stage([[1, 2]]).to("cpu").tolist() == [1, 2]
 
 
 def test_default_device() -> None:

@@ -139,10 +139,42 @@ def test_eager_is_handed_out_once_and_right(device: str) -> None:
         first.zero_()
         assert second.tolist() == list(range(700))
         assert staged[3:5].to(device).tolist() == [3, 4]
-        assert pystage.resolve(pool.stage([[7]]), dtype=torch.int32).tolist() == [7]
+        narrow = pystage.resolve(pool.stage([[7]]), dtype=torch.int32)
+        assert narrow.dtype is torch.int32 and narrow.tolist() == [7]
         out = torch.empty(2, dtype=torch.int64, device=device)
-        assert pystage.resolve(pool.stage([[8, 9]]), out=out).tolist() == [8, 9]
+        assert pystage.resolve(pool.stage([[8, 9]]), out=out) is out and out.tolist() == [8, 9]
         assert pool.stats().eager_transfers == 3
+        # A part of what is not resolved yet: its own ids, and the whole is there still.
+        staged = pool.stage([run_of(0, 700)])
+        part = staged[3:6]
+        assert part.to(device).tolist() == [3, 4, 5]
+        assert pystage.resolve(part[1:]).tolist() == [4, 5]
+        assert pystage.resolve(staged).tolist() == list(range(700))
+
+
+def test_the_stream_waits_for_eager_ids(device: str) -> None:
+    """What reads them on the current stream does so behind the pool's own stream."""
+    count = 700
+    with pystage.StagingPool(device, 1 << 20, issue="eager") as pool:
+        relay, indices = (torch.tensor(v, device=device) for v in ([7, 8], [1]))
+        pystage.resolve_mixed(pool.stage([[1]]), relay, indices)  # loads torch's kernels
+        synchronize(pool)
+        with on_stream(device, 1):
+            hold = hold_transfers(pool)
+            hold.__enter__()  # stream 1, and the pool's own
+        mixed: list[list[int]] = []
+
+        def read() -> None:  # on a free stream, which has to stop for the ids by itself
+            staged = pool.stage([run_of(5, count)])
+            mixed.append(pystage.resolve_mixed(staged, relay, indices).tolist())
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        while pool.stats().eager_transfers < 2:
+            pass
+        hold.__exit__(None, None, None)
+        reader.join(60)
+        assert mixed == [[*range(5, 5 + count), 8]]
 
 
 def test_eager_goes_past_a_held_stream(device: str) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
 import sys
 from array import array
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -45,6 +48,8 @@ def as_kind(values: list[int], kind: str) -> Any:
         "tensor int32": torch.tensor(narrow),
         "tensor strided": torch.tensor(doubled)[::2],
         "memoryview": memoryview(array("q", values)),
+        "memoryview @q": memoryview(array("q", values)).cast("B").cast("@q"),
+        "memoryview n": memoryview(array("q", values)).cast("B").cast("n"),
         "numpy ints": [np.int64(v) for v in values],
         "mixed ints": [
             np.int32(v) if i % 2 and abs(v) < 2**31 else v for i, v in enumerate(values)
@@ -56,7 +61,8 @@ NARROW = {"array i", "int32", "tensor int32"}
 KINDS = sorted(
     NARROW
     | {"list", "tuple", "array q", "int64", "strided", "reversed", "read-only", "tensor"}
-    | {"tensor strided", "memoryview", "numpy ints", "mixed ints"}
+    | {"tensor strided", "memoryview", "memoryview @q", "memoryview n"}
+    | {"numpy ints", "mixed ints"}
 )
 
 
@@ -121,6 +127,24 @@ def test_out_of_range_says_where(pool: pystage.StagingPool, kind: str, bad: int)
     assert len(pool.stage([as_kind(values, kind)], starts=[58], vocab_size=1000)) == 42
 
 
+@pytest.mark.parametrize("vocab_size", [1, 6, 2**31 - 1, 2**31, 2**31 + 1, 2**40])
+@pytest.mark.parametrize("kind", ["list", "tuple", "array q", "strided", "numpy ints"])
+@pytest.mark.parametrize("wire", ["auto", "int64"])
+def test_first_and_last_id_of_a_vocabulary(kind: str, vocab_size: int, wire: Any) -> None:
+    """At every place of a request: an id is checked by other code where it stands elsewhere."""
+    with pystage.StagingPool("cpu", 1 << 16, wire=wire) as pool:
+        for at in range(10):
+            for inside, outside in ((0, -1), (vocab_size - 1, vocab_size)):
+                values = [0] * 10
+                values[at] = inside
+                staged = pool.stage([as_kind(values, kind)], vocab_size=vocab_size)
+                assert staged.tolist() == values
+                values[at] = outside
+                with pytest.raises(pystage.TokenRangeError) as raised:
+                    pool.stage([as_kind(values, kind)], vocab_size=vocab_size)
+                assert (raised.value.position, raised.value.value) == (at, outside)
+
+
 @given(
     st.lists(st.one_of(st.integers(-2, 5), INT64), min_size=1, max_size=40),
     st.sampled_from([1, 3, 2**31 - 1, 2**31, 2**31 + 1, 2**63 - 1]),
@@ -143,6 +167,26 @@ def test_without_vocab_any_int64_passes(pool: pystage.StagingPool) -> None:
     assert staged.to(pool.device).tolist() == wide
     with pytest.raises(ValueError, match="int32"):
         pystage.resolve(staged, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("kind", ["list", "array q", "strided", "numpy ints"])
+@pytest.mark.parametrize("wide", [2**31, -(2**31) - 1])
+@pytest.mark.parametrize("options", [{}, {"wire": "int64"}])
+def test_one_id_beyond_int32_makes_all_wide(
+    device: str, kind: str, wide: int, options: dict[str, Any]
+) -> None:
+    values = [1, 2, 3, wide, 5]
+    with pystage.StagingPool(device, 1 << 16, **options) as pool:
+        staged = pool.stage([as_kind(values, kind)])
+        assert staged.wire_dtype is torch.int64
+        assert staged.tolist() == values == pystage.resolve(staged).tolist()
+        with pytest.raises(ValueError, match="do not all fit int32"):
+            pystage.resolve(staged, dtype=torch.int32)
+
+
+def test_nothing_staged_fits_int32(pool: pystage.StagingPool) -> None:
+    nothing = pystage.resolve(pool.stage([[]]), dtype=torch.int32)
+    assert nothing.dtype is torch.int32 and nothing.shape == (0,)
 
 
 def test_wire_is_narrow_where_the_ids_fit(device: str) -> None:
@@ -190,7 +234,12 @@ def test_wire_is_narrow_where_the_ids_fit(device: str) -> None:
         ([torch.zeros(2, 2, dtype=torch.int64)], ValueError, "2 dimensions"),
         ([np.zeros((2, 2), np.int64)], ValueError, "2 dimensions"),
         ([torch.zeros(2, dtype=torch.int64, device="meta")], ValueError, "is on meta"),
+        ([torch.tensor(1)], ValueError, "0 dimensions"),
+        ([np.array(1)], ValueError, "0 dimensions"),
+        ([np.zeros(2, np.uint32)], TypeError, "format 'I'"),
         ([[2**63]], ValueError, r"token_ids\[0\]\[0\] does not fit int64"),
+        ([[-(2**63) - 1]], ValueError, r"token_ids\[0\]\[0\] does not fit int64"),
+        ({1: [2]}, TypeError, "token_ids is a dict"),
     ],
 )
 def test_bad_ids(pool: pystage.StagingPool, token_ids: Any, error: type, says: str) -> None:
@@ -221,10 +270,22 @@ def test_bad_ends(
         pool.stage([run_of(0, 3), [1, 2, 3]], starts, stops)
 
 
-@pytest.mark.parametrize("vocab_size", [0, -5, 1 << 63])
-def test_bad_vocab_size(pool: pystage.StagingPool, vocab_size: int) -> None:
-    with pytest.raises(ValueError, match="vocab_size"):
-        pool.stage([[1]], vocab_size=vocab_size)
+@pytest.mark.parametrize("vocab_size", [0, -1, -5, 1 << 63])
+@pytest.mark.parametrize("token_ids", [[], [[1]], [[-1]]])
+def test_bad_vocab_size(pool: pystage.StagingPool, vocab_size: int, token_ids: Any) -> None:
+    with pytest.raises(ValueError, match=r"^vocab_size (is .*, not positive|does not fit int64)$"):
+        pool.stage(token_ids, vocab_size=vocab_size)
+    with pytest.raises(TypeError):
+        pool.stage(token_ids, vocab_size="5")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [1 << 60, 1 << 61, 1 << 62])
+def test_more_ids_than_memory_can_hold(pool: pystage.StagingPool, count: int) -> None:
+    """A view of one id counts as many as it likes; their bytes may wrap to few."""
+    endless = torch.zeros(1, dtype=torch.int64).expand(count)
+    for token_ids in ([endless], [endless] * 4, [[1], endless]):
+        with pytest.raises(pystage.RequestTooLargeError, match="can never fit"):
+            pool.stage(token_ids)
 
 
 @pytest.mark.gpu
@@ -274,6 +335,17 @@ class Shrinks:
         return 1
 
 
+class Does:
+    """An int that does something when it is read."""
+
+    def __init__(self, what: Callable[[], object], value: int = 1) -> None:
+        self.what, self.value = what, value
+
+    def __index__(self) -> int:
+        self.what()
+        return self.value
+
+
 @pytest.mark.parametrize("at", [0, 31, 32, 63, 250, 255, 256])
 @pytest.mark.parametrize("value", [-1, 1 << 29, 1 << 30, -(1 << 62)])
 def test_any_int_anywhere_in_a_list(pool: pystage.StagingPool, at: int, value: int) -> None:
@@ -294,6 +366,105 @@ def test_a_list_that_shrinks_is_an_error(pool: pystage.StagingPool) -> None:
     assert pool.stats().in_use_bytes == 0
 
 
+@pytest.mark.parametrize("left", [0, 1, 2, 9])
+def test_a_list_that_another_one_shrinks_is_an_error(pool: pystage.StagingPool, left: int) -> None:
+    later = list(range(1000, 1010))
+    first: list[Any] = [Does(lambda: later.__delitem__(slice(left, None)))]
+    with pytest.raises(pystage.PystageError, match=r"token_ids\[1\] shrank while it was staged"):
+        pool.stage([first, later])
+    later[:] = range(1000, 1010)
+    with pytest.raises(pystage.PystageError, match="shrank"):
+        pool.stage([first, later], starts=[0, 3])
+    assert pool.stats().in_use_bytes == 0
+
+
+def test_a_list_that_loses_its_last_id_while_it_is_read(pool: pystage.StagingPool) -> None:
+    request: list[Any] = [1, 2, 3, 1 << 40]
+    request[2] = Does(lambda: request.pop() and None)
+    with pytest.raises(pystage.PystageError, match="shrank"):
+        pool.stage([request])
+
+
+def test_lists_that_shrink_while_ends_are_read(pool: pystage.StagingPool) -> None:
+    requests: list[Any] = [[1, 2], [3, 4], [5, 6]]
+    starts: list[Any] = [Does(lambda: requests.pop()), 0, 0]
+    with pytest.raises(pystage.PystageError, match="token_ids shrank while it was read"):
+        pool.stage(requests, starts=starts)
+    ends: list[Any] = [0, 0]
+    ends[0] = Does(lambda: ends.pop())
+    for name in ("starts", "stops"):
+        ends[1:] = [0]
+        with pytest.raises(pystage.PystageError, match=f"{name} shrank while it was read"):
+            pool.stage([[1], [2]], **{name: ends})
+    assert pool.stats().in_use_bytes == 0
+
+
+FREED = """
+import gc, sys, torch, pystage
+import numpy as np
+pool = pystage.StagingPool("cpu", 1 << 24)
+class Does:
+    def __init__(self, what):
+        self.what = what
+    def __index__(self):
+        self.what()
+        return 1
+class Bad(Does):
+    def __index__(self):
+        self.what()
+        gc.collect()
+        return "no int"
+def refused(*arguments, **named):
+    try:
+        pool.stage(*arguments, **named)
+    except (TypeError, pystage.PystageError) as error:
+        return str(error)
+    raise AssertionError("taken")
+
+# The item itself goes while it is read, and is named afterwards.
+request = []
+request.append(Bad(request.clear))
+assert "token_ids[0][0] is a Bad" in refused([request]), "item"
+starts = []
+starts.append(Bad(starts.clear))
+refused([[1]], starts=starts)
+
+# Whole requests go while an earlier one is read: what was taken is read nevertheless.
+requests = [[], [10**6 + i for i in range(5000)], tuple(10**6 + i for i in range(5000)),
+            torch.arange(1 << 19), np.arange(1 << 19)]
+requests[0].append(Does(requests.clear))
+wanted = [1, *requests[1], *requests[2], *requests[3].tolist(), *requests[4].tolist()]
+assert pool.stage(requests).tolist() == wanted, "requests"
+print("right")
+"""
+
+
+def test_ids_freed_while_they_are_read() -> None:
+    """Under an allocator that overwrites what is freed."""
+    done = subprocess.run(
+        [sys.executable, "-c", FREED],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONMALLOC": "debug"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
+
+
+GIL = """
+import pystage
+pool = pystage.StagingPool("cpu", 1 << 24)
+class Id:
+    def __index__(self):
+        return 5  # runs Python code: without the GIL there is no thread to run it in
+ids = [Id()] * (1 << 17)
+assert pool.stage([ids, tuple(ids)]).tolist() == [5] * (1 << 18)
+print("right")
+"""
+
+
+def test_the_gil_is_held_while_a_list_is_read() -> None:
+    done = subprocess.run([sys.executable, "-c", GIL], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
+
+
 class Raises:
     def __index__(self) -> int:
         raise KeyError("mine")
@@ -304,6 +475,13 @@ def test_errors_of_the_callers_own_code_pass(pool: pystage.StagingPool) -> None:
         pool.stage([[1, Raises()]])
     with pytest.raises(KeyError, match="mine"):
         pool.stage([[1]], starts=[Raises()])  # type: ignore[list-item]
+
+    def requests() -> Iterator[list[int]]:
+        yield [1]
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        pool.stage(requests())  # type: ignore[arg-type]
     assert pool.stats().in_use_bytes == 0
 
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import operator
 import pickle
+import sys
 import weakref
 from typing import Any
 
@@ -95,6 +96,20 @@ def test_tells_what_a_tensor_tells(staged: pystage.StagedTokens) -> None:
         lambda t: torch.empty(8).copy_(t),
         lambda t: torch.empty(2, 8, dtype=torch.int32).copy_(t),
         lambda t: torch.cat([t, PLAIN], out=torch.empty(0, dtype=torch.int64)),
+        lambda t: torch.cat(tensors=[t, PLAIN]),
+        lambda t: torch.add(PLAIN, 1, alpha=2).sub(other=t),
+        lambda t: t - 3,
+        lambda t: 3 - t,
+        lambda t: t - PLAIN,
+        lambda t: t - t,
+        lambda t: PLAIN - t,
+        lambda t: t[0:8:2],
+        lambda t: t[False],
+        lambda t: t[-8],
+        lambda t: t[1:4][-3],
+        lambda t: t.size(-1),
+        lambda t: copy.deepcopy(t[2:4]),
+        lambda t: copy.deepcopy([t])[0],
     ],
 )
 def test_reads_as_the_tensor_reads(staged: pystage.StagedTokens, read: Any) -> None:
@@ -119,6 +134,20 @@ def test_reads_as_the_tensor_reads(staged: pystage.StagedTokens, read: Any) -> N
         lambda t: operator.setitem(t, 0, 1),
         lambda t: operator.setitem(t[2:], 0, 1),
         lambda t: torch.add(PLAIN, 1, out=t),
+        lambda t: torch.max(PLAIN, 0, out=(PLAIN.clone(), t)),
+        lambda t: torch.relu_(t),
+        lambda t: torch.nn.init.zeros_(t),
+        lambda t: torch.nn.functional.relu(t, inplace=True),
+        lambda t: torch.nn.functional.relu(input=t, inplace=True),
+        lambda t: torch._foreach_add_([PLAIN.clone(), t], 1),
+        lambda t: torch.ops.aten.add_(t, PLAIN),
+        lambda t: torch.ops.aten.add_.Tensor(t, PLAIN),
+        lambda t: torch.ops.aten.zero_(self=t),
+        lambda t: t.zero_,
+        lambda t: t.data,
+        lambda t: t.storage,
+        lambda t: t.share_memory_(),
+        lambda t: t.record_stream,
         lambda t: t.data_ptr(),
         lambda t: t.untyped_storage(),
         lambda t: pickle.dumps(t),
@@ -129,6 +158,18 @@ def test_is_read_only(staged: pystage.StagedTokens, write: Any) -> None:
         write(staged)
     assert staged.tolist() == VALUES
     assert staged.to(staged.pool.device).tolist() == VALUES
+
+
+def test_in_place_on_others_reads_staged_ids(staged: pystage.StagedTokens) -> None:
+    ids = torch.zeros(10, dtype=torch.int64)
+    assert ids.index_add_(0, staged, staged).tolist() == [0, 2, 2, 0, 4, 10, 6, 0, 0, 9]
+    ids = PLAIN.clone()
+    ids += staged
+    assert ids.add_(other=staged).tolist() == [3 * v for v in VALUES]
+    assert torch.ops.aten.copy_(torch.empty_like(PLAIN), staged).tolist() == VALUES
+    assert torch._foreach_add([staged], [staged])[0].tolist() == [2 * v for v in VALUES]
+    with pytest.raises(TypeError):
+        torch.empty_like(PLAIN).copy_(staged, non_blocking=False, spam=1)  # type: ignore[call-arg]
 
 
 def test_errors_of_readers(staged: pystage.StagedTokens) -> None:
@@ -151,6 +192,9 @@ def test_errors_of_readers(staged: pystage.StagedTokens) -> None:
         lambda t, d: t.to(d, non_blocking=True),
         lambda t, d: t.to(device=d, dtype=torch.int64),
         lambda t, d: t.to(d, torch.int64, True, True),
+        lambda t, d: t.to(d, torch.int64, False, copy=True),
+        lambda t, d: t.to(torch.zeros(1, dtype=torch.int64, device=d), True, True),
+        lambda t, d: t.to(d, memory_format=torch.preserve_format),
         lambda t, d: t.to(torch.zeros(1, dtype=torch.int64, device=d)),
         lambda t, d: t.cuda() if d != "cpu" else t.to(d),
         lambda t, d: t.cuda(0, non_blocking=True) if d != "cpu" else t.to(d),
@@ -196,6 +240,9 @@ def test_out_must_fit(pool: pystage.StagingPool, device: str) -> None:
 
     for out, error, says in (
         (empty(7), ValueError, "shape"),
+        (empty(9), ValueError, "shape"),
+        (empty(0), ValueError, "shape"),
+        (empty(8, 0), ValueError, "shape"),
         (empty(8, 1), ValueError, "shape"),
         (empty(16)[::2], ValueError, "contiguous"),
         (empty(8, dtype=torch.float32), TypeError, "int64 or int32"),
@@ -219,8 +266,9 @@ def test_another_device_is_an_error(pool: pystage.StagingPool) -> None:
     other = "meta" if pool.device.type == "cpu" else "cuda:1"
     with pytest.raises(ValueError, match="staged for"):
         staged.to(other)
-    with pytest.raises(ValueError, match="staged for"):
-        torch.empty(8, dtype=torch.int64, device="meta").copy_(staged)
+    for shape in ((8,), (1, 8)):
+        with pytest.raises(ValueError, match="staged for"):
+            torch.empty(shape, dtype=torch.int64, device="meta").copy_(staged)
 
 
 # --- the lease
@@ -243,9 +291,42 @@ def test_slices_hold_the_slot(pool: pystage.StagingPool) -> None:
 
 def test_references(staged: pystage.StagedTokens) -> None:
     assert weakref.ref(staged)() is staged
-    assert hash(staged) != hash(staged[:])
+    part = staged[:]
+    assert hash(staged) != hash(part)
+    gone = weakref.ref(part)
+    del part
+    assert gone() is None
     assert staged in {staged: 1}
     assert staged.pin_memory() is staged
+
+
+def test_a_pool_stays_while_its_tokens_do() -> None:
+    pool = pystage.StagingPool("cpu", 1 << 16)
+    staged, gone, count = pool.stage([[1, 2]]), weakref.ref(pool), sys.getrefcount(pool)
+    parts = [staged[:1] for _ in range(10)]
+    assert sys.getrefcount(pool) == count + 10
+    del parts
+    assert sys.getrefcount(pool) == count
+    del pool
+    assert gone() is not None and staged.pool is gone()
+    assert staged.tolist() == [1, 2]
+    del staged
+    assert gone() is None
+
+
+def test_copies_are_their_own(pool: pystage.StagingPool, device: str) -> None:
+    """Whatever is done to a copy, the ids stay; also those that found no slot."""
+    with pystage.StagingPool(device, 4096, at_capacity="fallback") as small:
+        full = small.stage([run_of(0, 1000)])
+        for staged in (pool.stage([VALUES]), small.stage([VALUES])):
+            for made in (staged.cpu(), staged[2:].cpu(), copy.deepcopy(staged), staged.clone()):
+                made.zero_()
+            staged.to(device).zero_()
+            staged.numpy()[:] = 0
+            assert staged.tolist() == VALUES and staged[2:].tolist() == VALUES[2:]
+            assert staged[2:6][1:3].tolist() == VALUES[3:5]
+            assert staged[2:6].to(device).tolist() == VALUES[2:6]
+        assert small.stats().fallbacks == 1 and full[1] == 1
 
 
 def test_is_made_by_stage_alone() -> None:

@@ -688,7 +688,8 @@ void __cudaRegisterFunction(void**, const char* symbol, char*, const char* name,
 void __cudaRegisterVar(void**, char* symbol, char*, const char*, int, size_t bytes, int, int) {
   world().variables[symbol].bytes = bytes;
 }
-// What it calls for <<<>>>, of which there is none.
+// What it calls for <<<>>> and managed variables, of which there are none.
+char __cudaInitModule(void**) { not_stubbed("__cudaInitModule"); }
 cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { not_stubbed("__cudaGetKernel"); }
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) {
   not_stubbed("__cudaLaunchKernel");

@@ -419,6 +419,23 @@ TEST_CASE("kernels that read stale bytes: pageable memory from the first, with t
   CHECK(pool->why_pageable().find("stale bytes") != std::string::npos);
 }
 
+TEST_CASE("whether kernels read pinned memory is known without a pool, and asked once") {
+  const int index = fresh_device();
+  Device& device = cuda_device(index);
+  stub::reset_calls();
+  CHECK(device.kernels_read_pinned());
+  CHECK(device.kernels_read_pinned());
+  CHECK(stub::calls("cuMemHostAlloc") == 1);
+  CHECK(stub::calls("cuLaunchKernelEx") == 2);
+  expect_nothing_live(index);
+  const int stale = fresh_device();
+  stub::set_stale_reads(stale, true);
+  CHECK_FALSE(cuda_device(stale).kernels_read_pinned());
+  CHECK_FALSE(cuda_device(stale).kernels_read_pinned());
+  CHECK(stub::calls("cuMemHostAlloc") == 2);
+  expect_nothing_live(stale);
+}
+
 // --- calls that fail ---------------------------------------------------------------------------
 
 // Calls whose failure is no error: a give-back that fails is a leak of what it should have given
@@ -559,6 +576,25 @@ TEST_CASE("the device is lost at each place of a pool's life: errors, then a poo
     });
     if (!reached) break;
   }
+}
+
+TEST_CASE("a lost device is told from one that lacks something") {
+  const int index = fresh_device();
+  Device& device = cuda_device(index);
+  in_thread([&] {
+    CHECK(device.usable());
+    CHECK(stub::current().empty());
+    expect_nothing_live(index);
+    stub::fail("cuEventCreate", 1, CUDA_ERROR_OUT_OF_MEMORY);
+    CHECK(device.usable());
+    CHECK(stub::clear_failure() == "cuEventCreate");
+    stub::fail("", 1, CUDA_ERROR_ASSERT, /*lost=*/true);
+    CHECK_FALSE(device.usable());
+    stub::clear_failure();
+    CHECK(device.usable());
+    CHECK(stub::current().empty());
+  });
+  CHECK_FALSE(stub::has_context(0));
 }
 
 TEST_CASE("the driver ends before what it holds: nothing throws") {

@@ -1,6 +1,7 @@
 #include <doctest/doctest.h>
 
 #include <limits>
+#include <utility>
 
 #include "gather.h"
 #include "helpers.h"
@@ -117,7 +118,7 @@ TEST_CASE("gather copies every pair of types, contiguous, strided, unaligned and
     for (const IntType to : kTypes) {
       for (const ptrdiff_t stride : {1, 2, 5, -1, -3}) {
         for (const size_t misalign : {0, 1, 4}) {
-          for (const size_t count : {0, 1, 2, 3, 7, 8, 63, 64, 65, 1000}) {
+          for (const size_t count : {0, 1, 2, 3, 7, 8, 63, 64, 65, 128, 129, 256, 512, 1000}) {
             Ids ids(count);
             for (size_t i = 0; i < count; ++i) ids[i] = static_cast<int64_t>(i * 7919) - 1000;
             const Layout layout(ids, from, packed(from) * stride, misalign);
@@ -204,6 +205,28 @@ TEST_CASE("gather lets in exactly the ids within the bounds") {
             FAIL_CHECK("wrong verdict");
           }
         }
+      }
+    }
+  }
+}
+
+TEST_CASE("gather checks every id of a long run") {
+  const Bounds bounds{-3, 1000};
+  for (const IntType from : kTypes) {
+    for (const IntType wire : kTypes) {
+      for (const size_t count : {256, 300, 600}) {
+        size_t wrong = 0;
+        Ids ids(count, bounds.hi);
+        ids[count / 2] = bounds.lo;
+        for (size_t at = 0; at < count; ++at) {
+          for (const int64_t bad : {bounds.lo - 1, bounds.hi + 1}) {
+            const int64_t good = std::exchange(ids[at], bad);
+            wrong += !same(gather_one(ids, from, wire, bounds), Violation{0, at, bad});
+            ids[at] = good;
+          }
+        }
+        wrong += gather_one(ids, from, wire, bounds).has_value();
+        CHECK(wrong == 0);
       }
     }
   }

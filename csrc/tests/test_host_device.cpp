@@ -127,6 +127,19 @@ TEST_CASE("recording a fence again forgets the earlier point") {
   CHECK(fence.done());
 }
 
+TEST_CASE("a fence recorded on another stream forgets the earlier point, which may come later") {
+  Fence fence;
+  Held held(host_stream(1));
+  fence.record(host_stream(1));
+  fence.record(host_stream(2));
+  drain(host_stream(2));
+  CHECK(fence.done());
+  held.release();
+  drain(host_stream(1));
+  CHECK(fence.done());
+  fence.synchronize();
+}
+
 TEST_CASE("a fence may go while its points are queued") {
   Held held(host_stream(1));
   {
@@ -166,6 +179,45 @@ TEST_CASE("a stream waits for the point a fence had, not for later ones") {
   late.release();
   behind.synchronize();
   CHECK_FALSE(fence.done());
+}
+
+TEST_CASE("a tail is gathered behind the ids, and its first bad index told") {
+  const Ids ids{1, 2}, relay{10, 11, 12};
+  const std::vector<int32_t> narrow_relay{10, 11, 12};
+  for (const bool narrow : {false, true}) {
+    for (const std::vector<int32_t>& indices :
+         {std::vector<int32_t>{0, 2, -1, -3}, {1, 3, -4, 0}, {-5}, {}}) {
+      auto tail = std::make_shared<RelayTail>();
+      tail->relay = narrow ? static_cast<const void*>(narrow_relay.data()) : relay.data();
+      tail->relay_type = narrow ? IntType::kInt32 : IntType::kInt64;
+      tail->relay_size = 3;
+      tail->indices = indices.data();
+      tail->index_type = IntType::kInt32;
+      tail->count = indices.size();
+      Ids out(2 + indices.size(), 99), expected = ids;
+      std::optional<RelayTail::BadIndex> bad;
+      for (size_t i = 0; i < indices.size(); ++i) {
+        const int64_t index = indices[i];
+        const bool ok = index >= -3 && index < 3;
+        expected.push_back(ok ? relay[static_cast<size_t>(index < 0 ? index + 3 : index)] : -1);
+        if (!ok && !bad) bad = {i, index};
+      }
+      Transfer t;
+      t.src = ids.data();
+      t.wire = t.out = IntType::kInt64;
+      t.dst = out.data();
+      t.count = 2;
+      t.tail = tail;
+      host_device().launch(t, host_stream(1));
+      drain(host_stream(1));
+      CHECK(out == expected);
+      CHECK(tail->bad.has_value() == bad.has_value());
+      if (bad && tail->bad) {
+        CHECK(tail->bad->position == bad->position);
+        CHECK(tail->bad->value == bad->value);
+      }
+    }
+  }
 }
 
 TEST_CASE("a transfer keeps the owner of its output until it ran") {

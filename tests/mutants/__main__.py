@@ -1,0 +1,623 @@
+"""``make mutants``: puts single faults into pystage, one at a time, and runs the tests on each.
+
+A fault that no test notices *survives*: a test is missing. Below 95 % noticed the exit status is 1.
+
+    make mutants                                    all; under half an hour on two cores
+    make mutants ARGS='--only pool.h,model.py/gate'  those whose name begins so
+    make mutants ARGS='--list'                      names, files and what is equivalent
+
+The faults stand in ``core.py`` (csrc), ``package.py`` (pystage), ``pp.py`` and ``plugin.py``. To
+add one, add a line there: ``"name": M(original text, what stands there instead)``. The original must
+stand exactly once in its file; text that has changed since is an error that names the fault, and
+the line is to be brought up to date. A fault that no test can see has its reason beside it and is
+not run.
+
+How it works. The project is copied to ``build/mutants``. A Python fault is written into the copy,
+tested, and taken out again. C++ faults go into the copy all at once: each site becomes ``chosen(n)
+? (fault) : (original)``, which asks the variable PYSTAGE_MUTANT, so that the extension and the C++
+tests are built once. Sites that overlap take another build. A site is an expression, or whole
+statements if it ends with ``;`` or ``}``; a declaration cannot be one. pytest runs in forks of a
+process that has torch imported. A run that takes several times as long as it does without a fault
+counts as noticed.
+
+The faults of the plugin that only the real SGLang shows need its environment (``make sglang-env``);
+without it they are not run and not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import queue
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from . import M, Mutants
+from .core import MUTANTS as CORE
+from .package import MUTANTS as PACKAGE
+from .plugin import MUTANTS as PLUGIN
+from .pp import MUTANTS as PP
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = Path(os.environ.get("PYSTAGE_MUTANTS_BUILD", ROOT / "build/mutants"))
+ALL: Mutants = {**CORE, **PACKAGE, **PP, **PLUGIN}
+WANTED = 0.95
+HEADER = "pystage_mutant.h"
+
+# What runs on a fault of each file, in this order: "cpp" with doctest's options, "pytest", or
+# "sglang", which is pytest in SGLang's environment.
+PYTHON_TESTS = "pytest tests/test_stage.py tests/test_staged_tokens.py tests/test_pool.py"
+BATCHES = "pytest tests/test_batch.py tests/test_ops.py"
+LIVES = "pytest tests/test_races.py tests/test_process.py"
+MODEL = "pytest tests/test_pp_model.py"
+QUICK_FITS = "-k 'not spikes and not never_fall and not waves'"
+SLOW_FITS = "-k 'spikes or never_fall or waves'"
+TESTS: dict[str, tuple[str, ...]] = {
+    "csrc/gather.cpp": ("cpp -sf=*test_gather.cpp", "pytest tests/test_stage.py"),
+    "csrc/host_device.cpp": ("cpp -sf=*test_host_device.cpp", BATCHES, "cpp -tce=*stress*", LIVES),
+    "csrc/pool.cpp": ("cpp -tce=*stress*", "pytest tests/test_pool.py", "cpp", LIVES),
+    "csrc/pool.h": ("cpp -tce=*stress*", "pytest tests/test_pool.py", "cpp", LIVES),
+    "csrc/requests.cpp": (PYTHON_TESTS,),
+    "csrc/staging.cpp": (PYTHON_TESTS, BATCHES, LIVES),
+    "csrc/python.cpp": (PYTHON_TESTS, BATCHES, LIVES),
+    "csrc/ids_view.cpp": ("pytest tests/test_integrations.py -k view", PYTHON_TESTS),
+    "csrc/ops.cpp": ("pytest tests/test_ops.py", PYTHON_TESTS),
+    "pystage/pool.py": (PYTHON_TESTS, BATCHES, LIVES),
+    "pystage/batch.py": ("pytest tests/test_batch.py",),
+    "pystage/ops.py": ("pytest tests/test_ops.py", PYTHON_TESTS),
+    "pystage/errors.py": (PYTHON_TESTS, BATCHES),
+    "pystage/testing.py": (PYTHON_TESTS, "pytest tests/test_races.py"),
+    "pystage/_build.py": ("pytest tests/test_process.py tests/test_build.py tests/test_doctor.py",),
+    "pystage/_replay.py": ("pytest tests/test_cli.py",),
+    "pystage/_chunks.py": ("pytest tests/test_cli.py tests/test_pp_pipeline.py",),
+    "pystage/trace.py": ("pytest tests/test_trace.py", "pytest tests/test_cli.py"),
+    "pystage/cli.py": ("pytest tests/test_cli.py tests/test_doctor.py",),
+    "pystage/doctor.py": ("pytest tests/test_doctor.py",),
+    "pystage/pp/model.py": (f"{MODEL} {QUICK_FITS}", f"{MODEL} {SLOW_FITS}"),
+    "pystage/pp/sizer.py": (
+        "pytest tests/test_pp_sizer.py -k 'not plans_cover_any'",
+        "pytest tests/test_pp_sizer.py -k plans_cover_any",
+    ),
+    "pystage/pp/profile.py": ("pytest tests/test_pp_profile.py -k 'not importing'",),
+    "pystage/pp/share.py": ("pytest tests/test_pp_share.py",),
+    "pystage/integrations/sglang.py": (
+        "pytest tests/test_integrations.py",
+        "sglang tests/test_sglang.py",
+    ),
+    "pystage/integrations/sglang_pp.py": (
+        "pytest tests/test_integrations.py",
+        "sglang tests/test_sglang.py",
+    ),
+}
+
+
+class MutantError(Exception):
+    """The list, the copy or the tests without a fault are not as they have to be."""
+
+
+@dataclass
+class Site:
+    """A fault and where it goes."""
+
+    name: str
+    file: str
+    mutant: M
+    start: int
+    stop: int
+    batch: int = 0
+
+    @property
+    def number(self) -> int:
+        """What PYSTAGE_MUTANT is set to. From the name alone: other faults may come and go, and
+        sources without a change are not compiled again."""
+        return zlib.crc32(self.name.encode()) >> 1
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        first = (self.mutant.tests,) if self.mutant.tests else ()
+        return (*first, *TESTS[self.file])
+
+
+@dataclass
+class Result:
+    """What became of a fault: ``killed``, ``survived``, ``equivalent`` or ``not run``."""
+
+    name: str
+    file: str
+    outcome: str
+    by: str = ""
+    seconds: float = 0.0
+
+
+# --- the list ------------------------------------------------------------------------------------
+
+
+def find_sites(root: Path, only: tuple[str, ...] = ("",)) -> list[Site]:
+    """The faults whose names begin so. Raises MutantError naming each whose original is not there
+    exactly once."""
+    sites, stale = [], []
+    for file, mutants in ALL.items():
+        text = (root / file).read_text(encoding="utf-8")
+        for short, mutant in mutants.items():
+            name = f"{Path(file).name}/{short}"
+            if not name.startswith(only):
+                continue
+            before, inner, after = _parts(mutant.original)
+            whole = before + inner + after
+            if (found := text.count(whole)) != 1:
+                stale.append(f"{name}: its original stands {found} times in {file}:\n{whole}")
+                continue
+            start = text.index(whole) + len(before)
+            sites.append(Site(name, file, mutant, start, start + len(inner)))
+    if stale:
+        raise MutantError("the list is older than the code:\n" + "\n".join(stale))
+    return sites
+
+
+def _parts(original: str) -> tuple[str, str, str]:
+    """What stands before, in and behind the marks; all is in them if there are none."""
+    if match := re.fullmatch(r"(.*)<\|(.*?)\|>(.*)", original, re.DOTALL):
+        before, inner, after = match.groups()
+        return before, inner, after
+    return "", original, ""
+
+
+# --- C++: all faults in one build ----------------------------------------------------------------
+
+
+def assign_batches(sites: list[Site]) -> int:
+    """C++ sites that overlap partly go to different builds. Returns how many there are."""
+    batches: list[list[Site]] = [[]]
+    for site in sites:
+        for batch in range(len(batches) + 1):
+            if batch == len(batches):
+                batches.append([])
+            if not any(_cross(site, other) for other in batches[batch]):
+                site.batch = batch
+                batches[batch].append(site)
+                break
+    return len(batches)
+
+
+def _cross(a: Site, b: Site) -> bool:
+    """Neither apart, nor one within the other."""
+    if a.file != b.file or a.stop <= b.start or b.stop <= a.start:
+        return False
+    within = (a.start <= b.start and b.stop <= a.stop) or (b.start <= a.start and a.stop <= b.stop)
+    return not within
+
+
+def schema(text: str, sites: list[Site]) -> str:
+    """The source with every fault in it, each behind its number."""
+
+    def render(start: int, stop: int, inside: list[Site]) -> str:
+        """text[start:stop] with the sites inside it replaced, the outermost first."""
+        out, at = "", start
+        outer = [s for s in inside if not any(_contains(o, s) for o in inside if o is not s)]
+        for first in sorted({(s.start, s.stop) for s in outer}):
+            same = [s for s in inside if (s.start, s.stop) == first]
+            nested = [s for s in inside if _contains(same[0], s) and s not in same]
+            original = render(first[0], first[1], nested)
+            for site in same:
+                original = _choice(site, original, text[site.start : site.stop])
+            out += text[at : first[0]] + original
+            at = first[1]
+        return out + text[at:stop]
+
+    return f'#include "{HEADER}"\n' + render(0, len(text), sites)
+
+
+def _contains(outer: Site, inner: Site) -> bool:
+    """Properly; of two that are the same neither contains the other."""
+    return (
+        outer.start <= inner.start
+        and inner.stop <= outer.stop
+        and (outer.start, outer.stop) != (inner.start, inner.stop)
+    )
+
+
+def _choice(site: Site, original: str, raw: str) -> str:
+    chosen = f"pystage_mutant({site.number})"
+    if raw.rstrip().endswith((";", "}")):
+        return f"{{ if ({chosen}) {{ {site.mutant.replacement} }} else {{ {original} }} }}"
+    if site.mutant.replacement in ("true", "false"):
+        original = f"static_cast<bool>({original})"
+    return f"({chosen} ? ({site.mutant.replacement}) : ({original}))"
+
+
+CHOSEN = """#pragma once
+#include <cstdlib>
+// Whether this fault is the one that the environment asks for.
+inline bool pystage_mutant(int number) {
+  static const int chosen = [] {
+    const char* text = std::getenv("PYSTAGE_MUTANT");
+    return text ? std::atoi(text) : 0;
+  }();
+  return chosen == number;
+}
+"""
+
+
+# --- the copies ----------------------------------------------------------------------------------
+
+
+def copy_project(to: Path, less: Collection[str] = ()) -> None:
+    """What git has or would take, less some."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    wanted = {name for name in listed if (ROOT / name).is_file()}
+    for name in wanted - set(less):
+        source, target = ROOT / name, to / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists() or target.read_bytes() != source.read_bytes():
+            shutil.copyfile(source, target)
+    for folder in ("csrc", "pystage", "tests"):
+        for path in (to / folder).rglob("*"):
+            stale = path.is_file() and str(path.relative_to(to)) not in wanted
+            if stale and path.suffix in (".py", ".pyc"):
+                path.unlink()
+
+
+def write(path: Path, text: str) -> None:
+    """Leaves a file alone that is so already: what is built from it need not be built again."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def build_extension(tree: Path, python: str) -> None:
+    environment = {**os.environ, "PYSTAGE_CUDA": "0"}
+    _checked([python, "setup.py", "build_ext", "--inplace"], tree, environment)
+
+
+def build_cpp_tests(tree: Path) -> Path:
+    flags = "-std=c++17 -pthread -O2"
+    folder = tree / "build/cpp"
+    folder.mkdir(parents=True, exist_ok=True)
+    _checked(
+        ["make", "-C", "csrc/tests", f"BUILD={folder}", f"FLAGS={flags}", "CXXFLAGS=",
+         str(folder / "tests")], tree, dict(os.environ),
+    )  # fmt: skip
+    return folder / "tests"
+
+
+def _checked(command: list[str], folder: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        lines = (done.stdout + done.stderr).splitlines()
+        errors = [line for line in lines if "error" in line.lower()] or lines
+        raise MutantError("\n".join([f"{shlex.join(command)} in {folder} failed:", *errors[-40:]]))
+
+
+# --- running tests -------------------------------------------------------------------------------
+
+
+@dataclass
+class Runner:
+    """One worker's copy of the project, and the processes that run tests in it."""
+
+    tree: Path
+    sglang: str | None
+    cpp: Path | None = None
+    processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+
+    def run(self, tests: str, number: int, seconds: float) -> int | None:
+        """The exit status of a command of TESTS with a C++ fault, or 0 for none; None: too long."""
+        kind, _, arguments = tests.partition(" ")
+        environment = {"PYSTAGE_MUTANT": str(number), "PYTHONPATH": str(self.tree)}
+        if kind == "cpp":
+            assert self.cpp is not None
+            command = [str(self.cpp), "-aa=1", *shlex.split(arguments)]
+            return _run_program(command, environment, self.log, seconds)
+        job = {
+            "arguments": ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly",
+                          *shlex.split(arguments)],
+            "environment": environment,
+            "log": str(self.log),
+            "seconds": seconds,
+        }  # fmt: skip
+        process = self.process(kind)
+        assert process.stdin is not None and process.stdout is not None
+        print(json.dumps(job), file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+        if not answer:
+            raise MutantError(f"the process that runs {tests} ended; see {self.log}")
+        status = json.loads(answer)["status"]
+        return None if status is None else int(status)
+
+    @property
+    def log(self) -> Path:
+        return self.tree / "build/log.txt"
+
+    def process(self, kind: str) -> subprocess.Popen[str]:
+        if kind not in self.processes:
+            python = sys.executable if kind == "pytest" else self.sglang
+            assert python is not None
+            environment = {
+                **os.environ,
+                "PYTHONPATH": str(self.tree),
+                # Python tells a changed file by second and size: a fault may change neither.
+                "PYTHONDONTWRITEBYTECODE": "1",
+            }
+            self.processes[kind] = subprocess.Popen(
+                [python, str(ROOT / "tests/mutants/worker.py")],
+                cwd=self.tree, env=environment, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            )  # fmt: skip
+        return self.processes[kind]
+
+    def close(self) -> None:
+        for process in self.processes.values():
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
+
+
+def _run_program(
+    command: list[str], environment: dict[str, str], log: Path, seconds: float
+) -> int | None:
+    with open(log, "w") as out:
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=out, stderr=out,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+class Baseline:
+    """How long each command takes without a fault; measured once, when first asked for."""
+
+    def __init__(self) -> None:
+        self._locks: dict[str, threading.Lock] = {}
+        self._seconds: dict[str, float] = {}
+        self._guard = threading.Lock()
+
+    def limit(self, runner: Runner, tests: str, batch: int) -> float:
+        """Seconds after which a run with a fault counts as hung."""
+        key = f"{tests} #{batch}" if tests.startswith("cpp") else tests
+        with self._guard:
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:
+            if key not in self._seconds:
+                start = time.monotonic()
+                status = runner.run(tests, 0, 900)
+                if status != 0:
+                    log = runner.log.read_text(errors="replace")[-4000:]
+                    raise MutantError(f"{tests} fails without any fault ({status}):\n{log}")
+                self._seconds[key] = time.monotonic() - start
+        return 20 + 5 * self._seconds[key]
+
+
+def test_site(runner: Runner, site: Site, baseline: Baseline) -> Result:
+    """Runs a fault's tests until one fails."""
+    start = time.monotonic()
+    path, skipped = runner.tree / site.file, ""
+    is_python = site.file.endswith(".py")
+    tests = [t for t in site.tests if runner.sglang or not t.startswith("sglang")]
+    limits = [baseline.limit(runner, t, site.batch) for t in tests]
+    text = path.read_text(encoding="utf-8")
+    if is_python:
+        path.write_text(text[: site.start] + site.mutant.replacement + text[site.stop :])
+    try:
+        for command, limit in zip(tests, limits, strict=True):
+            status = runner.run(command, 0 if is_python else site.number, limit)
+            if status != 0:
+                by = _first_failure(runner.log, status)
+                return Result(site.name, site.file, "killed", by, time.monotonic() - start)
+        if len(tests) < len(site.tests):
+            skipped = "only SGLang's tests can tell"
+    finally:
+        if is_python:
+            path.write_text(text, encoding="utf-8")
+    outcome = "not run" if skipped else "survived"
+    return Result(site.name, site.file, outcome, skipped, time.monotonic() - start)
+
+
+def _first_failure(log: Path, status: int | None) -> str:
+    """What noticed: the first test that failed, as far as the log tells."""
+    if status is None:
+        return "a hang"
+    text = log.read_text(errors="replace")
+    if match := re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE):
+        return match.group(1)
+    if match := re.search(r"^TEST CASE:\s+(.*)", text, re.MULTILINE):
+        return match.group(1)
+    return f"exit status {status}"
+
+
+# --- all of it -----------------------------------------------------------------------------------
+
+
+def prepare(
+    sites: list[Site], workers: int, sglang: str | None, progress: Progress
+) -> Iterator[tuple[list[Site], list[Runner]]]:
+    """The copies, built, for each batch of faults. Python faults go with the first."""
+    built = [site for site in find_sites(ROOT, ("",)) if not site.file.endswith(".py")]
+    batches = assign_batches([site for site in built if not site.mutant.equivalent])
+    batch_of = {site.name: site.batch for site in built}
+    for site in sites:
+        site.batch = batch_of.get(site.name, 0)
+    plugin = any("integrations/" in site.file for site in sites)
+    for batch in range(batches):
+        here = [s for s in sites if s.batch == batch]
+        if not here:
+            continue
+        folder = BUILD / f"{batch}"
+        task = progress.add_task(f"building batch {batch + 1} of {batches}", total=None)
+        copy_project(folder, {site.file for site in built})
+        write(folder / "csrc" / HEADER, CHOSEN)
+        for file in {site.file for site in built}:
+            inside = [s for s in built if s.file == file and s.batch == batch]
+            text = (ROOT / file).read_text(encoding="utf-8")
+            wanted = [s for s in inside if not s.mutant.equivalent]
+            write(folder / file, schema(text, wanted) if wanted else text)
+        build_extension(folder, sys.executable)
+        needs_cpp = any(t.startswith("cpp") for s in here for t in s.tests)
+        program = build_cpp_tests(folder) if needs_cpp else None
+        runners = []
+        for worker in range(workers):
+            tree = BUILD / f"{batch}-{worker}"
+            copy_project(tree)
+            for built in (folder / "pystage").glob("*.so"):
+                shutil.copyfile(built, tree / "pystage" / built.name)
+            if plugin and sglang and batch == 0:
+                build_for_sglang(tree, sglang)
+            (tree / "build").mkdir(exist_ok=True)
+            runners.append(Runner(tree, sglang, program))
+        progress.remove_task(task)
+        yield here, runners
+
+
+def build_for_sglang(tree: Path, python: str) -> None:
+    """SGLang's environment has a torch of its own, and Python names extensions by its version."""
+    raise MutantError("not yet")
+
+
+def run_all(sites: list[Site], workers: int, sglang: str | None, console: Console) -> list[Result]:
+    results: list[Result] = []
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("faults", total=len(sites))
+        baseline = Baseline()
+        for here, runners in prepare(sites, workers, sglang, progress):
+            todo: queue.SimpleQueue[Site] = queue.SimpleQueue()
+            for site in here:
+                todo.put(site)
+            errors: list[BaseException] = []
+            tell = functools.partial(_tell, progress, task, results)
+            threads = [
+                threading.Thread(target=_work, args=(runner, todo, baseline, tell, errors))
+                for runner in runners
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            for runner in runners:
+                runner.close()
+            if errors:
+                raise errors[0]
+    return results
+
+
+def _work(
+    runner: Runner,
+    todo: queue.SimpleQueue[Site],
+    baseline: Baseline,
+    tell: Callable[[Result], None],
+    errors: list[BaseException],
+) -> None:
+    """One worker: takes faults until there is none left, or the other has failed."""
+    try:
+        while not errors:
+            try:
+                site = todo.get_nowait()
+            except queue.Empty:
+                return
+            tell(test_site(runner, site, baseline))
+    except BaseException as error:
+        errors.append(error)
+
+
+def _tell(progress: Progress, task: TaskID, results: list[Result], result: Result) -> None:
+    results.append(result)
+    progress.advance(task)
+    if result.outcome == "survived" or not progress.console.is_terminal:
+        text = f"{result.outcome}: {result.name} {result.by} ({result.seconds:.0f} s)"
+        progress.console.print(text, highlight=False, soft_wrap=True)
+
+
+def report(results: list[Result], console: Console) -> float:
+    """Tells what survived; returns the share that was noticed."""
+    count = {o: sum(r.outcome == o for r in results) for o in
+             ("killed", "survived", "equivalent", "not run")}  # fmt: skip
+    survivors = [r for r in results if r.outcome == "survived"]
+    if survivors:
+        table = Table(title="survivors", title_justify="left")
+        for column in ("fault", "original", "replacement"):
+            table.add_column(column, overflow="fold")
+        for r in survivors:
+            mutant = ALL[r.file][r.name.partition("/")[2]]
+            table.add_row(r.name, mutant.original.strip(), mutant.replacement.strip())
+        console.print(table, markup=False)
+    run = count["killed"] + count["survived"]
+    share = count["killed"] / run if run else 1.0
+    console.print(
+        f"{count['killed']} of {run} noticed ({share:.1%}); {count['equivalent']} equivalent, "
+        f"{count['not run']} not run",
+        highlight=False,
+    )
+    return share
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make mutants", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="names, or how they begin, with commas between")
+    parser.add_argument("--list", action="store_true", help="tell them and run none")
+    parser.add_argument(
+        "--json", type=Path, default=BUILD / "results.json", help="results go there"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="tests run at a time (default 2)")
+    parser.add_argument(
+        "--sglang", default=str(ROOT / ".venv-sglang/bin/python"), help="Python that has SGLang"
+    )
+    options = parser.parse_args()
+    console = Console(markup=False, stderr=True)
+    try:
+        sites = find_sites(ROOT, tuple(options.only.split(",")))
+        if options.list:
+            for s in sites:
+                print(f"{s.name}  ({s.file})  {s.mutant.equivalent}")
+            return 0
+        if not sites:
+            raise MutantError(f"no fault is called {options.only}")
+        equivalent = [s for s in sites if s.mutant.equivalent]
+        results = [Result(s.name, s.file, "equivalent", s.mutant.equivalent) for s in equivalent]
+        sglang = options.sglang if Path(options.sglang).exists() else None
+        sites = [s for s in sites if not s.mutant.equivalent]
+        results += run_all(sites, options.jobs, sglang, console)
+    except MutantError as error:
+        console.print(f"mutants: {error}", highlight=False)
+        return 2
+    share = report(results, console)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+    return 0 if share >= WANTED else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Faults in the SGLang plugin. Most show only in the real SGLang."""
+
+from __future__ import annotations
+
+from . import M, Mutants
+
+MUTANTS: Mutants = {
+    "pystage/integrations/sglang.py": {
+        "zero-mib": M("text.isdigit() and <|1|> <= int(text)", "0"),
+        "endless-mib": M("1 <= int(text)<| <= 1 << 20|>:", ""),
+        "any-choice": M("if text not in _CHOICES[variable]:", "if False:"),
+        "any-switch": M('if text in ("0", "1"):', "if True:"),
+        "choices-case": M(".strip()<|.lower()|>", ""),
+        "pools-of-one-device": M(
+            'current_cuda_device() if name == "cuda" else -1)',
+            "-1)",
+            equivalent="without a GPU there is one device",
+        ),
+        "pool-of-any-device": M('if name.partition(":")[0] not in ("cuda", "cpu"):', "if False:"),
+        "pool-capacity-default": M("settings.capacity_mib << 20,", "64 << 20,"),
+        "pool-policy-default": M("at_capacity=settings.at_capacity,", 'at_capacity="fallback",'),
+        "pool-issue-default": M("issue=settings.issue,\n", 'issue="deferred",\n'),
+        "pools-closed-kept": M("self._pools.clear()", "pass"),
+        "pool-left-set": M(
+            "    finally:\n        here.pool = None\n        here.views = False",
+            "    finally:\n        here.views = False",
+        ),
+        "views-left-set": M(
+            "    finally:\n        here.pool = None\n        here.views = False",
+            "    finally:\n        here.pool = None",
+        ),
+        "pool-left-on-error": M(
+            "    try:\n        return original(batch, *args, **kwargs)\n    finally:\n        here.pool = None\n        here.views = False",
+            "    result = original(batch, *args, **kwargs)\n    here.pool = None\n    here.views = False\n    return result",
+        ),
+        "views-always": M("if not _here.views:", "if False:"),
+        "views-never": M("if not _here.views:", "if True:"),
+        "views-after-staging": M("        _here.views = False\n        try:", "        try:"),
+        "history-start": M(
+            "return ids_view(req.full_untruncated_fill_ids, <|0|>, end_of(req))", "1"
+        ),
+        "raise-is-not": M(
+            '            if _state.settings.at_capacity == "raise":\n                raise\n', ""
+        ),
+        "raise-always": M('if _state.settings.at_capacity == "raise":', "if True:"),
+        "views-to-sglang": M(
+            "arrays = [<|part.copy() if type(part) is IdsView else part|> for", "part"
+        ),
+        "resolve-not": M("if type(staged) is StagedTokens:", "if False:"),
+        "resolve-keeps-staging": M(
+            "staged._resolve(None, None, False)\n            <|batch.prefill_input_ids_cpu = None|>",
+            "pass",
+        ),
+        "mixed-under-speculation": M(
+            "elif <|batch.spec_algorithm.is_none() and |>not _state.checks_relay:", ""
+        ),
+        "mixed-in-spite-of-checks": M(
+            "elif batch.spec_algorithm.is_none()<| and not _state.checks_relay|>:", ""
+        ),
+        "mixed-not": M(
+            "elif batch.spec_algorithm.is_none() and not _state.checks_relay:", "elif False:"
+        ),
+        "mixed-keeps-indices": M(
+            "            batch.mix_running_indices = None\n    # For", "    # For"
+        ),
+        "guard-not": M(
+            'if batch.input_ids is None and getattr(batch, "prefill_input_ids_cpu", None) is not None:',
+            "if False:",
+        ),
+        "guard-line": M("ensure_resolved(batch, stacklevel=<|3|>)", "2"),
+        "profiler-not-folded": M("if ids.size and ids.max() >= vocab_size:", "if False:"),
+        "profiler-top-id": M("if ids.size and ids.max() <|>=|> vocab_size:", ">"),
+        "profiler-request-kept": M("        module.Req = request", "        pass"),
+        "vocab-left-set": M("        _here.vocab_size = None\n", "        pass\n"),
+        "validation-not": M("if error is None and _here.vocab_size is not None:", "if False:"),
+        "validation-over-error": M("if <|error is None and |>_here.vocab_size is not None:", ""),
+        "validation-not-aborted": M(
+            "            req.set_finish_with_abort(error)\n", "            pass\n"
+        ),
+        "bad-id-of-pictures": M(
+            "if <|req.multimodal_inputs is not None or |>req.input_embeds is not None:", ""
+        ),
+        "bad-id-of-embeddings": M(
+            "if req.multimodal_inputs is not None<| or req.input_embeds is not None|>:", ""
+        ),
+        "bad-id-negative": M("np.flatnonzero(<|(ids < 0) | |>(ids >= vocab_size))", ""),
+        "bad-id-vocab": M("| (ids <|>=|> vocab_size))", ">"),
+        "bad-id-last": M("at = int(bad[<|0|>])", "-1"),
+        "counters-repeat": M("self._told[name] = now", "pass"),
+        "gauge-of-one-pool": M("gauge.set(<|sum(getattr(stats, name) for stats in pools)|>)", "0"),
+        "counters-not-added": M("counter.inc(max(0, now - self._told.get(name, 0)))", "pass"),
+        "figures-end-the-server": M(
+            "        except Exception as error:  # whatever it is, the server has to serve\n            _state.metrics = None",
+            "        except ZeroDivisionError as error:\n            _state.metrics = None",
+        ),
+        "figures-not-updated": M(
+            "_state.metrics.update(_pools.stats(), forgotten_resolves())", "pass"
+        ),
+        "any-parameters": M("if found != takes:", "if False:"),
+        "fields-unchecked": M(
+            'if name not in getattr(batch, "__dataclass_fields__", {}):', "if False:"
+        ),
+        "needed-unchecked": M(
+            "        _look_up(hook.target, hook.takes)\n    batch =", "        pass\n    batch ="
+        ),
+        "history-of-other-code": M(
+            'if len(names) < 2 or names[0] != "full_untruncated_fill_ids":', "if len(names) < 2:"
+        ),
+        "reached-always": M(
+            "if not any(value is hook.function for f in chain for value in _closed_over(f)):",
+            "if False:",
+        ),
+        "copies-not-noticed": M(
+            'if name.startswith("sglang.") and any(', 'if name.startswith("nothing.") and any('
+        ),
+        "off-is-on": M("if not _state.settings.enabled:", "if False:"),
+        "errors-of-settings": M("return _stay_off(str(error), logging.ERROR)", "pass"),
+        "optional-not-looked-for": M(
+            "[hook for hook in _optional(_state.settings)<| if _there(hook)|>]", ""
+        ),
+        "relay-checks-unseen": M(
+            '_state.checks_relay = bool(getattr(overlap_utils, "_DEBUG_ASSERT", False))', "pass"
+        ),
+        "not-verified": M(
+            "        HookRegistry.apply_hooks()\n        verify()",
+            "        HookRegistry.apply_hooks()",
+        ),
+        "verified-once-more": M("HookRegistry.apply_hooks = as_it_was", "pass"),
+        "broken-is-active": M(
+            "_state.active = [part for part in parts<| if part not in found|>]", ""
+        ),
+        "broken-not-told": M(
+            '_state.broken = [f"{part} ({why})" for part, why in found.items()]',
+            "_state.broken = []",
+        ),
+        "wanted-not-there": M("if wanted and part not in parts:", "if False:"),
+        "said-twice": M("        self.said = True\n        logger.info", "        logger.info"),
+        "once-each-time": M("_warned.add(message)", "pass"),
+    },
+    "pystage/integrations/sglang_pp.py": {
+        "unusable-sizer": M("        if not model.report.usable:\n            return False\n", ""),
+        "failure-ends-the-server": M(
+            "    except Exception as error:  # as SGLang",
+            "    except ZeroDivisionError as error:  # as SGLang",
+        ),
+        "sizer-left": M("    owner.pystage_sizer = None\n", ""),
+        "follow-not": M("is_first_rank and dist.get_rank() != 0:", "is_first_rank and False:"),
+        "plan-beyond-cache": M("max(page, min(context, <|free - page, |>row - page))", ""),
+        "plan-beyond-row": M("max(page, min(context, free - page<|, row - page|>))", ""),
+        "plan-small-page": M(
+            "    page = <|max(int(owner.page_size), _SMALLEST_PAGE)|>\n", "int(owner.page_size)\n"
+        ),
+        "plan-largest": M("max_chunk=int(owner.max_prefill_tokens),", "max_chunk=None,"),
+        "sizer-largest": M(
+            "max_chunk=max(<|min(int(owner.max_prefill_tokens), 2 * base)|>, page),", "2 * base"
+        ),
+        "predict-always": M(
+            "return None if sizer is None else sizer.next_chunk(<|history_len|>)", "0"
+        ),
+        "leader-does-not-tell": M(
+            "        if together:\n            _tell((history_len, chunk_len), stage.cpu_group)\n",
+            "",
+        ),
+        "leader-does-not-stop": M(
+            "        if together:\n            _tell(_STOP, stage.cpu_group)", "        pass"
+        ),
+        "follower-does-not-run": M(
+            "            return\n        step(history_len, chunk_len)", "            return"
+        ),
+        "history-not-there": M("            if history_len:\n", "            if False:\n"),
+        "request-kept": M(
+            "        finally:\n            request.release()", "        finally:\n            pass"
+        ),
+        "one-vocabulary": M(
+            "random_token_ids(tokens, <|int(self.owner.model_config.vocab_size)|>, self.count)", "8"
+        ),
+    },
+}
