@@ -319,7 +319,7 @@ def stage(source: Source, pool: pystage.StagingPool, reached: Counter[str]) -> N
         backwards = any(a > b for a, b in zip(first, last, strict=True))
         judge(parts, backwards, vocab, staged, bad)
     if staged is not None:
-        tokens(source, staged, reached)
+        tokens(source, staged if len(staged) < 1000 else staged[-50:], reached)
     del staged, batch
     gc.collect(0)
     if sure and references(made) != counts:
