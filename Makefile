@@ -100,17 +100,16 @@ build/fuzz/.built: $(SOURCES) $(wildcard pystage/*.py) $(STAMP)
 
 fuzz: build/fuzz/.built  ## requests, views and ops against hostile input, for FUZZ_SECONDS=60
 	$(FUZZ_RUN) $(PY) tests/fuzz.py build/fuzz/corpus -max_total_time=$(FUZZ_SECONDS) \
-	  -seed=$(FUZZ_SEED) -artifact_prefix=build/fuzz/ -timeout=60 -rss_limit_mb=4096 \
-	  -print_final_stats=1 -verbosity=1
+	  -seed=$(FUZZ_SEED) -max_len=200 -len_control=10 -artifact_prefix=build/fuzz/ -timeout=60 \
+	  -rss_limit_mb=4096 -print_final_stats=1
 
 fuzz-coverage:  ## lines and branches of the C++ files that build/fuzz/corpus comes by (gcovr)
-	CFLAGS='--coverage -fprofile-update=atomic' LDFLAGS=--coverage DEBUG=1 PYSTAGE_CUDA=0 \
-	  $(PY) setup.py -q build_py --build-lib build/fuzz/cov \
-	  build_ext --build-lib build/fuzz/cov --build-temp build/fuzz/cov
-	find build/fuzz/cov -name '*.gcda' -delete
-	PYTHONPATH=build/fuzz/cov $(PY) tests/fuzz.py --replay build/fuzz/corpus
+	PYSTAGE_COVERAGE=1 PYSTAGE_CUDA=0 $(PY) setup.py -q build_py --build-lib build/fuzz/counted \
+	  build_ext --build-lib build/fuzz/counted --build-temp build/fuzz/counts
+	find build/fuzz/counts -name '*.gcda' -delete
+	PYTHONPATH=build/fuzz/counted $(PY) tests/fuzz.py --replay build/fuzz/corpus
 	$(PY) -m gcovr --root . --filter 'csrc/(requests|ids_view|python|staging|gather)' \
-	  --exclude-throw-branches build/fuzz/cov
+	  --exclude-throw-branches build/fuzz/counts
 
 bench:  ## measure all peers in all regimes; results go to bench/results (ARGS='--quick --peers DIR')
 	$(PY) -m bench $(if $(DEVICE),--device $(DEVICE)) $(ARGS)

@@ -18,6 +18,7 @@ PIPELINE = RESULTS / "pp_prefill-8b-2xnvidia-h100-80gb-hbm3.json"
 EARLIER = RESULTS / "earlier"
 PLOT = Path("docs/staging.svg")
 PIPELINE_PLOT = Path("docs/pp-profile.svg")
+SUSTAINED_PLOT = Path("docs/sustained.svg")
 SHAPES = ("1 x 128", "1 x 8192", "8 x 1024", "64 x 128", "1 x 16384", "1 x 131072")
 EVENER = "equal time, base x 2"
 
@@ -25,6 +26,13 @@ EVENER = "equal time, base x 2"
 def load(path: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(path.read_text())
     return result
+
+
+def sustained(root: Path) -> Path | None:
+    """The newest sustained run on a GPU, if there is one."""
+    runs = {path: load(path) for path in (root / RESULTS).glob("sustained*.json")}
+    on_gpu = [path for path, run in runs.items() if run["devices"]]
+    return max(on_gpu, key=lambda path: str(runs[path]["date"]), default=None)
 
 
 def sections(root: Path) -> dict[str, str]:
@@ -44,6 +52,7 @@ def sections(root: Path) -> dict[str, str]:
         "pp-plans": pipeline_plans(pipeline["results"]),
         "pp-targets": pipeline_targets(pipeline["results"]),
         "pp-source": source(pipeline, PIPELINE.name),
+        "sustained": sustained_table(sustained(root)),
     }
 
 
@@ -52,6 +61,9 @@ def draw(root: Path) -> list[Path]:
     plots = [root / PLOT, root / PIPELINE_PLOT]
     draw_staging(load(root / STAGING), plots[0])
     draw_pipeline(load(root / PIPELINE), plots[1])
+    if run := sustained(root):
+        plots.append(root / SUSTAINED_PLOT)
+        draw_sustained(load(run), plots[-1])
     return plots
 
 
@@ -212,6 +224,40 @@ def in_place_table(path: Path) -> str:
         tabulate(["the floor, us, p50 / p99", ""], below),
     ]
     return "\n\n".join([*tables, source(result, path.name)])
+
+
+# --- sustained ------------------------------------------------------------------------------------
+
+
+def sustained_table(path: Path | None) -> str:
+    """What a sustained run was to show, and its first and last minutes."""
+    if path is None:
+        return "Not measured yet."
+    result = load(path)
+    rows = result["rows"]
+    batches, tokens = (sum(row[name] for row in rows) for name in ("batches", "tokens"))
+    text = (
+        f"{result['minutes']:.0f} minutes, {batches:,} batches, {tokens:,} ids, "
+        f"{result['streams']} streams, beside copies of "
+        f"{result['traffic_bytes'] / 2**20:.0f} MiB kept queued."
+    )
+    some = sorted({0, len(rows) // 2, len(rows) - 1})
+    minutes = [
+        [
+            f"{rows[at]['minute']:.0f}",
+            f"{rows[at]['batches']:,}",
+            f"{rows[at]['wrong']}",
+            pair(rows[at]["host"]),
+            pair(rows[at]["ready"]),
+            f"{rows[at]['resident_bytes'] / 2**20:,.0f}",
+            f"{rows[at]['pool_bytes'] / 2**20:,.0f}",
+        ]
+        for at in some
+    ]
+    head = ["minute", "batches", "wrong ids", "stage + resolve, us, p50 / p99"]
+    head += ["ready, us, p50 / p99", "resident, MiB", "pools, MiB"]
+    parts = [text, target_table(result), tabulate(head, minutes), source(result, path.name)]
+    return "\n\n".join([*parts, f"![figures of every minute]({SUSTAINED_PLOT.name})"])
 
 
 # --- the pipeline ---------------------------------------------------------------------------------
@@ -388,3 +434,50 @@ def draw_pipeline(result: dict[str, Any], path: Path) -> None:
     model = LatencyModel.from_json({"version": 1, **ours})
     sizer = ChunkSizer(model, base_chunk=8192, context_len=131072, context_margin=0)
     plot_profile(sizer, 131072).savefig(path, metadata={"Date": None})
+
+
+def draw_sustained(result: dict[str, Any], path: Path) -> None:
+    """Times and holdings of every minute."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "pystage"  # the same figures give the same file
+    from matplotlib import pyplot as plt
+
+    rows = result["rows"]
+    minutes = [row["minute"] for row in rows]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    for part, label, color in (
+        ("host", "stage + resolve", "#1f6fb4"),
+        ("ready", "until the ids are there", "#d9822b"),
+    ):
+        for percentile, style in (("p99", "-"), ("p50", ":")):
+            values = [row[part][percentile] for row in rows]
+            left.plot(minutes, values, style, color=color, label=f"{label}, {percentile}")
+    left.set(title="us", yscale="log", xlabel="minute")
+    for name, label in (
+        ("resident_bytes", "the process"),
+        ("device_bytes", "the GPU"),
+        ("pool_bytes", "the pools"),
+    ):
+        if rows[0][name] is not None:
+            middle.plot(minutes, [row[name] / 2**20 for row in rows], label=label)
+    middle.set(title="memory, MiB", yscale="log", xlabel="minute")
+    for name, label in (
+        ("fds", "open files"),
+        ("threads", "threads"),
+        ("contexts", "CUDA contexts"),
+        ("pool_allocations", "pinned allocations so far"),
+        ("wrong", "wrong ids"),
+    ):
+        if rows[0][name] is not None:
+            right.plot(minutes, [row[name] for row in rows], label=label)
+    right.set(title="counts", xlabel="minute", ylim=(0, None))
+    for axis in (left, middle, right):
+        axis.legend(fontsize=6, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.title.set_fontsize(9)
+        axis.tick_params(labelsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

@@ -18,7 +18,13 @@ sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
 from bench import figures, pages  # noqa: E402
 from bench.regimes import REGIMES  # noqa: E402
 
-PAGES = ("README.md", "docs/benchmarks.md", "docs/pp.md", "docs/sglang.md")
+PAGES = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/guarantees.md",
+    "docs/pp.md",
+    "docs/sglang.md",
+)
 
 MARK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -63,8 +63,8 @@ def figures():
     keep.trim(); keep.stats()
     ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    figures = {"resident": pages * os.sysconf("SC_PAGESIZE"), "fds": len(os.listdir("/proc/self/fd")),
-               "threads": len(os.listdir("/proc/self/task"))}
+    figures = {"resident": pages * os.sysconf("SC_PAGESIZE")}
+    figures |= {name: len(os.listdir(f"/proc/self/{name}")) for name in ("fd", "task")}
     if device != "cpu":
         torch.cuda.synchronize()
         figures["device"] = torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]
