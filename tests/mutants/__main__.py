@@ -321,17 +321,17 @@ def _checked(command: list[str], folder: Path, environment: dict[str, str]) -> N
 
 @dataclass
 class Runner:
-    """One worker's copy of the project, and the processes that run tests in it."""
+    """One worker's copies of the project, and the processes that run tests in them."""
 
-    tree: Path
-    sglang: str | None
+    trees: dict[str, Path]
+    sglang: str
     cpp: Path | None = None
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
     def run(self, tests: str, number: int, seconds: float) -> int | None:
         """The exit status of a command of TESTS with a C++ fault, or 0 for none; None: too long."""
         kind, _, arguments = tests.partition(" ")
-        environment = {"PYSTAGE_MUTANT": str(number), "PYTHONPATH": str(self.tree)}
+        environment = {"PYSTAGE_MUTANT": str(number)}
         if kind == "cpp":
             assert self.cpp is not None
             command = [str(self.cpp), "-aa=1", *shlex.split(arguments)]
@@ -354,21 +354,20 @@ class Runner:
 
     @property
     def log(self) -> Path:
-        return self.tree / "build/log.txt"
+        return self.trees["pytest"] / "build/log.txt"
 
     def process(self, kind: str) -> subprocess.Popen[str]:
         if kind not in self.processes:
-            python = sys.executable if kind == "pytest" else self.sglang
-            assert python is not None
             environment = {
                 **os.environ,
-                "PYTHONPATH": str(self.tree),
+                "PYTHONPATH": str(self.trees[kind]),
                 # Python tells a changed file by second and size: a fault may change neither.
                 "PYTHONDONTWRITEBYTECODE": "1",
             }
             self.processes[kind] = subprocess.Popen(
-                [python, str(ROOT / "tests/mutants/worker.py")],
-                cwd=self.tree, env=environment, text=True,
+                [self.sglang if kind == "sglang" else sys.executable,
+                 str(ROOT / "tests/mutants/worker.py")],
+                cwd=self.trees[kind], env=environment, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
         return self.processes[kind]
@@ -424,27 +423,28 @@ class Baseline:
 
 def test_site(runner: Runner, site: Site, baseline: Baseline) -> Result:
     """Runs a fault's tests until one fails."""
-    start = time.monotonic()
-    path, skipped = runner.tree / site.file, ""
+    begin = time.monotonic()
     is_python = site.file.endswith(".py")
-    tests = [t for t in site.tests if runner.sglang or not t.startswith("sglang")]
-    limits = [baseline.limit(runner, t, site.batch) for t in tests]
-    text = path.read_text(encoding="utf-8")
-    if is_python:
-        path.write_text(text[: site.start] + site.mutant.replacement + text[site.stop :])
-    try:
-        for command, limit in zip(tests, limits, strict=True):
+    kinds = ("cpp", *runner.trees)
+    tests = [t for t in site.tests if t.startswith(kinds)]
+    for command in tests:
+        limit = baseline.limit(runner, command, site.batch)
+        path = runner.trees["sglang" if command.startswith("sglang") else "pytest"] / site.file
+        text = path.read_text(encoding="utf-8")
+        try:
+            if is_python:
+                fault = text[: site.start] + site.mutant.replacement + text[site.stop :]
+                path.write_text(fault, encoding="utf-8")
             status = runner.run(command, 0 if is_python else site.number, limit)
-            if status != 0:
-                by = _first_failure(runner.log, status)
-                return Result(site.name, site.file, "killed", by, time.monotonic() - start)
-        if len(tests) < len(site.tests):
-            skipped = "only SGLang's tests can tell"
-    finally:
-        if is_python:
-            path.write_text(text, encoding="utf-8")
-    outcome = "not run" if skipped else "survived"
-    return Result(site.name, site.file, outcome, skipped, time.monotonic() - start)
+        finally:
+            if is_python:
+                path.write_text(text, encoding="utf-8")
+        if status != 0:
+            by = _first_failure(runner.log, status)
+            return Result(site.name, site.file, "killed", by, time.monotonic() - begin)
+    if len(tests) < len(site.tests):
+        return Result(site.name, site.file, "not run", "only the real SGLang can tell")
+    return Result(site.name, site.file, "survived", seconds=time.monotonic() - begin)
 
 
 def _first_failure(log: Path, status: int | None) -> str:
@@ -471,7 +471,6 @@ def prepare(
     batch_of = {site.name: site.batch for site in built}
     for site in sites:
         site.batch = batch_of.get(site.name, 0)
-    plugin = any("integrations/" in site.file for site in sites)
     for batch in range(batches):
         here = [s for s in sites if s.batch == batch]
         if not here:
@@ -488,23 +487,35 @@ def prepare(
         build_extension(folder, sys.executable)
         needs_cpp = any(t.startswith("cpp") for s in here for t in s.tests)
         program = build_cpp_tests(folder) if needs_cpp else None
+        plugin = sglang is not None and any(t.startswith("sglang") for s in here for t in s.tests)
+        if plugin:
+            build_for_sglang(BUILD / "sglang", sglang or "")
         runners = []
         for worker in range(workers):
-            tree = BUILD / f"{batch}-{worker}"
-            copy_project(tree)
-            for built in (folder / "pystage").glob("*.so"):
-                shutil.copyfile(built, tree / "pystage" / built.name)
-            if plugin and sglang and batch == 0:
-                build_for_sglang(tree, sglang)
-            (tree / "build").mkdir(exist_ok=True)
-            runners.append(Runner(tree, sglang, program))
+            trees = {"pytest": copy_of(folder, BUILD / f"{batch}-{worker}")}
+            if plugin:
+                trees["sglang"] = copy_of(BUILD / "sglang", BUILD / f"sglang-{worker}")
+            runners.append(Runner(trees, sglang or "", program))
         progress.remove_task(task)
         yield here, runners
 
 
-def build_for_sglang(tree: Path, python: str) -> None:
-    """SGLang's environment has a torch of its own, and Python names extensions by its version."""
-    raise MutantError("not yet")
+def copy_of(built: Path, tree: Path) -> Path:
+    """A worker's own copy of the project, with what was built."""
+    copy_project(tree)
+    for extension in (built / "pystage").glob("*.so"):
+        shutil.copyfile(extension, tree / "pystage" / extension.name)
+    for entry_points in built.glob("*.egg-info"):
+        shutil.copytree(entry_points, tree / entry_points.name, dirs_exist_ok=True)
+    (tree / "build").mkdir(exist_ok=True)
+    return tree
+
+
+def build_for_sglang(folder: Path, python: str) -> None:
+    """As it is, for the torch of SGLang's environment, and with the entry point of the plugin."""
+    copy_project(folder)
+    build_extension(folder, python)
+    _checked([python, "setup.py", "-q", "egg_info"], folder, dict(os.environ))
 
 
 def run_all(sites: list[Site], workers: int, sglang: str | None, console: Console) -> list[Result]:
