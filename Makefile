@@ -16,7 +16,7 @@ endif
 STAMP := build/.installed-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: help demo test sglang-env sglang-test cpp-test mutants bench report build clean
+.PHONY: help demo test coverage sglang-env sglang-test cpp-test mutants fuzz fuzz-coverage bench report build clean
 help:  ## what there is (the default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -39,7 +39,7 @@ demo: build  ## replay a serving trace through the pool
 	$(PY) -m pystage demo $(if $(DEVICE),--device $(DEVICE))
 
 test: build  ## the test suite
-	$(PY) -m pytest -q
+	$(PY) $(COUNTED) -m pytest -q
 
 # An environment with SGLang, made once. The extension stands in the source folder, built for one
 # torch at a time: the other environments' stamps go, so that they build again.
@@ -53,13 +53,64 @@ sglang-env:  ## install SGLang for the CPU into .venv-sglang
 sglang-test: sglang-env  ## the plugin in the real SGLang, on the CPU
 	PYSTAGE_CUDA=0 $(SGLANG_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	@rm -f build/.installed-*
-	PYSTAGE_TEST_SGLANG_OLD=$(SGLANG_VENV)/releases $(SGLANG_VENV)/bin/python -m pytest -q -W ignore tests/test_sglang.py
+	PYSTAGE_TEST_SGLANG_OLD=$(SGLANG_VENV)/releases $(SGLANG_VENV)/bin/python $(COUNTED) -m pytest -q -W ignore tests/test_sglang.py
+
+# Both suites with the lines of Python that run counted, then the tests that drive the extension
+# once more, on a build that counts its own: beside a copy of the package, so that the extension in
+# the source folder stays what it is. Needs the extra `dev`.
+COVERAGE := $(CURDIR)/build/coverage
+BINDINGS := batch bindings integrations ops pool process races stage staged_tokens
+coverage: export COVERAGE_FILE = $(COVERAGE)/data
+coverage: build  ## the tests in both environments, and the lines they miss
+	rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)/tree
+	$(MAKE) --no-print-directory test COUNTED='-m coverage run'
+	cp -r pystage tests bench docs README.md pyproject.toml $(COVERAGE)/tree
+	rm -f $(COVERAGE)/tree/pystage/*.so
+	PYSTAGE_COVERAGE=1 $(PY) setup.py -q build_ext --build-temp $(COVERAGE)/objects --build-lib $(COVERAGE)/tree
+	cd $(COVERAGE)/tree && $(abspath $(PY)) -m pytest -q $(BINDINGS:%=tests/test_%.py)
+	@set -e; without=--without-sglang; \
+	if $(MAKE) --no-print-directory sglang-env; then without=; \
+	  $(MAKE) --no-print-directory sglang-test COUNTED='-m coverage run'; \
+	else echo 'SGLang could not be installed here (see above): the plugin is NOT tested in it'; fi; \
+	$(PY) tests/measure_coverage.py $(COVERAGE) $$without
 
 cpp-test:  ## the C++ tests of pool and gather; they need doctest
 	$(MAKE) -C csrc/tests
 
 mutants: build  ## put single faults into pystage: do the tests notice? (ARGS='--only pool.cpp --list')
 	$(PY) -m tests.mutants --sglang $(SGLANG_VENV)/bin/python $(ARGS)
+
+# libFuzzer by way of atheris, the extension under AddressSanitizer (clang), Python's objects each in
+# memory of its own. FUZZ_SEED=N runs what a run with that seed ran. A crash leaves its input in
+# build/fuzz: python tests/fuzz.py --replay FILE.
+FUZZ_SECONDS ?= 60
+FUZZ_SEED ?= 0
+FUZZ_FLAGS := -fno-omit-frame-pointer -Wno-unknown-warning-option
+FUZZ_RUN = PYTHONMALLOC=malloc PYTHONPATH=build/fuzz/lib \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+  LD_PRELOAD=$$($(PY) -c 'import atheris; print(atheris.path())')/asan_with_fuzzer.so
+
+build/fuzz/.built: $(SOURCES) $(wildcard pystage/*.py) $(STAMP)
+	$(PY) -c 'import atheris' || $(PY) -m pip install atheris
+	CC=clang CXX=clang++ LDSHARED='clang++ -shared' LDFLAGS=-shared-libasan PYSTAGE_CUDA=0 \
+	  CFLAGS='-fsanitize=address,fuzzer-no-link $(FUZZ_FLAGS)' $(PY) setup.py -q \
+	  build_py --build-lib build/fuzz/lib \
+	  build_ext --build-lib build/fuzz/lib --build-temp build/fuzz/temp
+	@touch $@
+
+fuzz: build/fuzz/.built  ## requests, views and ops against hostile input, for FUZZ_SECONDS=60
+	$(FUZZ_RUN) $(PY) tests/fuzz.py build/fuzz/corpus -max_total_time=$(FUZZ_SECONDS) \
+	  -seed=$(FUZZ_SEED) -artifact_prefix=build/fuzz/ -timeout=60 -rss_limit_mb=4096 \
+	  -print_final_stats=1 -verbosity=1
+
+fuzz-coverage:  ## lines and branches of the C++ files that build/fuzz/corpus comes by (gcovr)
+	CFLAGS='--coverage -fprofile-update=atomic' LDFLAGS=--coverage DEBUG=1 PYSTAGE_CUDA=0 \
+	  $(PY) setup.py -q build_py --build-lib build/fuzz/cov \
+	  build_ext --build-lib build/fuzz/cov --build-temp build/fuzz/cov
+	find build/fuzz/cov -name '*.gcda' -delete
+	PYTHONPATH=build/fuzz/cov $(PY) tests/fuzz.py --replay build/fuzz/corpus
+	$(PY) -m gcovr --root . --filter 'csrc/(requests|ids_view|python|staging|gather)' \
+	  --exclude-throw-branches build/fuzz/cov
 
 bench:  ## measure all peers in all regimes; results go to bench/results (ARGS='--quick --peers DIR')
 	$(PY) -m bench $(if $(DEVICE),--device $(DEVICE)) $(ARGS)

@@ -6,6 +6,7 @@ Environment:
   CUDA_HOME             the toolkit, if it is not where nvcc or /usr/local/cuda is
   TORCH_CUDA_ARCH_LIST  e.g. "8.0;9.0+PTX"; the default covers Ampere to Blackwell, PTX for later
   PYSTAGE_SANITIZE      address or thread: build the host code under that sanitizer
+  PYSTAGE_COVERAGE      1: count the lines that run (gcov), without optimisation
   DEBUG                 1: -O0 -g
 """
 
@@ -164,8 +165,12 @@ compile_args = [
     "-Wno-unused-parameter",
     "-Wno-interference-size",
 ]
-compile_args += ["-O0", "-g"] if DEBUG else ["-O3", "-g0"]
+coverage = os.environ.get("PYSTAGE_COVERAGE", "0") not in ("", "0")
+compile_args += ["-O0", "-g"] if DEBUG or coverage else ["-O3", "-g0"]
 link_args: list[str] = []
+if coverage:  # counters are updated atomically: worker threads run the same lines
+    compile_args += ["--coverage", "-fprofile-update=atomic"]
+    link_args += ["--coverage"]
 if sanitize:
     compile_args += [f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer"]
     link_args += [f"-fsanitize={sanitize}"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import random
 import subprocess
 import sys
@@ -108,6 +109,7 @@ class Bench:
         from sglang.srt.utils.common import is_pin_memory_available
 
         self.record = _recorder(console)
+        os.environ["PYSTAGE_SGLANG_CPU"] = "1"  # a trial run without a GPU
         load_plugins()
         from pystage.integrations import sglang as plugin
 

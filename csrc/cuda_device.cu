@@ -1,10 +1,23 @@
 // The device layer on CUDA: mapped pinned memory, events, and the kernels that read a slot over
-// the bus. Includes nothing but the CUDA runtime, so it builds in seconds and knows no torch.
+// the bus. Includes nothing but CUDA's own headers, so it builds in seconds and knows no torch.
 //
 // Why a kernel and no cudaMemcpyAsync: a copy of more than a few KiB goes to a copy engine. It
 // queues there behind whatever KV-cache traffic was issued before it, on any stream, and handing
 // the stream over to the engine and back costs about 8 us. A kernel that loads from mapped memory
 // does neither, and can widen int32 to int64 on the way, which halves the bytes on the bus.
+//
+// Note [Which context]
+// ~~~~~~~~~~~~~~~~~~~~
+// The pool calls from whatever thread stages, resolves, asks for figures or drops the last tokens.
+// In a thread without a context the runtime makes device 0 current, and a context there costs each
+// rank some 500 MiB of GPU 0; so a call here goes to the driver, with a context of this device
+// current, and leaves the thread's current context as it was. That context is the device's primary
+// one, which the runtime and torch use as well, unless another of the same device is current
+// already: a green context has default streams of its own, and the caller means those.
+// The runtime is asked for what it alone knows, the driver's entry points and the kernels of this
+// file. cuda.h is included for the types: the compiler then checks every call against the driver's
+// own declarations. Nothing is linked to libcuda, so the module loads where there is none.
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #undef NDEBUG  // indices are checked in every build, as torch's are
@@ -14,7 +27,10 @@
 #include <cassert>
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -23,30 +39,6 @@
 
 namespace pystage {
 namespace {
-
-[[noreturn]] void raise_cuda(cudaError_t error, const char* call, const std::string& device) {
-  cudaGetLastError();  // the error is reported here; do not leave it for somebody else's check
-  std::string message = std::string(call) + " failed: " + cudaGetErrorName(error) + " (" +
-                        std::to_string(static_cast<int>(error)) +
-                        "): " + cudaGetErrorString(error) + " [" + device + "]";
-  if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice)
-    message += "; install a driver for CUDA " + std::to_string(CUDART_VERSION / 1000) +
-               " or use device=\"cpu\"";
-  throw DeviceError(message);
-}
-
-#define PYSTAGE_CUDA(call)                                              \
-  do {                                                                  \
-    const cudaError_t error_ = (call);                                  \
-    if (error_ != cudaSuccess) raise_cuda(error_, #call, this->name()); \
-  } while (0)
-
-// The driver's codes are the runtime's.
-#define PYSTAGE_DRIVER(name, call)                              \
-  do {                                                          \
-    const auto error_ = static_cast<cudaError_t>(call);         \
-    if (error_ != cudaSuccess) raise_cuda(error_, name, name_); \
-  } while (0)
 
 // --- kernels -----------------------------------------------------------------------------------
 
@@ -193,51 +185,174 @@ Addresses mixed_kernels() {
   return {address(transfer_mixed<In, false>), address(transfer_mixed<In, true>)};
 }
 
-// What every resolve() calls, straight from the driver: the runtime in front of it is so much more
-// code and data to fetch, and they are in no cache by then.
-struct LaunchConfig {  // the driver's CUlaunchConfig
-  unsigned grid[3];
-  unsigned block[3];
-  unsigned shared_bytes;
-  cudaStream_t stream;
-  const cudaLaunchAttribute* attributes;
-  unsigned attribute_count;
+// Read by the probe for stale mapped memory, see CudaDevice::sees_writes().
+constexpr size_t kProbeIds = 512;
+__device__ int4 probe_ids[kProbeIds * sizeof(int64_t) / sizeof(int4)];
+
+// --- driver ------------------------------------------------------------------------------------
+
+#define PYSTAGE_DRIVER_CALLS(X)        \
+  X(cuInit)                            \
+  X(cuDeviceGet)                       \
+  X(cuDeviceGetAttribute)              \
+  X(cuDevicePrimaryCtxRetain)          \
+  X(cuDevicePrimaryCtxRelease)         \
+  X(cuCtxGetDevice)                    \
+  X(cuCtxPushCurrent)                  \
+  X(cuCtxPopCurrent)                   \
+  X(cuThreadExchangeStreamCaptureMode) \
+  X(cuFuncGetAttribute)                \
+  X(cuLaunchKernelEx)                  \
+  X(cuLaunchHostFunc)                  \
+  X(cuMemHostAlloc)                    \
+  X(cuMemHostGetDevicePointer)         \
+  X(cuMemFreeHost)                     \
+  X(cuMemcpyHtoDAsync)                 \
+  X(cuMemcpyDtoHAsync)                 \
+  X(cuEventCreate)                     \
+  X(cuEventDestroy)                    \
+  X(cuEventRecord)                     \
+  X(cuEventQuery)                      \
+  X(cuEventSynchronize)                \
+  X(cuStreamCreate)                    \
+  X(cuStreamDestroy)                   \
+  X(cuStreamSynchronize)               \
+  X(cuStreamWaitEvent)                 \
+  X(cuStreamGetId)                     \
+  X(cuStreamIsCapturing)
+
+struct DriverError : DeviceError {
+  DriverError(const std::string& message, CUresult code) : DeviceError(message), code(code) {}
+  CUresult code;
 };
+
+// The process ends, or the device is lost: what was to be freed is gone already.
+bool is_gone(CUresult code) {
+  switch (code) {
+    case CUDA_ERROR_DEINITIALIZED:
+    case CUDA_ERROR_NOT_INITIALIZED:
+    case CUDA_ERROR_DEVICE_UNAVAILABLE:
+    case CUDA_ERROR_INVALID_CONTEXT:
+    case CUDA_ERROR_ECC_UNCORRECTABLE:
+    case CUDA_ERROR_NVLINK_UNCORRECTABLE:
+    case CUDA_ERROR_CONTEXT_IS_DESTROYED:
+    case CUDA_ERROR_ILLEGAL_ADDRESS:
+    case CUDA_ERROR_LAUNCH_TIMEOUT:
+    case CUDA_ERROR_ASSERT:
+    case CUDA_ERROR_HARDWARE_STACK_ERROR:
+    case CUDA_ERROR_ILLEGAL_INSTRUCTION:
+    case CUDA_ERROR_MISALIGNED_ADDRESS:
+    case CUDA_ERROR_INVALID_ADDRESS_SPACE:
+    case CUDA_ERROR_INVALID_PC:
+    case CUDA_ERROR_LAUNCH_FAILED:
+    case CUDA_ERROR_EXTERNAL_DEVICE:
+      return true;
+    default:
+      return false;
+  }
+}
+
+// The platform does not give pinned or mapped memory: a memlock limit, WSL, a container's rules.
+bool is_refusal(CUresult code) {
+  return code == CUDA_ERROR_OUT_OF_MEMORY || code == CUDA_ERROR_NOT_SUPPORTED ||
+         code == CUDA_ERROR_NOT_PERMITTED || code == CUDA_ERROR_OPERATING_SYSTEM;
+}
+
+// The driver's functions, and the device's primary context.
 struct Driver {
-  int (*launch_kernel)(const LaunchConfig*, cudaFunction_t, void**, void**);
-  int (*event_record)(cudaEvent_t, cudaStream_t);
-  int (*stream_get_id)(cudaStream_t, unsigned long long*);
-  int (*stream_is_capturing)(cudaStream_t, cudaStreamCaptureStatus*);
-};
+#define PYSTAGE_MEMBER(name) decltype(&::name) name = nullptr;
+  PYSTAGE_DRIVER_CALLS(PYSTAGE_MEMBER)
+#undef PYSTAGE_MEMBER
 
-// --- device ------------------------------------------------------------------------------------
+  explicit Driver(std::string device_name) : device_name(std::move(device_name)) {
+#define PYSTAGE_FIND(name) find(name, #name);
+    PYSTAGE_DRIVER_CALLS(PYSTAGE_FIND)
+#undef PYSTAGE_FIND
+  }
+  // Only where the device could not be made: one that was made is never destroyed.
+  ~Driver() {
+    if (primary) cuDevicePrimaryCtxRelease(device);
+  }
+  Driver(const Driver&) = delete;
+  Driver& operator=(const Driver&) = delete;
 
-// Makes a device current for a scope; costs one cudaGetDevice where it already is.
-class CurrentDevice {
- public:
-  explicit CurrentDevice(int index) : index_(index) {
-    if (cudaGetDevice(&previous_) == cudaSuccess && previous_ != index_) cudaSetDevice(index_);
+  // The driver's codes are the runtime's.
+  void check(CUresult code, const char* call) const {
+    if (code != CUDA_SUCCESS) raise(code, call);
   }
-  ~CurrentDevice() {
-    if (previous_ != index_) cudaSetDevice(previous_);
+  void check(cudaError_t code, const char* call) const {
+    if (code == cudaSuccess) return;
+    cudaGetLastError();  // the error is reported here; do not leave it for somebody else's check
+    raise(static_cast<CUresult>(code), call);
   }
-  CurrentDevice(const CurrentDevice&) = delete;
-  CurrentDevice& operator=(const CurrentDevice&) = delete;
+  [[noreturn]] void raise(CUresult code, const char* call) const {
+    const auto error = static_cast<cudaError_t>(code);
+    std::string message = std::string(call) + " failed: " + cudaGetErrorName(error) + " (" +
+                          std::to_string(static_cast<int>(code)) +
+                          "): " + cudaGetErrorString(error) + " [" + device_name + "]";
+    if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice)
+      message += "; install a driver for CUDA " + std::to_string(CUDART_VERSION / 1000) +
+                 " or use device=\"cpu\"";
+    throw DriverError(message, code);
+  }
+
+  const std::string device_name;
+  CUdevice device = -1;
+  CUcontext primary = nullptr;
 
  private:
-  int index_;
-  int previous_ = 0;
+  template <typename Function>
+  void find(Function& function, const char* name) {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check(cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &found),
+          "cudaGetDriverEntryPointByVersion");
+    if (found != cudaDriverEntryPointSuccess || !entry)
+      throw DeviceError(std::string("the driver has no ") + name + "; install a driver for CUDA " +
+                        std::to_string(CUDART_VERSION / 1000) + " [" + device_name + "]");
+    function = reinterpret_cast<Function>(entry);
+  }
+};
+
+#define PYSTAGE_CHECK(driver, call, ...) (driver).check((driver).call(__VA_ARGS__), #call)
+
+// Makes a context of the device current for a scope. See Note [Which context].
+class InContext {
+ public:
+  explicit InContext(const Driver& driver) : driver_(driver) {
+    CUdevice current;
+    if (driver_.cuCtxGetDevice(&current) == CUDA_SUCCESS && current == driver_.device) return;
+    PYSTAGE_CHECK(driver_, cuCtxPushCurrent, driver_.primary);
+    pushed_ = true;
+  }
+  ~InContext() {
+    CUcontext popped;
+    if (pushed_) driver_.cuCtxPopCurrent(&popped);
+  }
+  InContext(const InContext&) = delete;
+  InContext& operator=(const InContext&) = delete;
+
+ private:
+  const Driver& driver_;
+  bool pushed_ = false;
 };
 
 // Lets a thread query events and pin memory while some other thread captures a graph.
 class RelaxedCapture {
  public:
-  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  explicit RelaxedCapture(const Driver& driver) : driver_(driver) {
+    PYSTAGE_CHECK(driver_, cuThreadExchangeStreamCaptureMode, &mode_);
+  }
+  ~RelaxedCapture() { driver_.cuThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
 
  private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+  const Driver& driver_;
+  CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
 };
+
+// --- device ------------------------------------------------------------------------------------
 
 struct Hold {
   std::mutex mutex;
@@ -251,25 +366,21 @@ void drop(Hold* hold) {
 
 class CudaDevice final : public Device {
  public:
-  explicit CudaDevice(int index) : index_(index), name_("cuda:" + std::to_string(index)) {
-    CurrentDevice guard(index_);
-    RelaxedCapture relaxed;
-    PYSTAGE_CUDA(cudaFree(nullptr));  // makes the context
-    PYSTAGE_CUDA(cudaDeviceGetAttribute(&can_map_, cudaDevAttrCanMapHostMemory, index_));
-    int can_register = 0;
-    PYSTAGE_CUDA(cudaDeviceGetAttribute(&can_register, cudaDevAttrHostRegisterSupported, index_));
+  explicit CudaDevice(int index) : name_("cuda:" + std::to_string(index)), driver_(name_) {
+    PYSTAGE_CHECK(driver_, cuInit, 0);
+    const RelaxedCapture relaxed(driver_);
+    PYSTAGE_CHECK(driver_, cuDeviceGet, &driver_.device, index);
+    PYSTAGE_CHECK(driver_, cuDevicePrimaryCtxRetain, &driver_.primary, driver_.device);
+    const InContext context(driver_);
+    can_map_ = attribute(CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY);
     const char* disabled = std::getenv("PYSTAGE_DISABLE_PINNED");
     if (disabled && *disabled && *disabled != '0')
       why_pageable_ = "PYSTAGE_DISABLE_PINNED is set";
-    else if (!can_register)
+    else if (!attribute(CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED))
       // Under Confidential Computing the device cannot read the host's memory: what is called
       // pinned there is copied through a bounce buffer, synchronously.
       why_pageable_ =
           name_ + " does not support registering host memory (as under Confidential Computing)";
-    find(driver_.launch_kernel, "cuLaunchKernelEx");
-    find(driver_.event_record, "cuEventRecord");
-    find(driver_.stream_get_id, "cuStreamGetId");
-    find(driver_.stream_is_capturing, "cuStreamIsCapturing");
     // Loads the kernels now: with lazy loading the first launch would wait for a busy device.
     transfers_[0][0] = load(transfer_kernels<int32_t, int32_t>());
     transfers_[0][1] = load(transfer_kernels<int32_t, int64_t>());
@@ -277,42 +388,46 @@ class CudaDevice final : public Device {
     transfers_[1][1] = load(transfer_kernels<int64_t, int64_t>());
     mixed_[0] = load(mixed_kernels<int32_t>());
     mixed_[1] = load(mixed_kernels<int64_t>());
+    driver_.check(cudaGetSymbolAddress(&probe_out_, probe_ids), "cudaGetSymbolAddress");
     // What was compiled for an older device does not wait, whatever it runs on.
-    int major = 0;
-    PYSTAGE_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_));
-    cudaFuncAttributes compiled;
-    PYSTAGE_CUDA(cudaFuncGetAttributes(&compiled, mixed_kernels<int32_t>()[0]));
-    can_launch_early_ = major >= 9 && compiled.ptxVersion >= 90;
+    int compiled_for = 0;
+    PYSTAGE_CHECK(driver_, cuFuncGetAttribute, &compiled_for, CU_FUNC_ATTRIBUTE_PTX_VERSION,
+                  mixed_[0][0]);
+    can_launch_early_ =
+        attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) >= 9 && compiled_for >= 90;
   }
 
   const std::string& name() const override { return name_; }
 
   HostMemory allocate(size_t bytes, std::string* why_pageable) override {
-    CurrentDevice guard(index_);
-    RelaxedCapture relaxed;
-    std::string why = why_pageable_;
-    void* host = nullptr;
+    std::string why = why_not_pinned();
     if (why.empty()) {
-      const cudaError_t error =
-          cudaHostAlloc(&host, bytes, cudaHostAllocPortable | cudaHostAllocMapped);
-      if (error == cudaSuccess) {
-        void* device = nullptr;
-        if (can_map_ && cudaHostGetDevicePointer(&device, host, 0) != cudaSuccess) {
-          cudaGetLastError();
-          device = nullptr;  // not for a kernel, then: the copy engine takes it
-        }
-        return {static_cast<char*>(host), static_cast<const char*>(device), bytes, true};
+      const InContext context(driver_);
+      const RelaxedCapture relaxed(driver_);
+      void* host = nullptr;
+      CUresult code = driver_.cuMemHostAlloc(&host, bytes,
+                                             CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP);
+      if (code == CUDA_SUCCESS) {
+        auto unpin = [this](void* memory) { free({static_cast<char*>(memory), nullptr, 0, true}); };
+        std::unique_ptr<void, decltype(unpin)> pinned(host, unpin);
+        CUdeviceptr device = 0;
+        if (can_map_) code = driver_.cuMemHostGetDevicePointer(&device, host, 0);
+        // Memory that is not mapped is none for a kernel: the copy engine takes it.
+        if (code != CUDA_SUCCESS && !is_refusal(code))
+          driver_.raise(code, "cuMemHostGetDevicePointer");
+        const char* mapped = code == CUDA_SUCCESS ? reinterpret_cast<const char*>(device) : nullptr;
+        if (!mapped || kernels_see_writes(static_cast<int64_t*>(host), mapped, bytes))
+          return {static_cast<char*>(pinned.release()), mapped, bytes, true};
+        why = why_not_pinned();
+      } else if (is_refusal(code)) {
+        why = "cuMemHostAlloc of " + std::to_string(bytes) +
+              " bytes failed: " + cudaGetErrorName(static_cast<cudaError_t>(code)) + " (" +
+              cudaGetErrorString(static_cast<cudaError_t>(code)) + ")";
+      } else {
+        driver_.raise(code, "cuMemHostAlloc");
       }
-      cudaGetLastError();
-      // Out of lockable memory (memlock limit, WSL) or not allowed at all; a lost context is no
-      // reason to go on.
-      if (error != cudaErrorMemoryAllocation && error != cudaErrorNotSupported &&
-          error != cudaErrorNotPermitted && error != cudaErrorOperatingSystem)
-        raise_cuda(error, "cudaHostAlloc", name_);
-      why = std::string("cudaHostAlloc of ") + std::to_string(bytes) +
-            " bytes failed: " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")";
     }
-    host = std::aligned_alloc(4096, bytes);
+    void* host = std::aligned_alloc(4096, bytes);
     if (!host)
       throw DeviceError("aligned_alloc of " + std::to_string(bytes) + " bytes failed [" + name_ +
                         "], after " + why);
@@ -322,21 +437,28 @@ class CudaDevice final : public Device {
 
   void free(const HostMemory& memory) noexcept override {
     if (!memory.pinned) return std::free(memory.host);
-    CurrentDevice guard(index_);
-    RelaxedCapture relaxed;
-    // At exit the driver may be gone, and the memory with it. Nothing is left to do then.
-    if (cudaFreeHost(memory.host) != cudaSuccess) cudaGetLastError();
+    settle([&] { return driver_.cuMemFreeHost(memory.host); }, "cuMemFreeHost");
+  }
+
+  bool kernels_read_pinned() override {
+    if (!can_map_ || !why_not_pinned().empty()) return false;
+    if (probed_) return true;
+    std::string why;
+    const HostMemory memory = allocate(kProbeIds * sizeof(int64_t), &why);  // probes it
+    free(memory);
+    return memory.device != nullptr;
   }
 
   void launch(const Transfer& t, StreamHandle stream) override {
     if (!t.count && !t.tail) return;
-    auto* s = static_cast<cudaStream_t>(stream);
+    auto* s = static_cast<CUstream>(stream);
+    const InContext context(driver_);
     if (t.kind == TransferKind::kCopyEngine) {
       if (t.tail || t.wire != t.out)
         throw DeviceError("a copy engine cannot gather, nor convert between int32 and int64 [" +
                           name_ + "]");
-      PYSTAGE_CUDA(
-          cudaMemcpyAsync(t.dst, t.src, t.count * size_of(t.wire), cudaMemcpyHostToDevice, s));
+      PYSTAGE_CHECK(driver_, cuMemcpyHtoDAsync, reinterpret_cast<CUdeviceptr>(t.dst), t.src,
+                    t.count * size_of(t.wire), s);
       return;
     }
     Grid grid = grid_for(t);
@@ -346,8 +468,8 @@ class CudaDevice final : public Device {
     size_t count = t.count;
     if (!t.tail) {
       void* args[] = {&src, &dst, &count};
-      return run(transfers_[wide_in][wide_out][grid.vectors], "transfer", grid.blocks, s,
-                 t.src_is_complete, args);
+      return run(transfers_[wide_in][wide_out][grid.vectors], "cuLaunchKernelEx(transfer)",
+                 grid.blocks, s, t.src_is_complete, args);
     }
     if (!wide_out) throw DeviceError("a tail is written as int64 [" + name_ + "]");
     Tail tail{t.tail->relay,
@@ -357,74 +479,83 @@ class CudaDevice final : public Device {
               t.tail->relay_type == IntType::kInt64,
               t.tail->index_type == IntType::kInt64};
     void* args[] = {&src, &dst, &count, &grid.blocks, &tail};
-    run(mixed_[wide_in][grid.vectors], "transfer_mixed",
+    run(mixed_[wide_in][grid.vectors], "cuLaunchKernelEx(transfer_mixed)",
         grid.blocks + blocks_for(tail.count, kThreads), s, t.src_is_complete, args);
   }
 
   FenceHandle create_fence() override {
-    CurrentDevice guard(index_);
-    RelaxedCapture relaxed;
-    cudaEvent_t event = nullptr;
-    PYSTAGE_CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    const InContext context(driver_);
+    const RelaxedCapture relaxed(driver_);
+    CUevent event = nullptr;
+    PYSTAGE_CHECK(driver_, cuEventCreate, &event, CU_EVENT_DISABLE_TIMING);
     return event;
   }
   void destroy_fence(FenceHandle fence) noexcept override {
-    if (cudaEventDestroy(static_cast<cudaEvent_t>(fence)) != cudaSuccess)
-      cudaGetLastError();  // as in free()
+    settle([&] { return driver_.cuEventDestroy(static_cast<CUevent>(fence)); }, "cuEventDestroy");
   }
   void record(FenceHandle fence, StreamHandle stream) override {
-    PYSTAGE_DRIVER("cuEventRecord", driver().event_record(static_cast<cudaEvent_t>(fence),
-                                                          static_cast<cudaStream_t>(stream)));
+    const InContext context(driver_);
+    PYSTAGE_CHECK(driver_, cuEventRecord, static_cast<CUevent>(fence),
+                  static_cast<CUstream>(stream));
   }
   bool query(FenceHandle fence) override {
-    RelaxedCapture relaxed;
-    const cudaError_t error = cudaEventQuery(static_cast<cudaEvent_t>(fence));
-    if (error == cudaErrorNotReady) {
-      cudaGetLastError();  // not an error: leave none behind
-      return false;
-    }
-    if (error != cudaSuccess) raise_cuda(error, "cudaEventQuery", name_);
+    const InContext context(driver_);
+    const RelaxedCapture relaxed(driver_);
+    const CUresult code = driver_.cuEventQuery(static_cast<CUevent>(fence));
+    if (code == CUDA_ERROR_NOT_READY) return false;
+    driver_.check(code, "cuEventQuery");
     return true;
   }
   void synchronize(FenceHandle fence) override {
-    PYSTAGE_CUDA(cudaEventSynchronize(static_cast<cudaEvent_t>(fence)));
+    const InContext context(driver_);
+    const RelaxedCapture relaxed(driver_);
+    PYSTAGE_CHECK(driver_, cuEventSynchronize, static_cast<CUevent>(fence));
   }
   void wait(StreamHandle stream, FenceHandle fence) override {
-    PYSTAGE_CUDA(
-        cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), static_cast<cudaEvent_t>(fence), 0));
+    const InContext context(driver_);
+    PYSTAGE_CHECK(driver_, cuStreamWaitEvent, static_cast<CUstream>(stream),
+                  static_cast<CUevent>(fence), CU_EVENT_WAIT_DEFAULT);
   }
   uint64_t stream_id(StreamHandle stream) override {
+    const InContext context(driver_);
     unsigned long long id = 0;
-    PYSTAGE_DRIVER("cuStreamGetId", driver().stream_get_id(static_cast<cudaStream_t>(stream), &id));
+    PYSTAGE_CHECK(driver_, cuStreamGetId, static_cast<CUstream>(stream), &id);
     return id;
   }
+  bool usable() noexcept override {
+    // A call that every lost context refuses, and that a living one has no reason to.
+    CUevent event = nullptr;
+    try {
+      const InContext context(driver_);
+      const RelaxedCapture relaxed(driver_);
+      driver_.check(driver_.cuEventCreate(&event, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
+    } catch (const DriverError& error) {
+      return !is_gone(error.code);
+    }
+    destroy_fence(event);
+    return true;
+  }
   bool capturing(StreamHandle stream) override {
-    cudaStreamCaptureStatus status;
-    PYSTAGE_DRIVER("cuStreamIsCapturing",
-                   driver().stream_is_capturing(static_cast<cudaStream_t>(stream), &status));
-    return status != cudaStreamCaptureStatusNone;
+    const InContext context(driver_);
+    CUstreamCaptureStatus status;
+    PYSTAGE_CHECK(driver_, cuStreamIsCapturing, static_cast<CUstream>(stream), &status);
+    return status != CU_STREAM_CAPTURE_STATUS_NONE;
   }
 
   void* hold(StreamHandle stream) override {
-    CurrentDevice guard(index_);
-    auto* hold = new Hold;
-    const cudaError_t error = cudaLaunchHostFunc(
-        static_cast<cudaStream_t>(stream),
-        [](void* p) {
-          auto* h = static_cast<Hold*>(p);
-          {
-            std::unique_lock<std::mutex> lock(h->mutex);
-            h->changed.wait_for(lock, std::chrono::seconds(kHoldLimitSeconds),
-                                [&] { return h->released; });
-          }
-          drop(h);
-        },
-        hold);
-    if (error != cudaSuccess) {
-      delete hold;
-      raise_cuda(error, "cudaLaunchHostFunc", name_);
-    }
-    return hold;
+    const InContext context(driver_);
+    auto hold = std::make_unique<Hold>();
+    const CUhostFn wait = [](void* p) {
+      auto* h = static_cast<Hold*>(p);
+      {
+        std::unique_lock<std::mutex> lock(h->mutex);
+        h->changed.wait_for(lock, std::chrono::seconds(kHoldLimitSeconds),
+                            [&] { return h->released; });
+      }
+      drop(h);
+    };
+    PYSTAGE_CHECK(driver_, cuLaunchHostFunc, static_cast<CUstream>(stream), wait, hold.get());
+    return hold.release();
   }
   void release(void* hold) noexcept override {
     auto* h = static_cast<Hold*>(hold);
@@ -437,59 +568,113 @@ class CudaDevice final : public Device {
   }
 
  private:
-  using Kernels = std::array<cudaFunction_t, 2>;
+  using Kernels = std::array<CUfunction, 2>;
 
-  template <typename Function>
-  void find(Function& function, const char* name) {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    PYSTAGE_CUDA(cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &found));
-    if (found != cudaDriverEntryPointSuccess)
-      throw DeviceError(std::string("the driver has no ") + name + " [" + name_ + "]");
-    function = reinterpret_cast<Function>(entry);
-  }
-
-  // For calls whose caller has made this device current. In a thread without a CUDA call so far the
-  // runtime would make the context current too; the driver does not.
-  const Driver& driver() {
-    thread_local bool has_context = false;
-    if (!has_context) PYSTAGE_CUDA(cudaSetDevice(index_));
-    has_context = true;
-    return driver_;
+  int attribute(CUdevice_attribute attribute) const {
+    int value = 0;
+    PYSTAGE_CHECK(driver_, cuDeviceGetAttribute, &value, attribute, driver_.device);
+    return value;
   }
 
   Kernels load(const Addresses& addresses) {
     Kernels kernels;
     for (size_t i = 0; i < kernels.size(); ++i)
-      PYSTAGE_CUDA(cudaGetFuncBySymbol(&kernels[i], addresses[i]));
+      driver_.check(cudaGetFuncBySymbol(&kernels[i], addresses[i]), "cudaGetFuncBySymbol");
     return kernels;
+  }
+
+  // Gives something back to the driver. Nothing may be thrown on the way, and nothing is left to do
+  // where the driver or the device is gone; any other failure is a leak, which somebody should see.
+  template <typename Call>
+  void settle(Call call, const char* name) noexcept {
+    try {
+      const InContext context(driver_);
+      const RelaxedCapture relaxed(driver_);
+      driver_.check(call(), name);
+    } catch (const DriverError& error) {
+      if (!is_gone(error.code)) std::fprintf(stderr, "pystage: %s; leaked\n", error.what());
+    }
+  }
+
+  std::string why_not_pinned() {
+    std::lock_guard<std::mutex> guard(pin_mutex_);
+    return why_pageable_;
+  }
+
+  // Whether a kernel sees what the host writes into mapped memory that a kernel has read before.
+  // Under Confidential Computing it may go on seeing the old bytes, and every call succeeds
+  // (vllm#57224). Found out once for a device, from the first memory it pins.
+  bool kernels_see_writes(int64_t* host, const char* mapped, size_t bytes) {
+    std::lock_guard<std::mutex> guard(pin_mutex_);
+    if (!probed_) {
+      if (!probe(host, mapped, std::min(kProbeIds, bytes / sizeof(int64_t))))
+        why_pageable_ = "a kernel on " + name_ +
+                        " read stale bytes from mapped host memory (as under Confidential "
+                        "Computing)";
+      probed_ = true;
+    }
+    return why_pageable_.empty();
+  }
+
+  // Two writes, each read by a kernel. On a stream of its own, behind nothing that the device has
+  // to do; nothing here waits for the whole device, as freeing device memory would.
+  bool probe(int64_t* host, const char* mapped, size_t count) {
+    CUstream stream = nullptr;
+    PYSTAGE_CHECK(driver_, cuStreamCreate, &stream, CU_STREAM_NON_BLOCKING);
+    auto destroy = [this](CUstream stream) {
+      settle([&] { return driver_.cuStreamDestroy(stream); }, "cuStreamDestroy");
+    };
+    const std::unique_ptr<CUstream_st, decltype(destroy)> owner(stream, destroy);
+    Transfer transfer;
+    transfer.src_device = mapped;
+    transfer.wire = transfer.out = IntType::kInt64;
+    transfer.dst = probe_out_;
+    transfer.count = count;
+    std::array<int64_t, kProbeIds> seen{};
+    for (const int64_t first : {int64_t{1} << 32, int64_t{1} << 40}) {
+      for (size_t i = 0; i < count; ++i) host[i] = first + static_cast<int64_t>(i);
+      launch(transfer, stream);
+      PYSTAGE_CHECK(driver_, cuMemcpyDtoHAsync, seen.data(),
+                    reinterpret_cast<CUdeviceptr>(probe_out_), count * sizeof(int64_t), stream);
+      PYSTAGE_CHECK(driver_, cuStreamSynchronize, stream);
+      if (!std::equal(host, host + count, seen.begin())) return false;
+    }
+    return true;
   }
 
   // early: the kernel may start, and read its slot, while the kernel before it on the stream still
   // ends (a programmatic dependent launch); it waits for that one before it writes. This hides 1 us
   // of the way to the host. After anything but a kernel it changes nothing.
-  void run(cudaFunction_t kernel, const char* name, unsigned blocks, cudaStream_t stream,
-           bool early, void** args) {
-    static const cudaLaunchAttribute kEarly = [] {
-      cudaLaunchAttribute attribute{};
-      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attribute.val.programmaticStreamSerializationAllowed = 1;
+  void run(CUfunction kernel, const char* call, unsigned blocks, CUstream stream, bool early,
+           void** args) {
+    static CUlaunchAttribute serialization = [] {
+      CUlaunchAttribute attribute{};
+      attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+      attribute.value.programmaticStreamSerializationAllowed = 1;
       return attribute;
     }();
-    const LaunchConfig config{
-        {blocks, 1, 1}, {kThreads, 1, 1}, 0, stream, &kEarly, early && can_launch_early_ ? 1u : 0u};
-    PYSTAGE_DRIVER((std::string("cuLaunchKernelEx(") + name + ")").c_str(),
-                   driver().launch_kernel(&config, kernel, args, nullptr));
+    CUlaunchConfig config{};
+    config.gridDimX = blocks;
+    config.gridDimY = config.gridDimZ = 1;
+    config.blockDimX = kThreads;
+    config.blockDimY = config.blockDimZ = 1;
+    config.hStream = stream;
+    config.attrs = &serialization;
+    config.numAttrs = early && can_launch_early_ ? 1 : 0;
+    driver_.check(driver_.cuLaunchKernelEx(&config, kernel, args, nullptr), call);
   }
 
-  const int index_;
   const std::string name_;
-  std::string why_pageable_;
-  int can_map_ = 0;
   Driver driver_;
+  int can_map_ = 0;
   bool can_launch_early_ = false;
   Kernels transfers_[2][2];  // by int64 wire, int64 output
   Kernels mixed_[2];         // by int64 wire
+  void* probe_out_ = nullptr;
+
+  std::mutex pin_mutex_;  // guards why_pageable_, and one probe at a time
+  std::string why_pageable_;
+  std::atomic<bool> probed_{false};
 };
 
 }  // namespace

@@ -1,8 +1,11 @@
 // What the pool needs of a device: host memory, transfers on streams, fences.
 //
 // Two implementations: cuda_device.cu (mapped pinned memory, CUDA streams and events) and
-// host_device.cpp (ordered queues on worker threads). Every call may be made from any thread; calls
-// that take a stream need its device to be the current one.
+// host_device.cpp (ordered queues on worker threads). Every call may be made from any thread,
+// whatever device is current there, if any: what CUDA has current in a thread is neither needed nor
+// changed. A CUDA default stream has one handle on all devices; here it is the one of this device.
+// A call that fails throws DeviceError, which names it. The noexcept ones give something back:
+// they take it as gone where the device is lost, or the driver at exit.
 #pragma once
 
 #include <cstddef>
@@ -67,9 +70,10 @@ struct Transfer {
   // No work of a stream still has to fill src: it may be read before the stream comes to this.
   bool src_is_complete = false;
   TransferKind kind = TransferKind::kKernel;
-  // Owner of dst. The host device keeps it until the transfer ran; CUDA memory needs no owner,
-  // because its allocator frees in stream order.
+  // Owners of dst, and of a src that is no slot. The host device keeps them until the transfer ran;
+  // CUDA memory needs no owner, because its allocator frees in stream order.
   std::shared_ptr<void> dst_owner;
+  std::shared_ptr<void> src_owner;
   std::shared_ptr<RelayTail> tail;  // or null; by a kernel only, and to int64 only
 };
 
@@ -82,6 +86,9 @@ class Device {
   // *why_pageable. The host device's memory is never pinned and needs no reason.
   virtual HostMemory allocate(size_t bytes, std::string* why_pageable) = 0;
   virtual void free(const HostMemory& memory) noexcept = 0;
+  // False where a kernel cannot read pinned memory, or may read stale bytes of it, whoever pinned
+  // it: the copy engine takes it then.
+  virtual bool kernels_read_pinned() { return true; }
 
   virtual void launch(const Transfer& transfer, StreamHandle stream) = 0;
 
@@ -97,6 +104,10 @@ class Device {
   // Tells streams apart, in a way that a handle cannot: a handle may be used again after its stream
   // was destroyed, and CUDA's per-thread default stream has one for all threads.
   virtual uint64_t stream_id(StreamHandle stream) = 0;
+
+  // False once an error has ended the device's context for this process: every call fails then, and
+  // memory stays as it is until the process ends.
+  virtual bool usable() noexcept { return true; }
 
   // True while the stream records a graph instead of running.
   virtual bool capturing(StreamHandle stream) = 0;

@@ -88,6 +88,13 @@ struct Export {
   Py_ssize_t count, stride;
 };
 
+// Whether a reader would take the items for contiguous. PyBUF_STRIDES includes PyBUF_ND's bit.
+bool wants_contiguous(int flags) {
+  constexpr int kContiguous =
+      (PyBUF_C_CONTIGUOUS | PyBUF_F_CONTIGUOUS | PyBUF_ANY_CONTIGUOUS) & ~PyBUF_STRIDES;
+  return (flags & PyBUF_STRIDES) != PyBUF_STRIDES || (flags & kContiguous);
+}
+
 int get_buffer(PyObject* object, Py_buffer* out, int flags) {
   const IdsView& view = view_of(object);
   out->obj = nullptr;
@@ -112,8 +119,8 @@ int get_buffer(PyObject* object, Py_buffer* out, int flags) {
     problem = "a view of ids needs an array of one dimension";
   else if (view.stop > whole.shape[0])
     problem = "the array has fewer ids than when the view was made";
-  else if (!(flags & PyBUF_STRIDES) && made->stride != whole.itemsize)
-    problem = "these ids are not contiguous";
+  else if (made->stride != whole.itemsize && made->count > 1 && wants_contiguous(flags))
+    problem = "these ids are not contiguous, and this reader takes no strides";
   if (problem) {
     PyErr_SetString(PyExc_BufferError, problem);
     PyBuffer_Release(&whole);

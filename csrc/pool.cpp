@@ -4,6 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
 
 namespace pystage {
 namespace {
@@ -11,35 +15,61 @@ namespace {
 constexpr size_t kMinSlot = 64;            // a cache line: slots of two threads share none
 constexpr size_t kPage = 4096;             // granularity of segments
 constexpr size_t kGrow = size_t{1} << 20;  // the largest step that pins in well under 1 ms
+constexpr auto kPollEvery = std::chrono::milliseconds(50);
 
 size_t round_up(size_t value, size_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+// See Note [Debug canaries].
+constexpr size_t kGuard = kMinSlot;  // keeps leased ranges at cache lines
+constexpr unsigned char kGuardByte = 0xCA;
+constexpr unsigned char kFreeByte = 0xDB;
+
+bool canaries_wanted() {
+  const char* value = std::getenv("PYSTAGE_DEBUG_CANARIES");
+  return value && *value && std::strcmp(value, "0") != 0;
+}
+
+// The first of some bytes that does not hold `value`; null if all do.
+const char* first_other(const char* from, size_t bytes, unsigned char value) {
+  if (!bytes) return nullptr;
+  const auto expected = static_cast<char>(value);
+  if (*from == expected && std::memcmp(from, from + 1, bytes - 1) == 0) return nullptr;
+  return std::find_if(from, from + bytes, [&](char byte) { return byte != expected; });
+}
+
+// Calls `poll` without the lock, once in kPollEvery of a wait.
+class Polling {
+ public:
+  Polling(std::unique_lock<sync::Mutex>& lock, const Poll& poll) : lock_(lock), poll_(poll) {}
+  void look() {
+    if (!poll_ || Clock::now() < next_) return;
+    struct Relock {  // also when it throws
+      ~Relock() { lock.lock(); }
+      std::unique_lock<sync::Mutex>& lock;
+    } relock{lock_};
+    lock_.unlock();
+    poll_();
+    next_ = Clock::now() + kPollEvery;
+  }
+
+ private:
+  using Clock = sync::Clock;
+  std::unique_lock<sync::Mutex>& lock_;
+  const Poll& poll_;
+  Clock::time_point next_ = Clock::now() + kPollEvery;
+};
+
 std::atomic<uint64_t> g_fork_generation{0};
 
-// Closed pools that slots in flight keep alive. Leaked on purpose: at process exit the memory is
-// the system's to take back, and the device may be gone.
-struct Orphans {
-  std::mutex mutex;
-  std::vector<std::shared_ptr<Pool>> pools;
-  std::atomic<size_t> count{0};
-};
-std::atomic<Orphans*> g_orphans{nullptr};
-
-Orphans& orphans() {
-  Orphans* current = g_orphans.load(std::memory_order_acquire);
-  if (!current) {
-    auto* fresh = new Orphans;
-    if (g_orphans.compare_exchange_strong(current, fresh)) return *fresh;
-    delete fresh;
-  }
-  return *current;
-}
+// The first of the closed pools that slots in flight keep alive. At process exit they are left as
+// they are: the memory is the system's to take back, and the device may be gone.
+sync::Atomic<Pool*> g_orphans{nullptr};
 
 void after_fork_in_child() {
   g_fork_generation.fetch_add(1, std::memory_order_relaxed);
-  g_orphans.store(nullptr, std::memory_order_release);  // the parent's; its mutex may be locked
+  g_orphans.store(nullptr);  // the parent's
 }
 
 [[maybe_unused]] const int g_fork_handler = pthread_atfork(nullptr, nullptr, after_fork_in_child);
@@ -56,6 +86,13 @@ size_t size_class(size_t bytes) {
   return round_up(std::max(bytes, kMinSlot), step);
 }
 
+bool BySizeThenAddress::operator()(const Slot* a, const Slot* b) const {
+  if (a->bytes != b->bytes) return a->bytes < b->bytes;
+  auto segment_id = [](const Slot* s) { return s->segment ? s->segment->id : 0; };
+  if (a->segment != b->segment) return segment_id(a) < segment_id(b);
+  return a->offset < b->offset;
+}
+
 // --- Lease -------------------------------------------------------------------------------------
 
 Lease::~Lease() { pool_->end_lease(*this); }
@@ -63,7 +100,7 @@ Lease::~Lease() { pool_->end_lease(*this); }
 FenceHandle Lease::launch_transfer(const Transfer& transfer, StreamHandle stream) {
   pool_->check_process();
   const uint64_t id = pool_->device_.stream_id(stream);
-  std::lock_guard<std::mutex> guard(mutex_);
+  std::lock_guard<sync::Mutex> guard(mutex_);
   Reader* reader = readers_;
   while (reader && reader->stream != id) reader = reader->next;
   const bool is_new = reader == nullptr;
@@ -72,8 +109,8 @@ FenceHandle Lease::launch_transfer(const Transfer& transfer, StreamHandle stream
     pool_->device_.launch(transfer, stream);
   } catch (...) {
     if (is_new) {
-      std::lock_guard<std::mutex> pool_guard(pool_->mutex_);
-      pool_->spare_readers_.push_back(reader);
+      std::lock_guard<sync::Mutex> pool_guard(pool_->mutex_);
+      pool_->put_by(reader);
     }
     throw;
   }
@@ -83,10 +120,9 @@ FenceHandle Lease::launch_transfer(const Transfer& transfer, StreamHandle stream
     reader->next = readers_;
     readers_ = reader;
   }
+  reader->ticket = pool_->draw_ticket();
   try {
-    reader->before = pool_->draw_ticket();
     pool_->device_.record(reader->fence, stream);
-    reader->after = pool_->draw_ticket();
   } catch (...) {
     quarantined_ = true;
     throw;
@@ -111,7 +147,10 @@ std::shared_ptr<Pool> Pool::create(Device& device, const PoolOptions& options) {
 }
 
 Pool::Pool(Device& device, const PoolOptions& options)
-    : device_(device), options_(options), fork_generation_(pystage::fork_generation()) {
+    : device_(device),
+      options_(options),
+      fork_generation_(pystage::fork_generation()),
+      guards_(canaries_wanted() ? 2 * kGuard : 0) {
   // Whole pages, so that the segments' sum is what the device really holds.
   options_.capacity_bytes = options.capacity_bytes / kPage * kPage;
   if (!options_.capacity_bytes) throw Error("capacity_bytes must be at least one page (4096)");
@@ -155,9 +194,10 @@ bool Pool::closed() const {
 }
 
 // A forked child cannot even destroy the pool: the condition variable may count waiting threads
-// of the parent, and its destructor would wait for them.
+// of the parent, and its destructor would wait for them. So one reference is never given up.
 void Pool::abandon(std::shared_ptr<Pool> pool) noexcept {
-  new std::shared_ptr<Pool>(std::move(pool));
+  alignas(std::shared_ptr<Pool>) unsigned char kept[sizeof pool];
+  new (kept) std::shared_ptr<Pool>(std::move(pool));
 }
 
 void Pool::drop(std::shared_ptr<Pool> pool) noexcept {
@@ -168,25 +208,26 @@ void Pool::drop(std::shared_ptr<Pool> pool) noexcept {
   lock.unlock();
 }
 
-void Pool::close() {
+void Pool::close(const Poll& poll) {
   if (forked()) return;
   {
     Lock lock(mutex_);
     closed_ = true;
     slot_freed_.notify_all();
+    struct Finish {  // also when `poll` throws
+      ~Finish() { pool.finish_if_closed(lock); }
+      Pool& pool;
+      Lock& lock;
+    } finish{*this, lock};
+    Polling polling(lock, poll);
     const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
                                              std::chrono::duration<double>(options_.timeout_s));
     auto pause = std::chrono::microseconds(20);
-    try {
-      for (reap(lock); in_flight_slots_ && Clock::now() < deadline; reap(lock)) {
-        slot_freed_.wait_for(lock, pause);
-        pause = std::min(pause * 2, std::chrono::microseconds(1000));
-      }
-    } catch (const DeviceError&) {
-      // The device is lost. Its fences will never be done: the slots stay in flight, and their
-      // segments are left to the end of the process.
+    while (try_reap(lock) && in_flight_slots_ && Clock::now() < deadline) {
+      slot_freed_.wait_for(lock, pause);
+      pause = std::min(pause * 2, std::chrono::microseconds(1000));
+      polling.look();
     }
-    finish_if_closed(lock);
   }
   reap_orphans();
 }
@@ -196,30 +237,23 @@ void Pool::finish_if_closed(Lock& lock) noexcept {
   if (!closed_) return;
   if (in_flight_slots_ && !orphaned_) {
     orphaned_ = true;
-    Orphans& o = orphans();
-    std::lock_guard<std::mutex> guard(o.mutex);
-    o.pools.push_back(shared_from_this());
-    o.count = o.pools.size();
+    self_ = shared_from_this();
+    next_orphan_ = g_orphans.load();
+    while (!g_orphans.compare_exchange_weak(next_orphan_, this)) {
+    }
   }
   free_segments(lock, detach_idle_segments());
 }
 
+bool Pool::have_orphans() { return g_orphans.load(std::memory_order_relaxed) != nullptr; }
+
 void Pool::reap_orphans() noexcept {
-  Orphans& o = orphans();
-  if (o.count.load(std::memory_order_relaxed) == 0) return;
-  std::vector<std::shared_ptr<Pool>> pools;
-  {
-    std::lock_guard<std::mutex> guard(o.mutex);
-    pools.swap(o.pools);
-    o.count = 0;
-  }
-  for (auto& pool : pools) {
+  if (!have_orphans()) return;
+  for (Pool* next = g_orphans.exchange(nullptr); next;) {
+    const std::shared_ptr<Pool> pool = std::move(next->self_);
+    next = pool->next_orphan_;
     Lock lock(pool->mutex_);
-    try {
-      pool->reap(lock);
-    } catch (const DeviceError&) {
-      // As in close(): a lost device's fences are never done. The next call looks again.
-    }
+    pool->try_reap(lock);
     pool->orphaned_ = false;
     pool->finish_if_closed(lock);  // puts it back if slots are still in flight
   }
@@ -227,29 +261,31 @@ void Pool::reap_orphans() noexcept {
 
 // --- Pool: slots -------------------------------------------------------------------------------
 
-std::shared_ptr<Lease> Pool::try_acquire(size_t bytes) {
+std::shared_ptr<Lease> Pool::try_acquire(size_t bytes, bool ask_device) {
   check_process();
-  reap_orphans();
+  if (ask_device)
+    reap_orphans();
+  else if (have_orphans())
+    return nullptr;
   Lock lock(mutex_);
   check_open();
-  if (bytes > options_.capacity_bytes) return nullptr;
-  const size_t need = std::min(size_class(bytes), options_.capacity_bytes);
+  if (!fits(bytes)) return nullptr;
+  const size_t need = with_guards(bytes);
   Slot* slot = worth_reaping() ? nullptr : take(need);
-  if (!slot) {
+  if (!slot && ask_device) {
     reap(lock);
     check_open();
     slot = take(need);
   }
-  return slot ? make_lease(slot) : nullptr;
+  return slot ? make_lease(slot, bytes) : nullptr;
 }
 
-std::shared_ptr<Lease> Pool::acquire(size_t bytes) {
+std::shared_ptr<Lease> Pool::acquire(size_t bytes, const Poll& poll) {
   check_process();
-  const bool fits = bytes <= options_.capacity_bytes;
-  const size_t need = std::min(size_class(bytes), options_.capacity_bytes);
+  reap_orphans();
   Lock lock(mutex_);
   check_open();
-  if (!fits) {
+  if (!fits(bytes)) {
     if (options_.at_capacity == AtCapacity::kFallback) return nullptr;
     ++exhausted_;
     throw RequestTooLargeError("a batch of " + std::to_string(bytes) +
@@ -257,6 +293,7 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes) {
                                "; raise capacity_bytes, stage less at once, or use "
                                "at_capacity=\"fallback\"");
   }
+  const size_t need = with_guards(bytes);
   struct Wait {  // counted however it ends
     ~Wait() {
       if (waiting) total += seconds();
@@ -266,20 +303,19 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes) {
     Clock::time_point start = Clock::now();
     bool waiting = false;
   } wait{wait_seconds_};
+  Polling polling(lock, poll);
   auto pause = std::chrono::microseconds(20);
   for (;;) {
     reap(lock);
-    if (closed_) {
-      finish_if_closed(lock);  // close() came while grow() held no lock: its segment is new
-      check_open();
-    }
-    if (Slot* slot = take(need)) return make_lease(slot);
+    check_open();
+    if (Slot* slot = take(need)) return make_lease(slot, bytes);
     if (grow(lock, need)) continue;
     const double so_far = wait.seconds();
     const bool give_up = options_.at_capacity != AtCapacity::kWait || so_far >= options_.timeout_s;
     if (give_up && reaping_) {
       // Another thread is looking through the queues: what it finds may be enough.
       slot_freed_.wait_for(lock, std::chrono::microseconds(20));
+      polling.look();
       continue;
     }
     if (options_.at_capacity == AtCapacity::kFallback) return nullptr;
@@ -290,37 +326,63 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes) {
     const auto left = std::chrono::duration<double>(options_.timeout_s - so_far);
     slot_freed_.wait_for(lock, std::min<std::chrono::duration<double>>(pause, left));
     pause = std::min(pause * 2, std::chrono::microseconds(1000));
+    polling.look();
   }
 }
 
-std::shared_ptr<Lease> Pool::make_lease(Slot* slot) {
-  return std::make_shared<Lease>(shared_from_this(), slot);
+std::shared_ptr<Lease> Pool::make_lease(Slot* slot, size_t bytes) {
+  try {
+    if (!guards_)
+      return std::make_shared<Lease>(shared_from_this(), slot, slot->offset, slot->bytes);
+    arm(*slot, bytes);
+    return std::make_shared<Lease>(shared_from_this(), slot, slot->offset + kGuard, bytes);
+  } catch (...) {
+    --leased_slots_;
+    give(slot);
+    throw;
+  }
 }
 
 Slot* Pool::spare_slot() {
-  if (spare_slots_.empty()) return &slots_.emplace_back();
-  Slot* slot = spare_slots_.back();
-  spare_slots_.pop_back();
+  if (Slot* slot = spare_slots_) {
+    spare_slots_ = slot->after;
+    return slot;
+  }
+  Slot* slot = &slots_.emplace_back();
+  try {
+    FreeSlots alone;
+    alone.insert(slot);
+    slot->node = alone.extract(alone.begin());
+  } catch (...) {
+    slots_.pop_back();
+    throw;
+  }
   return slot;
+}
+
+void Pool::put_by(Slot* slot) noexcept {
+  slot->after = spare_slots_;
+  spare_slots_ = slot;
 }
 
 Slot* Pool::take(size_t bytes) {
   Slot probe;
   probe.bytes = bytes;
-  auto it = free_.lower_bound(&probe);
+  const auto it = free_.lower_bound(&probe);
   if (it == free_.end()) return nullptr;
-  auto node = free_.extract(it);
-  Slot* slot = node.value();
-  if (slot->bytes > bytes) {
-    Slot* rest = spare_slot();
-    *rest = Slot{slot->segment, slot->offset + bytes, slot->bytes - bytes, slot, slot->after};
+  Slot* slot = *it;
+  Slot* rest = slot->bytes > bytes ? spare_slot() : nullptr;
+  slot->node = free_.extract(it);
+  if (rest) {
+    rest->segment = slot->segment;
+    rest->offset = slot->offset + bytes;
+    rest->bytes = slot->bytes - bytes;
+    rest->before = slot;
+    rest->after = slot->after;
     if (rest->after) rest->after->before = rest;
     slot->after = rest;
     slot->bytes = bytes;
-    node.value() = rest;
-    free_.insert(std::move(node));
-  } else {
-    spare_nodes_.push_back(std::move(node));
+    free_.insert(std::move(rest->node));
   }
   slot->state = Slot::State::kLeased;
   ++slot->segment->used_slots;
@@ -331,61 +393,59 @@ Slot* Pool::take(size_t bytes) {
 }
 
 // Makes a slot free, merged with its free neighbours.
-void Pool::give(Slot* slot) {
+void Pool::give(Slot* slot) noexcept {
   in_use_bytes_ -= slot->bytes;
   --slot->segment->used_slots;
   slot->state = Slot::State::kFree;
-  FreeSlots::node_type node;
+  if (guards_) std::memset(slot->segment->memory.host + slot->offset, kFreeByte, slot->bytes);
   auto absorb = [&](Slot* left, Slot* right) {  // right goes away
     left->bytes += right->bytes;
     left->after = right->after;
     if (left->after) left->after->before = left;
-    spare_slots_.push_back(right);
-  };
-  auto unlist = [&](Slot* neighbour) {
-    if (!node.empty()) spare_nodes_.push_back(std::move(node));
-    node = free_.extract(neighbour);
+    put_by(right);
   };
   if (Slot* after = slot->after; after && after->state == Slot::State::kFree) {
-    unlist(after);
+    after->node = free_.extract(after);
     absorb(slot, after);
   }
   if (Slot* before = slot->before; before && before->state == Slot::State::kFree) {
-    unlist(before);
+    before->node = free_.extract(before);
     absorb(before, slot);
     slot = before;
   }
-  if (node.empty() && !spare_nodes_.empty()) {
-    node = std::move(spare_nodes_.back());
-    spare_nodes_.pop_back();
-  }
-  if (node.empty()) {
-    free_.insert(slot);
-  } else {
-    node.value() = slot;
-    free_.insert(std::move(node));
-  }
+  free_.insert(std::move(slot->node));
   slot_freed_.notify_all();
 }
 
 Reader* Pool::take_reader() {
-  {
-    std::lock_guard<std::mutex> guard(mutex_);
-    if (!spare_readers_.empty()) {
-      Reader* reader = spare_readers_.back();
-      spare_readers_.pop_back();
-      return reader;
-    }
+  Lock lock(mutex_);
+  if (Reader* reader = spare_readers_) {
+    spare_readers_ = reader->next;
+    return reader;
   }
+  lock.unlock();
   const FenceHandle fence = device_.create_fence();
-  std::lock_guard<std::mutex> guard(mutex_);
-  Reader* reader = &readers_.emplace_back();
-  reader->fence = fence;
-  return reader;
+  lock.lock();
+  try {
+    if (queues_.capacity() <= readers_.size()) queues_.reserve(2 * readers_.size() + 8);
+    Reader* reader = &readers_.emplace_back();
+    reader->fence = fence;
+    return reader;
+  } catch (...) {
+    lock.unlock();
+    device_.destroy_fence(fence);
+    throw;
+  }
+}
+
+void Pool::put_by(Reader* reader) noexcept {
+  reader->next = spare_readers_;
+  spare_readers_ = reader;
 }
 
 void Pool::end_lease(Lease& lease) noexcept {
   if (forked()) return abandon(std::move(lease.pool_));
+  if (guards_) check_guards(lease);
   Lock lock(mutex_);
   Slot* slot = lease.slot_;
   --leased_slots_;
@@ -417,10 +477,9 @@ void Pool::end_lease(Lease& lease) noexcept {
 }
 
 // Takes a reader whose fence is done off its slot, and frees the slot if it was the last.
-void Pool::retire(Reader* reader) {
+void Pool::retire(Reader* reader) noexcept {
   Slot* slot = reader->slot;
-  reader->next = nullptr;
-  spare_readers_.push_back(reader);
+  put_by(reader);
   if (--slot->pending > 0) return;
   --in_flight_slots_;
   in_flight_bytes_ -= slot->bytes;
@@ -451,12 +510,10 @@ void Pool::reap(Lock& lock) {
         if (asked == queues_[q].head) break;
         continue;
       }
-      Reader* reader = queues_[q].head;
-      while (reader && (reader == asked || reader->after < asked->before)) {
-        const bool last = reader == asked;
+      const uint64_t ticket = asked->ticket;
+      for (Reader* reader; (reader = queues_[q].head) && reader->ticket <= ticket;) {
         queues_[q].head = reader->next;
         retire(reader);
-        reader = last ? nullptr : queues_[q].head;
       }
     }
     if (queues_[q].head) {
@@ -465,6 +522,18 @@ void Pool::reap(Lock& lock) {
       queues_[q] = queues_.back();
       queues_.pop_back();
     }
+  }
+}
+
+// As reap(), where an error would help nobody. False after one: if the device is lost its fences
+// will never be done, so the slots stay in flight, and their segments are left to the end of the
+// process.
+bool Pool::try_reap(Lock& lock) noexcept {
+  try {
+    reap(lock);
+    return true;
+  } catch (const std::exception&) {
+    return false;
   }
 }
 
@@ -477,32 +546,39 @@ bool Pool::grow(Lock& lock, size_t need) {
   const size_t room = options_.capacity_bytes - reserved_bytes_;
   if (room < need) return false;
   allocate_segment(lock, std::min(room, std::max(need, kGrow)));
+  finish_if_closed(lock);  // close() may have come meanwhile, and knows nothing of the segment
   return true;
 }
 
 void Pool::allocate_segment(Lock& lock, size_t bytes) {
-  reserved_bytes_ += bytes;
-  HostMemory memory;
+  std::list<Segment> fresh(1);
+  Segment& segment = fresh.front();
+  Slot* slot = spare_slot();
   std::string why;
+  reserved_bytes_ += bytes;
   lock.unlock();
   try {
-    memory = device_.allocate(bytes, &why);
+    segment.memory = device_.allocate(bytes, &why);
   } catch (...) {
     lock.lock();
     reserved_bytes_ -= bytes;
+    put_by(slot);
+    slot_freed_.notify_all();  // others may have waited for the room
     throw;
   }
+  if (guards_) std::memset(segment.memory.host, kFreeByte, bytes);
   lock.lock();
   ++allocations_;
-  if (memory.fallback) pageable_bytes_ += bytes;
-  if (!why.empty()) why_pageable_ = why;
-  Segment& segment = segments_.emplace_back();
-  segment.memory = memory;
+  if (segment.memory.fallback) pageable_bytes_ += bytes;
+  if (!why.empty()) why_pageable_.swap(why);
   segment.id = next_segment_id_++;
-  Slot* slot = spare_slot();
-  *slot = Slot{&segment, 0, bytes};
   segment.first = slot;
-  free_.insert(slot);
+  segments_.splice(segments_.end(), fresh);
+  slot->segment = &segment;
+  slot->offset = 0;
+  slot->bytes = bytes;
+  slot->before = slot->after = nullptr;
+  free_.insert(std::move(slot->node));
   slot_freed_.notify_all();
 }
 
@@ -516,32 +592,37 @@ bool Pool::release_idle_for(Lock& lock, size_t need) {
   return true;
 }
 
-std::vector<HostMemory> Pool::detach_idle_segments() {
-  std::vector<HostMemory> memory;
+std::list<Segment> Pool::detach_idle_segments() noexcept {
+  std::list<Segment> idle;
   for (auto it = segments_.begin(); it != segments_.end();) {
-    if (it->used_slots) {
-      ++it;
-      continue;
-    }
-    memory.push_back(it->memory);
-    free_.erase(it->first);
-    spare_slots_.push_back(it->first);
-    it = segments_.erase(it);
+    const auto segment = it++;
+    if (segment->used_slots) continue;
+    Slot* slot = segment->first;
+    slot->node = free_.extract(slot);
+    put_by(slot);
+    idle.splice(idle.end(), segments_, segment);
   }
-  return memory;
+  return idle;
 }
 
-// The memory counts as reserved until the device has it back.
-void Pool::free_segments(Lock& lock, const std::vector<HostMemory>& memory) {
-  if (memory.empty()) return;
+// The memory counts as reserved until the device has it back. Returns the bytes.
+size_t Pool::free_segments(Lock& lock, const std::list<Segment>& segments) noexcept {
+  if (segments.empty()) return 0;
   lock.unlock();
-  for (const HostMemory& m : memory) device_.free(m);
+  for (const Segment& segment : segments) {
+    if (guards_) check_poison(segment, 0, segment.memory.bytes);
+    device_.free(segment.memory);
+  }
   lock.lock();
-  for (const HostMemory& m : memory) {
-    reserved_bytes_ -= m.bytes;
-    if (m.fallback) pageable_bytes_ -= m.bytes;
+  size_t bytes = 0;
+  for (const Segment& segment : segments) {
+    bytes += segment.memory.bytes;
+    if (segment.memory.fallback) pageable_bytes_ -= segment.memory.bytes;
     ++frees_;
   }
+  reserved_bytes_ -= bytes;
+  slot_freed_.notify_all();  // there is room for new segments
+  return bytes;
 }
 
 size_t Pool::trim() {
@@ -549,11 +630,45 @@ size_t Pool::trim() {
   reap_orphans();
   Lock lock(mutex_);
   reap(lock);
-  const auto memory = detach_idle_segments();
-  free_segments(lock, memory);
-  size_t bytes = 0;
-  for (const HostMemory& m : memory) bytes += m.bytes;
-  return bytes;
+  return free_segments(lock, detach_idle_segments());
+}
+
+// --- Pool: canaries ----------------------------------------------------------------------------
+
+// Puts guards around the first `bytes` of a slot.
+void Pool::arm(const Slot& slot, size_t bytes) const noexcept {
+  check_poison(*slot.segment, slot.offset, slot.bytes);
+  char* start = slot.segment->memory.host + slot.offset;
+  std::memset(start, kGuardByte, kGuard);
+  std::memset(start + kGuard + bytes, kGuardByte, slot.bytes - kGuard - bytes);
+}
+
+void Pool::check_guards(const Lease& lease) const noexcept {
+  const Slot& slot = *lease.slot_;
+  const char* start = slot.segment->memory.host + slot.offset;
+  if (const char* at = first_other(start, kGuard, kGuardByte))
+    overwritten(*slot.segment, lease.offset_, lease.bytes_, "in front of a slot", at);
+  const char* end = start + kGuard + lease.bytes_;
+  if (const char* at = first_other(end, slot.bytes - kGuard - lease.bytes_, kGuardByte))
+    overwritten(*slot.segment, lease.offset_, lease.bytes_, "behind a slot", at);
+}
+
+void Pool::check_poison(const Segment& segment, size_t offset, size_t bytes) const noexcept {
+  if (const char* at = first_other(segment.memory.host + offset, bytes, kFreeByte))
+    overwritten(segment, offset, bytes, "in free memory", at);
+}
+
+void Pool::overwritten(const Segment& segment, size_t offset, size_t bytes, const char* where,
+                       const char* at) const noexcept {
+  std::fprintf(stderr,
+               "pystage: StagingPool (%s): something wrote %s, which has %zu bytes at offset %zu "
+               "of segment %llu: the byte at offset %td from its start is 0x%02x "
+               "(PYSTAGE_DEBUG_CANARIES). Look for a write through a stale pointer or past the "
+               "ids; the ids of other slots may be wrong already\n",
+               device_.name().c_str(), where, bytes, offset,
+               static_cast<unsigned long long>(segment.id), at - segment.memory.host - offset,
+               static_cast<unsigned char>(*at));
+  std::abort();
 }
 
 // --- Pool: figures -----------------------------------------------------------------------------
@@ -588,11 +703,7 @@ PoolStats Pool::stats() {
   s.eager_transfers = counters_.eager_transfers;
   s.fallback_transfers = counters_.fallback_transfers;
   Lock lock(mutex_);
-  try {
-    reap(lock);
-  } catch (const DeviceError&) {
-    // Figures must be had of a pool whose device is lost: its slots are in flight for good.
-  }
+  try_reap(lock);
   s.capacity_bytes = options_.capacity_bytes;
   s.reserved_bytes = reserved_bytes_;
   s.in_use_bytes = in_use_bytes_;

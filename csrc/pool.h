@@ -27,15 +27,17 @@
 // 3. Slots in flight wait in one queue per stream. A fence that is not done stops the look through
 //    its own queue only, so a stuck stream keeps its own slots and no others. Order within a
 //    queue is the order of the leases' ends, not of the fences; that can delay a slot behind
-//    another of the same stream, never free it early. A fence that is done vouches for another of
-//    its stream only if that one's record() had returned before its own record() began: tickets
-//    drawn before and after each record() tell.
+//    another of the same stream, never free it early. A fence that is done vouches for the other
+//    readers of its stream whose launch() had returned before its own record() began: tickets
+//    drawn between the two calls tell.
 // 4. Device calls are made without the pool's mutex (a launch or a query may take long, an
 //    allocation takes milliseconds). One thread at a time looks through the queues; launches on
 //    one lease are serialised by that lease's own mutex.
 // 5. Memory goes back to the device only when its whole segment is free. A pool that is closed,
 //    or dropped, with leases out or slots in flight lives on until the last of them is done; it is
 //    then looked at by the next call on any pool. At process exit it is left to the system.
+//    Whatever ends or frees runs in destructors, so it neither throws nor allocates: room for what
+//    it has to keep is made by the calls that may fail.
 // 6. After fork the child shares neither streams nor worker threads with the parent, and may have
 //    inherited a locked mutex: every entry point checks the fork generation first and touches
 //    nothing.
@@ -50,13 +52,26 @@
 // classes per doubling, at least a cache line apart: the rounding wastes at most 12.5 % of a
 // request of 512 bytes or more, and at most 63 bytes of a smaller one. Gaps between slots are not
 // waste: the next request that fits takes them.
+//
+// Note [Debug canaries]
+// ~~~~~~~~~~~~~~~~~~~~~
+// With PYSTAGE_DEBUG_CANARIES=1 in the environment when a pool is made, 64 bytes in front of each
+// leased range and at least as many behind it, from the first byte that was not asked for, hold
+// 0xCA; free memory holds 0xDB. Neither makes a valid id at any place or width. The guards are
+// checked when the lease ends, free memory when it is handed out or goes back to the device. A byte
+// that differs ends the process, with a message that names the slot and the side: memory is
+// corrupt, so other slots may bring wrong ids already, and the core file shows the state closest to
+// the stray write. Each slot takes 128 bytes more, so the largest request is the capacity less 128
+// bytes, and each byte of a slot is written and read once more. Without the variable one branch per
+// hand-out and return is all.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -66,6 +81,7 @@
 
 #include "device.h"
 #include "errors.h"
+#include "sync.h"
 
 namespace pystage {
 
@@ -113,6 +129,10 @@ struct PoolCounters {
 // Bytes that a request of `bytes` takes from a pool. See Note [Slots out of segments].
 size_t size_class(size_t bytes);
 
+// What a waiting call does about every 50 ms, without the pool's mutex: looks for Ctrl-C, say. What
+// it throws ends the wait.
+using Poll = std::function<void()>;
+
 class Pool;
 struct Segment;
 struct Slot;
@@ -122,10 +142,14 @@ struct Reader {
   uint64_t stream = 0;  // Device::stream_id
   FenceHandle fence = nullptr;
   Slot* slot = nullptr;
-  Reader* next = nullptr;  // of the slot while leased, of the stream's queue while in flight
-  uint64_t before = 0;     // tickets drawn around the last record()
-  uint64_t after = 0;
+  Reader* next = nullptr;  // of the slot while leased, of its stream's queue while in flight
+  uint64_t ticket = 0;     // drawn between the last launch() and its record()
 };
+
+struct BySizeThenAddress {
+  bool operator()(const Slot* a, const Slot* b) const;
+};
+using FreeSlots = std::set<Slot*, BySizeThenAddress>;
 
 // A range of a segment, free or not.
 struct Slot {
@@ -134,9 +158,10 @@ struct Slot {
   size_t offset = 0;
   size_t bytes = 0;
   Slot* before = nullptr;  // neighbours in the segment
-  Slot* after = nullptr;
+  Slot* after = nullptr;   // or the next of the spare ones
   State state = State::kFree;
-  size_t pending = 0;  // readers in flight
+  size_t pending = 0;         // readers in flight
+  FreeSlots::node_type node;  // of this slot, while it is not among the free ones
 };
 
 struct Segment {
@@ -149,18 +174,19 @@ struct Segment {
 // Keeps a slot from being handed out again. Shared by the staged tokens and all their slices.
 class Lease {
  public:
-  Lease(std::shared_ptr<Pool> pool, Slot* slot) : pool_(std::move(pool)), slot_(slot) {}
+  Lease(std::shared_ptr<Pool> pool, Slot* slot, size_t offset, size_t bytes)
+      : pool_(std::move(pool)), slot_(slot), offset_(offset), bytes_(bytes) {}
   ~Lease();
   Lease(const Lease&) = delete;
   Lease& operator=(const Lease&) = delete;
 
-  char* data() const { return slot_->segment->memory.host + slot_->offset; }
+  char* data() const { return slot_->segment->memory.host + offset_; }
   // The address a kernel reads; null where the memory is not mapped.
   const char* device_data() const {
     const char* base = slot_->segment->memory.device;
-    return base ? base + slot_->offset : nullptr;
+    return base ? base + offset_ : nullptr;
   }
-  size_t bytes() const { return slot_->bytes; }
+  size_t bytes() const { return bytes_; }
   bool pinned() const { return slot_->segment->memory.pinned; }
   Pool& pool() const { return *pool_; }
 
@@ -172,7 +198,9 @@ class Lease {
   friend class Pool;
   std::shared_ptr<Pool> pool_;
   Slot* slot_;
-  std::mutex mutex_;  // serialises launches; guards readers_ and quarantined_
+  const size_t offset_;  // in the segment
+  const size_t bytes_;
+  sync::Mutex mutex_;  // serialises launches; guards readers_ and quarantined_
   Reader* readers_ = nullptr;
   bool quarantined_ = false;
 };
@@ -185,16 +213,18 @@ class Pool : public std::enable_shared_from_this<Pool> {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  // A slot if one is free now: never waits, never allocates. Null otherwise.
-  std::shared_ptr<Lease> try_acquire(size_t bytes);
+  // A slot if one is free now: never waits, never allocates. Null otherwise. Without `ask_device`
+  // it makes no device call: null too where slots in flight should be looked at first.
+  std::shared_ptr<Lease> try_acquire(size_t bytes, bool ask_device = true);
   // A slot, after growing, waiting or failing as the policy says. Null only under kFallback.
-  std::shared_ptr<Lease> acquire(size_t bytes);
+  std::shared_ptr<Lease> acquire(size_t bytes, const Poll& poll = {});
 
   // Gives segments without a slot in use back to the device. Returns the bytes.
   size_t trim();
   // No more slots are handed out; waiting threads fail. Waits up to timeout_s for slots in flight;
-  // leases that are out stay valid, and what they hold is freed after them.
-  void close();
+  // leases that are out stay valid, and what they hold is freed after them. Where `poll` ends the
+  // wait the pool is closed all the same.
+  void close(const Poll& poll = {});
   bool closed() const;
   // The owner is gone: as close(), without waiting.
   static void drop(std::shared_ptr<Pool> pool) noexcept;
@@ -212,18 +242,8 @@ class Pool : public std::enable_shared_from_this<Pool> {
 
  private:
   friend class Lease;
-  using Lock = std::unique_lock<std::mutex>;
-  using Clock = std::chrono::steady_clock;
-
-  struct BySizeThenAddress {
-    bool operator()(const Slot* a, const Slot* b) const {
-      if (a->bytes != b->bytes) return a->bytes < b->bytes;
-      if (a->segment != b->segment) return segment_id(a) < segment_id(b);
-      return a->offset < b->offset;
-    }
-    static uint64_t segment_id(const Slot* s) { return s->segment ? s->segment->id : 0; }
-  };
-  using FreeSlots = std::set<Slot*, BySizeThenAddress>;
+  using Lock = std::unique_lock<sync::Mutex>;
+  using Clock = sync::Clock;
 
   struct StreamQueue {
     uint64_t stream;  // Device::stream_id
@@ -236,14 +256,25 @@ class Pool : public std::enable_shared_from_this<Pool> {
   bool forked() const;
   void check_open() const;
   uint64_t draw_ticket() { return tickets_.fetch_add(1); }
+  bool fits(size_t bytes) const { return bytes <= options_.capacity_bytes - guards_; }
+  // What a request takes of a segment.
+  size_t with_guards(size_t bytes) const {
+    return std::min(size_class(bytes) + guards_, options_.capacity_bytes);
+  }
+  void arm(const Slot& slot, size_t bytes) const noexcept;
+  void check_guards(const Lease& lease) const noexcept;
+  void check_poison(const Segment& segment, size_t offset, size_t bytes) const noexcept;
+  [[noreturn]] void overwritten(const Segment& segment, size_t offset, size_t bytes,
+                                const char* where, const char* at) const noexcept;
   Slot* spare_slot();
+  void put_by(Slot* slot) noexcept;
   Slot* take(size_t bytes);
-  void give(Slot* slot);
+  void give(Slot* slot) noexcept;
   bool release_idle_for(Lock& lock, size_t bytes);
   bool grow(Lock& lock, size_t bytes);
   void allocate_segment(Lock& lock, size_t bytes);
-  std::vector<HostMemory> detach_idle_segments();
-  void free_segments(Lock& lock, const std::vector<HostMemory>& memory);
+  std::list<Segment> detach_idle_segments() noexcept;
+  size_t free_segments(Lock& lock, const std::list<Segment>& segments) noexcept;
   // Free slots are handed out without a look at those in flight, until these are so many that
   // they push the rest out of the CPU's cache. One query (1.4 us on an H100's host when it is not
   // in the cache itself) then serves them all.
@@ -251,38 +282,46 @@ class Pool : public std::enable_shared_from_this<Pool> {
     return in_flight_slots_ >= 16 || in_flight_bytes_ >= size_t{256} << 10;
   }
   void reap(Lock& lock);
-  void retire(Reader* reader);
+  bool try_reap(Lock& lock) noexcept;
+  void retire(Reader* reader) noexcept;
   void end_lease(Lease& lease) noexcept;
   void finish_if_closed(Lock& lock) noexcept;
-  std::shared_ptr<Lease> make_lease(Slot* slot);
+  std::shared_ptr<Lease> make_lease(Slot* slot, size_t bytes);
   Reader* take_reader();
+  void put_by(Reader* reader) noexcept;
   std::string figures() const;
   [[noreturn]] void raise_exhausted(size_t bytes, double waited_s);
   static void abandon(std::shared_ptr<Pool> pool) noexcept;
+  static bool have_orphans();
   static void reap_orphans() noexcept;
 
   Device& device_;
   PoolOptions options_;
   const uint64_t fork_generation_;
+  const size_t guards_;  // bytes around what is leased of a slot
   PoolCounters counters_;
-  std::atomic<uint64_t> tickets_{1};
+  sync::Atomic<uint64_t> tickets_{1};
 
-  mutable std::mutex mutex_;  // guards everything below; never held during a device call
-  std::condition_variable slot_freed_;
+  // While the pool is an orphan it keeps itself alive; both belong to who put it among the orphans,
+  // or took it out.
+  std::shared_ptr<Pool> self_;
+  Pool* next_orphan_ = nullptr;
+
+  mutable sync::Mutex mutex_;  // guards everything below; never held during a device call
+  sync::ConditionVariable slot_freed_;
   bool closed_ = false;
   bool reaping_ = false;
   bool orphaned_ = false;
   std::string why_pageable_;
   std::list<Segment> segments_;
   uint64_t next_segment_id_ = 1;
-  std::deque<Slot> slots_;  // storage; unused ones in spare_slots_
-  std::vector<Slot*> spare_slots_;
+  std::deque<Slot> slots_;  // storage; unused ones, each with its node, in spare_slots_
+  Slot* spare_slots_ = nullptr;
   FreeSlots free_;
-  std::vector<FreeSlots::node_type> spare_nodes_;
   std::deque<Reader> readers_;  // storage; unused ones, each with its fence, in spare_readers_
-  std::vector<Reader*> spare_readers_;
-  std::vector<StreamQueue> queues_;
-  size_t reserved_bytes_ = 0;  // counts an allocation from before it is made
+  Reader* spare_readers_ = nullptr;
+  std::vector<StreamQueue> queues_;  // room for one a reader
+  size_t reserved_bytes_ = 0;        // counts an allocation from before it is made
   size_t pageable_bytes_ = 0;
   size_t in_use_bytes_ = 0;
   size_t in_flight_bytes_ = 0;

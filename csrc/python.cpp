@@ -14,6 +14,7 @@
 #include <optional>
 #include <vector>
 
+#include "gil.h"
 #include "host_device.h"
 #include "ids_view.h"
 #include "requests.h"
@@ -34,16 +35,6 @@ constexpr size_t kMaxIds = std::numeric_limits<size_t>::max() / 16;
 
 // --- stage -------------------------------------------------------------------------------------
 
-class ReleaseGilIf {
- public:
-  explicit ReleaseGilIf(bool release) {
-    if (release) release_.emplace();
-  }
-
- private:
-  std::optional<py::gil_scoped_release> release_;
-};
-
 // Says once, for a pool, that and why its memory is pageable.
 void warn_if_pageable(StagingPool& pool) {
   const std::string why = pool.core().why_pageable();
@@ -52,15 +43,16 @@ void warn_if_pageable(StagingPool& pool) {
   const std::string text = "pystage stages in pageable memory: " + why +
                            ". Ids stay correct; transfers are slower and may block the host";
   const py::object category = py::module_::import("pystage.errors").attr("PageableMemoryWarning");
-  if (PyErr_WarnEx(category.ptr(), text.c_str(), 1) != 0) throw py::error_already_set();
+  if (call_python([&] { return PyErr_WarnEx(category.ptr(), text.c_str(), 1); }) != 0)
+    throw py::error_already_set();
 }
 
 std::shared_ptr<Lease> acquire(StagingPool& pool, size_t bytes) {
-  if (auto lease = pool.core().try_acquire(bytes)) return lease;
+  if (auto lease = pool.core().try_acquire(bytes, /*ask_device=*/false)) return lease;
   std::shared_ptr<Lease> lease;
   {
-    py::gil_scoped_release release;  // this pins memory, or waits
-    lease = pool.core().acquire(bytes);
+    ReleaseGil release;  // this asks the device, pins memory, or waits
+    lease = pool.core().acquire(bytes, [&] { release.check_signals(); });
   }
   warn_if_pageable(pool);
   return lease;
@@ -82,7 +74,10 @@ StagedTokens stage(const std::shared_ptr<StagingPool>& self, py::handle token_id
   for (size_t i = 0; i < count; ++i) {
     if (i >= static_cast<size_t>(PySequence_Fast_GET_SIZE(requests.ptr())))
       throw Error("token_ids shrank while it was read");
-    parts.add(PySequence_Fast_GET_ITEM(requests.ptr(), static_cast<Py_ssize_t>(i)));
+    // A reference of our own: asking a request for its buffer may run code that changes the list.
+    const auto request = py::reinterpret_borrow<py::object>(
+        PySequence_Fast_GET_ITEM(requests.ptr(), static_cast<Py_ssize_t>(i)));
+    parts.add(request.ptr());
     const size_t length = parts[i].count;
     const size_t start = first.empty() ? 0 : first[i];
     const size_t stop = last.empty() ? length : last[i];
@@ -98,7 +93,7 @@ StagedTokens stage(const std::shared_ptr<StagingPool>& self, py::handle token_id
 
   const bool release_gil = !parts.has_lists() && total >= kReleaseGil;
   auto run = [&](void* dst, IntType wire, const Bounds* bounds) {
-    const ReleaseGilIf release(release_gil);
+    const ReleaseGil release(release_gil);
     return gather(parts.data(), parts.size(), dst, wire, bounds);
   };
   auto out_of_vocab = [&](const Violation& v) {
@@ -116,7 +111,10 @@ StagedTokens stage(const std::shared_ptr<StagingPool>& self, py::handle token_id
   auto staged = [&](StagedTokens tokens) {
     pool.counters().stages += 1;
     pool.counters().tokens += total;
-    if (self->options().eager) tokens.start_eager();
+    if (self->options().eager) {
+      const ReleaseGil release;
+      tokens.start_eager();
+    }
     return tokens;
   };
 
@@ -162,7 +160,7 @@ StagedTokens stage(const std::shared_ptr<StagingPool>& self, py::handle token_id
 // --- resolve -----------------------------------------------------------------------------------
 
 at::Tensor tensor_of(py::handle object, const char* name) {
-  if (!THPVariable_Check(object.ptr()))
+  if (!is_tensor(object.ptr()))
     throw py::type_error(std::string(name) + " is a " + type_name(object.ptr()) + ", not a tensor");
   return THPVariable_Unpack(object.ptr());
 }
@@ -178,7 +176,7 @@ py::object finish(Resolved resolved, Device& device, bool blocking) {
   const bool host = resolved.ids.is_cpu();
   if (resolved.fence && (host ? !host_stream_held(host_current_stream()) : blocking)) {
     {
-      py::gil_scoped_release release;
+      const ReleaseGil release;
       device.synchronize(resolved.fence);
     }
     if (resolved.tail && resolved.tail->bad) {
@@ -201,8 +199,8 @@ py::object resolve(StagedTokens& self, py::handle out, py::handle dtype, bool bl
   }
   Resolved resolved;
   {
-    const ReleaseGilIf release(self.is_fallback());  // a pageable copy waits for the stream
-    resolved = self.resolve(out_tensor, scalar_type);
+    const ReleaseGil release;
+    resolved = self.resolve(out_tensor, scalar_type, blocking);
   }
   return finish(std::move(resolved), self.pool().core().device(), blocking);
 }
@@ -213,7 +211,7 @@ py::object resolve_mixed(StagedTokens& self, py::handle relay, py::handle indice
   const std::optional<at::Tensor> out_tensor = optional_tensor(out, "out");
   Resolved resolved;
   {
-    const ReleaseGilIf release(self.is_fallback());
+    const ReleaseGil release;
     resolved = self.resolve_mixed(relay_tensor, index_tensor, out_tensor);
   }
   return finish(std::move(resolved), self.pool().core().device(), false);
@@ -221,13 +219,23 @@ py::object resolve_mixed(StagedTokens& self, py::handle relay, py::handle indice
 
 py::object gather_from_relay(const py::object& relay, const py::object& indices,
                              const py::object& out) {
-  Resolved resolved = gather_relay(tensor_of(relay, "relay"), tensor_of(indices, "indices"),
-                                   optional_tensor(out, "out"));
+  const at::Tensor relay_tensor = tensor_of(relay, "relay");
+  const at::Tensor index_tensor = tensor_of(indices, "indices");
+  const std::optional<at::Tensor> out_tensor = optional_tensor(out, "out");
+  Resolved resolved;
+  {
+    const ReleaseGil release;
+    resolved = gather_relay(relay_tensor, index_tensor, out_tensor);
+  }
   return finish(std::move(resolved), host_device(), false);
 }
 
 py::dict stats(const StagingPool& pool) {
-  const PoolStats s = pool.core().stats();
+  PoolStats s;
+  {
+    const ReleaseGil release;
+    s = pool.core().stats();
+  }
   py::dict d;
 #define PYSTAGE_STAT(name) d[#name] = s.name
   PYSTAGE_STAT(capacity_bytes);
@@ -254,6 +262,22 @@ py::dict stats(const StagingPool& pool) {
   PYSTAGE_STAT(fallback_transfers);
 #undef PYSTAGE_STAT
   return d;
+}
+
+void close(StagingPool& pool) {
+  pool.closing = true;
+  try {
+    ReleaseGil release;
+    pool.close([&] { release.check_signals(); });
+  } catch (const Interrupted&) {
+    throw py::error_already_set();
+  }
+}
+
+// The end of a pool unpins memory. The last to hold it may have the GIL, or not.
+void end_pool(StagingPool* pool) {
+  const ReleaseGil release(Py_IsInitialized() && PyGILState_Check());
+  delete pool;
 }
 
 // --- tests' hold -------------------------------------------------------------------------------
@@ -284,7 +308,7 @@ void synchronize(const StagingPool& pool) {
   std::vector<StreamHandle> streams{pool.current_stream()};
   if (pool.options().eager) streams.push_back(pool.eager_stream());
   const DeviceScope scope(pool.device());
-  const py::gil_scoped_release release;
+  const ReleaseGil release;
   const FenceHandle fence = device.create_fence();
   for (const StreamHandle stream : streams) {
     device.record(fence, stream);
@@ -361,7 +385,10 @@ void end_staged_tokens(PyObject* object) {
   auto* self = reinterpret_cast<StagedTokensObject*>(object);
   if (self->weak_references) PyObject_ClearWeakRefs(object);
   PyTypeObject* type = Py_TYPE(object);
-  self->tokens.~StagedTokens();
+  {
+    const ReleaseGil release(self->tokens.pool().closing);  // only then memory may be unpinned
+    self->tokens.~StagedTokens();
+  }
   Py_XDECREF(self->pool);
   type->tp_free(object);
   Py_DECREF(type);
@@ -388,6 +415,8 @@ PyObject* guarded(Body body) noexcept {
       e.restore();
     } catch (const py::builtin_exception& e) {
       e.set_error();
+    } catch (const Interrupted&) {
+      // the error is set
     } catch (...) {
       translate(std::current_exception());  // throws again what is not ours
     }
@@ -541,8 +570,8 @@ PYBIND11_MODULE(_C, m) {
              options.narrow_wire = narrow_wire;
              std::shared_ptr<StagingPool> pool;
              {
-               py::gil_scoped_release release;
-               pool = std::make_shared<StagingPool>(c10::Device(device), options);
+               const ReleaseGil release;
+               pool = {new StagingPool(c10::Device(device), options), end_pool};
              }
              warn_if_pageable(*pool);
              return pool;
@@ -552,10 +581,12 @@ PYBIND11_MODULE(_C, m) {
            py::arg("narrow_wire"))
       .def("handle", &pool_handle)
       .def("stats", &stats)
-      .def(
-          "trim", [](StagingPool& p) { return p.core().trim(); },
-          py::call_guard<py::gil_scoped_release>())
-      .def("close", &StagingPool::close, py::call_guard<py::gil_scoped_release>())
+      .def("trim",
+           [](StagingPool& p) {
+             const ReleaseGil release;
+             return p.core().trim();
+           })
+      .def("close", &close)
       .def_property_readonly("closed", [](const StagingPool& p) { return p.core().closed(); })
       .def_property_readonly("why_pageable",
                              [](const StagingPool& p) { return p.core().why_pageable(); });
@@ -574,6 +605,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("gather", &gather_from_relay, py::arg("relay"), py::arg("indices"), py::arg("out"));
   m.def("synchronize", &synchronize, py::arg("pool"));
   m.attr("torch_version") = PYSTAGE_TORCH_VERSION;
+  m.def(
+      "count_mem_pool_regions", [](int change) { mem_pool_regions += change; }, py::arg("change"));
   m.def("size_class", &size_class, py::arg("bytes"));
   m.def("current_cuda_device",
         [] { return int{c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getDevice().index()}; });

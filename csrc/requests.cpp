@@ -6,12 +6,19 @@
 #include <optional>
 
 #include "errors.h"
+#include "gil.h"
+#include "staging.h"
 
 namespace pystage {
 
 std::string where(size_t request) { return "token_ids[" + std::to_string(request) + "]"; }
 
 std::string type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
+
+bool is_tensor(PyObject* object) {
+  return THPVariableClass &&
+         PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass));
+}
 
 static std::string where(size_t request, size_t position) {
   return where(request) + "[" + std::to_string(position) + "]";
@@ -40,7 +47,8 @@ inline bool compact_int(PyObject* object, int64_t* value) {
 
 // Any int, or object with __index__ (a NumPy integer). May run Python code.
 int64_t any_int(PyObject* object, size_t request, size_t position) {
-  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(object));
+  const auto index =
+      py::reinterpret_steal<py::object>(call_python([object] { return PyNumber_Index(object); }));
   if (!index) {
     if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
     PyErr_Clear();
@@ -153,9 +161,9 @@ void Parts::add(PyObject* object) {
     part.read_id = read_id;
     owners_.push_back(py::reinterpret_borrow<py::object>(object));
     has_lists_ = true;
-  } else if (PyObject_CheckBuffer(object)) {  // before tensors: the look at those is slow
+  } else if (PyObject_CheckBuffer(object)) {
     add_buffer(part, object);
-  } else if (THPVariable_Check(object)) {
+  } else if (is_tensor(object)) {
     add_tensor(part, object);
   } else if (PyIndex_Check(object)) {
     throw py::type_error(where(part.request) +
@@ -180,6 +188,7 @@ void Parts::narrow(size_t request, size_t start, size_t stop) {
 void Parts::add_tensor(Part& part, PyObject* object) {
   at::Tensor tensor = THPVariable_Unpack(object);
   const std::string name = where(part.request);
+  check_memory(tensor, name);
   if (!tensor.is_cpu())
     throw py::value_error(name + " is on " + tensor.device().str() +
                           ": ids are gathered on the host, so pass a CPU tensor");
@@ -189,6 +198,7 @@ void Parts::add_tensor(Part& part, PyObject* object) {
   if (tensor.dim() != 1)
     throw py::value_error(name + " has " + std::to_string(tensor.dim()) +
                           " dimensions: a request is 1-D");
+  tensor = tensor.resolve_neg();
   part.type = tensor.scalar_type() == at::kInt ? IntType::kInt32 : IntType::kInt64;
   part.count = static_cast<size_t>(tensor.size(0));
   part.stride =
@@ -199,7 +209,8 @@ void Parts::add_tensor(Part& part, PyObject* object) {
 
 void Parts::add_buffer(Part& part, PyObject* object) {
   Py_buffer& view = views_.emplace_back();
-  if (PyObject_GetBuffer(object, &view, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
+  if (call_python(
+          [&] { return PyObject_GetBuffer(object, &view, PyBUF_STRIDES | PyBUF_FORMAT); })) {
     views_.pop_back();  // the others are released with this, whatever happens below
     throw py::error_already_set();
   }
@@ -222,7 +233,7 @@ py::object as_fast_sequence(py::handle object, const char* name) {
   if (PyUnicode_Check(object.ptr()) || PyDict_Check(object.ptr()))
     throw py::type_error(std::string(name) + " is a " + type_name(object.ptr()) +
                          ", not a sequence");
-  PyObject* fast = PySequence_Fast(object.ptr(), "not a sequence");
+  PyObject* fast = call_python([&] { return PySequence_Fast(object.ptr(), "not a sequence"); });
   if (!fast) {
     if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
     PyErr_Clear();
@@ -245,7 +256,8 @@ std::vector<size_t> read_ends(py::handle object, const char* name, size_t count)
       throw Error(std::string(name) + " shrank while it was read");
     const auto end = py::reinterpret_borrow<py::object>(
         PySequence_Fast_GET_ITEM(fast.ptr(), static_cast<Py_ssize_t>(i)));
-    const Py_ssize_t value = PyNumber_AsSsize_t(end.ptr(), PyExc_OverflowError);
+    const Py_ssize_t value =
+        call_python([&] { return PyNumber_AsSsize_t(end.ptr(), PyExc_OverflowError); });
     if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
     if (value < 0)
       throw py::value_error(std::string(name) + "[" + std::to_string(i) + "] is " +

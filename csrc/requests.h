@@ -19,6 +19,10 @@ namespace py = pybind11;
 std::string where(size_t request);
 std::string type_name(PyObject* object);
 
+// Whether an object really is a torch.Tensor. isinstance() also believes what its __class__ says,
+// and runs Python code to find out.
+bool is_tensor(PyObject* object);
+
 // The parts of one call, and what keeps their memory in place until the gather is over.
 class Parts {
  public:

@@ -2,8 +2,8 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/CachingHostAllocator.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/Allocator.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -50,22 +50,32 @@ Device& backend_of(c10::Device device) {
 // way there costs as much as the allocation.
 at::Tensor empty_ids(c10::Device device, at::ScalarType dtype, size_t count) {
   const int64_t size = static_cast<int64_t>(count);
-  if (device.is_cuda()) {
-    if (c10::Allocator* allocator = c10::GetAllocator(c10::DeviceType::CUDA))
-      return at::detail::empty_generic(
-          {size}, allocator, c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype, std::nullopt);
-  }
+  // Asked for each time: change_current_allocator() puts another in its place.
+  if (device.is_cuda())
+    return at::detail::empty_generic({size}, at::detail::getCUDAHooks().getCUDADeviceAllocator(),
+                                     c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype,
+                                     std::nullopt);
   return at::empty({size}, at::TensorOptions().device(device).dtype(dtype));
 }
 
 void check_out(const at::Tensor& out, c10::Device device, size_t count) {
   int_type(out.scalar_type());
+  check_memory(out, "out");
+  TORCH_CHECK_VALUE(!out.is_neg(),
+                    "out is a lazily negated view, which would negate the ids that "
+                    "are written to it: pass the tensor that it is a view of");
   TORCH_CHECK_VALUE(out.dim() == 1 && out.size(0) == static_cast<int64_t>(count),
                     "out must have shape [" + std::to_string(count) + "], not " + shape_of(out));
   TORCH_CHECK_VALUE(out.is_contiguous(), "out must be contiguous");
   TORCH_CHECK_VALUE(out.device() == device, "out is on " + out.device().str() +
                                                 ", the ids are staged for " + device.str() +
                                                 ": use a pool of that device");
+}
+
+// The tensor as it reads, without a lazy negation.
+at::Tensor plain(const at::Tensor& tensor, const char* name) {
+  check_memory(tensor, name);
+  return tensor.resolve_neg();
 }
 
 // The storage, not the tensor: a worker thread lets go of it, and the end of a tensor may need the
@@ -104,16 +114,17 @@ std::shared_ptr<RelayTail> make_tail(const at::Tensor& relay, const at::Tensor& 
   check("relay", relay);
   check("indices", indices);
   TORCH_CHECK_VALUE(relay.is_contiguous(), "relay must be contiguous");
-  const at::Tensor packed = indices.contiguous();
-  tail->relay = relay.const_data_ptr();
-  tail->relay_type = int_type(relay.scalar_type());
-  tail->relay_size = static_cast<size_t>(relay.numel());
+  const at::Tensor source = plain(relay, "relay");
+  const at::Tensor packed = plain(indices, "indices").contiguous();
+  tail->relay = source.const_data_ptr();
+  tail->relay_type = int_type(source.scalar_type());
+  tail->relay_size = static_cast<size_t>(source.numel());
   tail->indices = packed.const_data_ptr();
   tail->index_type = int_type(packed.scalar_type());
   tail->count = static_cast<size_t>(packed.numel());
-  // Until it is launched nothing else may take the memory of `packed`, the output least of all.
+  // Until it is launched nothing else may take the memory of these two, the output least of all.
   tail->owners.push_back(owner_of(packed));
-  if (device.is_cpu()) tail->owners.push_back(owner_of(relay));
+  tail->owners.push_back(owner_of(source));
   record_on_current_stream(relay);
   record_on_current_stream(indices);
   return tail;
@@ -152,6 +163,16 @@ Resolved launch_gather(Device& backend, StreamHandle stream, const std::shared_p
 
 }  // namespace
 
+void check_memory(const at::Tensor& tensor, const std::string& name) {
+  const bool has_memory = tensor.layout() == at::kStrided && tensor.has_storage() &&
+                          (tensor.numel() == 0 || tensor.storage().data() != nullptr);
+  TORCH_CHECK_TYPE(has_memory, name +
+                                   " has no memory of its own (a FakeTensor, a sparse tensor, or "
+                                   "a subclass that wraps other tensors): pass a plain tensor");
+}
+
+std::atomic<int> mem_pool_regions{0};
+
 // Note [Outputs cut from blocks]
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 // A call of torch's caching allocator touches so much memory that it is the longest part of
@@ -160,6 +181,8 @@ Resolved launch_gather(Device& backend, StreamHandle stream, const std::shared_p
 // twice. The storage is torch's own, and all tensors of a block share it: it goes back to the
 // allocator with the last of them, and record_stream() on one holds for all. A tensor that is kept
 // keeps its block, of 1 MiB at most; so does the pool, for each of the streams it saw last.
+// Where a part of the program allocates from a torch.cuda.MemPool, no output is cut: a block would
+// bring memory of that pool to the others, or theirs to it.
 namespace {
 
 constexpr size_t kOutputAlignment = 512;           // that of torch's caching allocator
@@ -171,8 +194,10 @@ constexpr size_t kOutputStreams = 8;
 
 at::Tensor OutputMemory::allocate(at::ScalarType dtype, size_t count, StreamHandle stream) {
   const size_t item = c10::elementSize(dtype);
-  if (!device_.is_cuda() || !count || count > kLargestCut / item)
+  if (!device_.is_cuda() || !count || count > kLargestCut / item ||
+      mem_pool_regions.load(std::memory_order_relaxed) > 0)
     return empty_ids(device_, dtype, count);
+  // GCOV_EXCL_START: outputs on CUDA alone are cut
   const size_t bytes = (count * item + kOutputAlignment - 1) / kOutputAlignment * kOutputAlignment;
   // The first part of `block` that was not handed out yet.
   auto cut = [&](Block& block) {
@@ -208,6 +233,7 @@ at::Tensor OutputMemory::allocate(at::ScalarType dtype, size_t count, StreamHand
   else
     std::swap(blocks_[turn_++ % kOutputStreams], fresh);
   return ids;
+  // GCOV_EXCL_STOP
 }
 
 void OutputMemory::clear() {
@@ -216,13 +242,12 @@ void OutputMemory::clear() {
   blocks.swap(blocks_);
 }
 
+void OutputMemory::leak() noexcept { new std::vector<Block>(std::move(blocks_)); }
+
 DeviceScope::DeviceScope(c10::Device device) {
   if (!device.is_cuda()) return;
-  const c10::impl::VirtualGuardImpl impl(device.type());
-  const c10::Device current = impl.getDevice();
-  if (current == device) return;
-  previous_ = current;
-  impl.setDevice(device);
+  const c10::Device current = c10::impl::VirtualGuardImpl(device.type()).exchangeDevice(device);
+  if (current != device) previous_ = current;
 }
 
 DeviceScope::~DeviceScope() {
@@ -242,11 +267,18 @@ StagingPool::StagingPool(c10::Device device, const StagingOptions& options)
                         .getStreamFromGlobalPool(device_, /*isHighPriority=*/true);
 }
 
-StagingPool::~StagingPool() { Pool::drop(std::move(core_)); }
+StagingPool::~StagingPool() {
+  if (!can_free()) outputs_.leak();
+  Pool::drop(std::move(core_));
+}
 
-void StagingPool::close() {
-  core_->close();
-  outputs_.clear();
+void StagingPool::close(const Poll& poll) {
+  core_->close(poll);
+  if (can_free()) outputs_.clear();
+}
+
+bool StagingPool::can_free() const noexcept {
+  return fork_generation_ == fork_generation() && backend_->usable();
 }
 
 StreamHandle StagingPool::current_stream() const { return current_stream_of(device_); }
@@ -263,10 +295,10 @@ StagedTokens::StagedTokens(std::shared_ptr<StagingPool> pool, at::Tensor fallbac
       wire_(IntType::kInt64),
       count_(static_cast<size_t>(fallback.numel())),
       fits_int32_(fits_int32),
-      fallback_(std::move(fallback)) {}
+      fallback_(std::make_shared<OwnedIds>(pool_, std::move(fallback))) {}
 
 bool StagedTokens::is_pinned() const {
-  if (fallback_.defined()) return fallback_.is_pinned();
+  if (fallback_) return (*fallback_)->is_pinned();
   return lease_ && lease_->pinned();
 }
 
@@ -274,16 +306,18 @@ StagedTokens StagedTokens::slice(size_t start, size_t stop) const {
   StagedTokens part = *this;
   part.offset_ += start;
   part.count_ = stop - start;
-  part.eager_ = at::Tensor();  // whole batches only: a slice is transferred from the slot
-  part.eager_fence_ = nullptr;
-  if (fallback_.defined())
-    part.fallback_ = fallback_.slice(0, static_cast<int64_t>(start), static_cast<int64_t>(stop));
+  part.eager_ = nullptr;  // whole batches only: a slice is transferred from the slot
   return part;
+}
+
+at::Tensor StagedTokens::fallback_ids() const {
+  return (*fallback_)
+      ->slice(0, static_cast<int64_t>(offset_), static_cast<int64_t>(offset_ + count_));
 }
 
 at::Tensor StagedTokens::cpu() const {
   pool_->core().check_process();  // a child cannot read pinned memory of its parent
-  if (fallback_.defined()) return fallback_.clone();
+  if (fallback_) return fallback_ids().clone();
   at::Tensor ids = at::empty({static_cast<int64_t>(count_)}, at::kLong);
   if (count_)
     convert(lease_->data() + offset_ * size_of(wire_), wire_, ids.mutable_data_ptr(),
@@ -293,6 +327,10 @@ at::Tensor StagedTokens::cpu() const {
 
 bool StagedTokens::by_kernel() const {
   return pool_->device_.is_cpu() || (lease_->device_data() && !pool_->options_.copy_engine);
+}
+
+OwnedIds::~OwnedIds() {
+  if (ids_.defined() && !pool_->can_free()) new at::Tensor(std::move(ids_));
 }
 
 // Fills `out` from the slot, on `stream`, which is current. A tail takes by_kernel().
@@ -315,6 +353,7 @@ FenceHandle StagedTokens::transfer_to(const at::Tensor& out, StreamHandle stream
     t.dst_owner = owner_of(out);
     return lease_->launch_transfer(t, stream);
   }
+  // GCOV_EXCL_START: transfers to CUDA
   if (t.kind == TransferKind::kKernel || t.wire == t.out) {
     t.dst = out.mutable_data_ptr();
     return lease_->launch_transfer(t, stream);
@@ -327,6 +366,7 @@ FenceHandle StagedTokens::transfer_to(const at::Tensor& out, StreamHandle stream
   out.copy_(raw);
   pool_->backend_->record(fence, stream);  // whoever waits for the fence waits for `out`
   return fence;
+  // GCOV_EXCL_STOP
 }
 
 void StagedTokens::start_eager() {
@@ -337,30 +377,33 @@ void StagedTokens::start_eager() {
   const c10::OptionalStreamGuard stream_guard(pool_->eager_stream_);
   const StreamHandle stream = pool_->eager_stream();
   at::Tensor ids = pool_->outputs_.allocate(at::kLong, count_, stream);
-  eager_fence_ = transfer_to(ids, stream);
-  eager_ = std::move(ids);
+  const FenceHandle fence = transfer_to(ids, stream);
+  eager_ = std::make_shared<EagerIds>(pool_, std::move(ids), fence);
   ++pool_->core().counters().eager_transfers;
 }
 
 StreamHandle StagedTokens::resolving_stream() const {
   const StreamHandle stream = pool_->current_stream();
-  if (pool_->backend_->capturing(stream))
+  if (pool_->backend_->capturing(stream))  // GCOV_EXCL_START: the host captures nothing
     throw CaptureError(
         "resolve() on a stream that captures a CUDA graph: every replay would read a slot that is "
         "long reused; resolve before the capture, with out= into the graph's static input");
+  // GCOV_EXCL_STOP
   return stream;
 }
 
 at::Tensor StagedTokens::take_eager(StreamHandle stream) {
-  pool_->backend_->wait(stream, eager_fence_);
+  if (!eager_) return {};
+  std::lock_guard<std::mutex> guard(eager_->mutex);
+  if (!eager_->ids.defined()) return {};
+  pool_->backend_->wait(stream, eager_->fence);
   // The memory belongs to the pool's stream; keep it until the reader's stream is done too.
-  record_on_current_stream(eager_);
-  at::Tensor ids = std::move(eager_);
-  eager_ = at::Tensor();
-  return ids;
+  record_on_current_stream(*eager_->ids);
+  return eager_->ids.take();
 }
 
-Resolved StagedTokens::resolve(const std::optional<at::Tensor>& out, at::ScalarType dtype) {
+Resolved StagedTokens::resolve(const std::optional<at::Tensor>& out, at::ScalarType dtype,
+                               bool blocking) {
   Pool& core = pool_->core();
   core.check_process();
   const c10::Device device = pool_->device_;
@@ -373,19 +416,33 @@ Resolved StagedTokens::resolve(const std::optional<at::Tensor>& out, at::ScalarT
   const DeviceScope scope(device);
   const StreamHandle stream = resolving_stream();
 
-  if (fallback_.defined()) {
+  if (fallback_) {
     at::Tensor ids = out ? *out : pool_->outputs_.allocate(dtype, count_, stream);
-    ids.copy_(fallback_, /*non_blocking=*/true);  // torch's host allocator guards its own block
     ++core.counters().fallback_transfers;
-    return {ids};
+    return resolve_fallback(ids, stream, blocking);
   }
-  if (eager_.defined() && !out && dtype == at::kLong) {
-    at::Tensor ids = take_eager(stream);
-    return {ids, eager_fence_};
+  if (!out && dtype == at::kLong) {
+    if (at::Tensor ids = take_eager(stream); ids.defined()) return {ids, eager_->fence};
   }
   at::Tensor ids = out ? *out : pool_->outputs_.allocate(dtype, count_, stream);
   if (!count_) return {ids};
   return {ids, transfer_to(ids, stream)};
+}
+
+Resolved StagedTokens::resolve_fallback(const at::Tensor& ids, StreamHandle stream, bool blocking) {
+  const at::Tensor from = fallback_ids();
+  if (!ids.is_cpu()) {
+    // Torch's host allocator keeps its block until the stream is past the copy.
+    at::Tensor(ids).copy_(from, /*non_blocking=*/!blocking);
+    return {ids};
+  }
+  Transfer t;  // in its turn on the host device's stream, as any other
+  t.src = from.const_data_ptr();
+  t.wire = IntType::kInt64;
+  t.out = int_type(ids.scalar_type());
+  t.count = count_;
+  t.src_owner = owner_of(from);
+  return launch_unleased(*pool_->backend_, stream, std::move(t), ids);
 }
 
 Resolved StagedTokens::resolve_mixed(const at::Tensor& relay, const at::Tensor& indices,
@@ -402,15 +459,14 @@ Resolved StagedTokens::resolve_mixed(const at::Tensor& relay, const at::Tensor& 
   const auto tail = make_tail(relay, indices, device);
   const at::Tensor ids =
       out ? *out : pool_->outputs_.allocate(at::kLong, count_ + tail->count, stream);
-  if (!tail->count) return resolve(ids, at::kLong);
-  if (eager_.defined()) {
-    const at::Tensor eager = take_eager(stream);
+  if (!tail->count) return resolve(ids, at::kLong, false);
+  if (const at::Tensor eager = take_eager(stream); eager.defined()) {
     Transfer t;
     t.src = t.src_device = eager.const_data_ptr();
     t.wire = IntType::kInt64;
     t.count = count_;
     t.tail = tail;
-    if (device.is_cpu()) tail->owners.push_back(owner_of(eager));
+    if (device.is_cpu()) t.src_owner = owner_of(eager);
     return launch_unleased(*pool_->backend_, stream, std::move(t), ids);
   }
   if (lease_ && count_ && by_kernel()) {
@@ -418,7 +474,7 @@ Resolved StagedTokens::resolve_mixed(const at::Tensor& relay, const at::Tensor& 
     resolved.tail = tail;
     return resolved;
   }
-  resolve(ids.slice(0, 0, prefill), at::kLong);
+  resolve(ids.slice(0, 0, prefill), at::kLong, false);
   Resolved resolved =
       launch_gather(*pool_->backend_, stream, tail, ids.slice(0, prefill, ids.size(0)));
   resolved.ids = ids;
@@ -443,6 +499,7 @@ at::Tensor fallback_memory(c10::Device device, size_t count) {
   const auto options = at::TensorOptions().dtype(at::kLong).device(at::kCPU);
   const std::array<int64_t, 1> size{static_cast<int64_t>(count)};
   if (!device.is_cuda()) return at::empty(size, options);
+  // GCOV_EXCL_START: torch pins memory with CUDA alone
   try {
     return at::empty(size, options.pinned_memory(true));
   } catch (const c10::Error&) {
@@ -450,6 +507,7 @@ at::Tensor fallback_memory(c10::Device device, size_t count) {
     // wrong.
     return at::empty(size, options);
   }
+  // GCOV_EXCL_STOP
 }
 
 // --- the op ------------------------------------------------------------------------------------
@@ -460,13 +518,14 @@ void transfer_tensor(const at::Tensor& wire, const at::Tensor& out) {
   check_out(out, out.device(), static_cast<size_t>(wire.numel()));
   if (!wire.numel()) return;
   const c10::Device device = out.device();
-  const at::Tensor src = wire.contiguous();
+  const at::Tensor src = plain(wire, "wire").contiguous();
   if (device.is_cpu()) {
     TORCH_CHECK_VALUE(wire.is_cpu(), "wire is on " + wire.device().str() + ", out on the CPU");
     convert(src.const_data_ptr(), from, out.mutable_data_ptr(), int_type(out.scalar_type()),
             static_cast<size_t>(src.numel()));
     return;
   }
+  // GCOV_EXCL_START: the op to CUDA
   TORCH_CHECK_VALUE(wire.is_cpu() || wire.device() == device,
                     "wire is on " + wire.device().str() + ", out on " + device.str());
   Device& backend = backend_of(device);
@@ -484,13 +543,14 @@ void transfer_tensor(const at::Tensor& wire, const at::Tensor& out) {
     // stream is past this point. Anything else takes torch's own way.
     const c10::DataPtr& data = src.storage().data_ptr();
     at::HostAllocator* allocator = at::getHostAllocator(device.type());
-    const bool pinned = src.is_pinned();
+    const bool pinned = src.is_pinned() && backend.kernels_read_pinned();
     if (pinned) backend.launch(t, stream.native_handle());
     if (!pinned || !allocator->record_event(data.get(), data.get_context(), stream))
       out.copy_(src, /*non_blocking=*/false);
     return;
   }
   backend.launch(t, stream.native_handle());
+  // GCOV_EXCL_STOP
 }
 
 }  // namespace pystage

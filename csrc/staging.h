@@ -5,9 +5,11 @@
 #include <c10/core/Storage.h>
 #include <c10/core/Stream.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "device.h"
@@ -23,8 +25,9 @@ struct StagingOptions {
   bool narrow_wire = true;   // int32 on the wire where the ids fit
 };
 
-// Makes a device current for a scope. Costs one query where it is current already; c10's guards
-// make three.
+// Makes a device current for a scope, for CUDA and not only for torch, which may put off the
+// change of a device until it needs one. Costs one query where the device is current already;
+// c10's guards make three.
 class DeviceScope {
  public:
   explicit DeviceScope(c10::Device device);
@@ -36,6 +39,13 @@ class DeviceScope {
   std::optional<c10::Device> previous_;
 };
 
+// Throws a TypeError unless the tensor has memory that can be read or written at its data pointer.
+void check_memory(const at::Tensor& tensor, const std::string& name);
+
+// Counts the regions of this process that allocate from a torch.cuda.MemPool. Torch has no way to
+// ask, so pystage/_mempool.py counts them.
+extern std::atomic<int> mem_pool_regions;
+
 // Memory for the ids that resolve() hands out. See Note [Outputs cut from blocks].
 class OutputMemory {
  public:
@@ -43,6 +53,8 @@ class OutputMemory {
   // A new tensor [count] for work on `stream`, which is current.
   at::Tensor allocate(at::ScalarType dtype, size_t count, StreamHandle stream);
   void clear();
+  // Leaves the blocks to the end of the process.
+  void leak() noexcept;
 
  private:
   struct Block {
@@ -71,10 +83,15 @@ class StagingPool {
 
   StreamHandle current_stream() const;
   StreamHandle eager_stream() const;
-  // Ends the pool; what was handed out stays valid.
-  void close();
+  // Ends the pool; what was handed out stays valid. `poll` as for Pool::close().
+  void close(const Poll& poll = {});
+  // Whether torch's allocators can take memory of the device back. In a forked child, and after an
+  // error that ends the context, they throw instead, where nothing may throw.
+  bool can_free() const noexcept;
 
-  bool warned_pageable = false;  // guarded by the GIL
+  // Both guarded by the GIL.
+  bool warned_pageable = false;
+  bool closing = false;  // close() was called: the end of a lease may free pinned memory
 
  private:
   friend class StagedTokens;
@@ -84,6 +101,7 @@ class StagingPool {
   std::shared_ptr<Pool> core_;
   OutputMemory outputs_;
   std::optional<c10::Stream> eager_stream_;
+  const uint64_t fork_generation_ = fork_generation();
 };
 
 // A tensor, and the fence after the work that fills it (null: nothing to wait for).
@@ -102,6 +120,35 @@ struct Resolved {
 Resolved gather_relay(const at::Tensor& relay, const at::Tensor& indices,
                       const std::optional<at::Tensor>& out);
 
+// A tensor that is dropped without a call of torch's allocators where these would throw.
+class OwnedIds {
+ public:
+  OwnedIds() = default;
+  OwnedIds(std::shared_ptr<StagingPool> pool, at::Tensor ids)
+      : pool_(std::move(pool)), ids_(std::move(ids)) {}
+  ~OwnedIds();
+  OwnedIds(const OwnedIds&) = delete;
+  OwnedIds& operator=(const OwnedIds&) = delete;
+
+  bool defined() const { return ids_.defined(); }
+  const at::Tensor& operator*() const { return ids_; }
+  const at::Tensor* operator->() const { return &ids_; }
+  at::Tensor take() { return std::exchange(ids_, at::Tensor()); }
+
+ private:
+  std::shared_ptr<StagingPool> pool_;
+  at::Tensor ids_;
+};
+
+// The device memory that an eager transfer fills, until resolve() hands it out, once.
+struct EagerIds {
+  EagerIds(std::shared_ptr<StagingPool> pool, at::Tensor ids, FenceHandle fence)
+      : ids(std::move(pool), std::move(ids)), fence(fence) {}
+  std::mutex mutex;  // resolve() runs without the GIL
+  OwnedIds ids;
+  const FenceHandle fence;  // the slot's
+};
+
 // Ids in a slot, or in a part of one. Copies share the lease.
 class StagedTokens {
  public:
@@ -118,7 +165,6 @@ class StagedTokens {
   size_t count() const { return count_; }
   IntType wire() const { return wire_; }
   bool is_pinned() const;
-  bool is_fallback() const { return fallback_.defined(); }
   StagingPool& pool() const { return *pool_; }
 
   StagedTokens slice(size_t start, size_t stop) const;
@@ -127,8 +173,8 @@ class StagedTokens {
   // Launches the transfer on the pool's stream into device memory that resolve() then hands out.
   void start_eager();
   // Ids on the device, ordered on the current stream: in `out` where given, else in a new tensor
-  // of `dtype`. Does not wait.
-  Resolved resolve(const std::optional<at::Tensor>& out, at::ScalarType dtype);
+  // of `dtype`. Does not wait, but for ids that found no slot if `blocking`: these have no fence.
+  Resolved resolve(const std::optional<at::Tensor>& out, at::ScalarType dtype, bool blocking);
   // As resolve(), with relay[indices] behind the ids; int64.
   Resolved resolve_mixed(const at::Tensor& relay, const at::Tensor& indices,
                          const std::optional<at::Tensor>& out);
@@ -140,7 +186,9 @@ class StagedTokens {
   bool by_kernel() const;
   FenceHandle transfer_to(const at::Tensor& out, StreamHandle stream,
                           const std::shared_ptr<RelayTail>& tail = nullptr);
-  // The eager ids, ordered on `stream`; they are handed out once.
+  at::Tensor fallback_ids() const;
+  Resolved resolve_fallback(const at::Tensor& ids, StreamHandle stream, bool blocking);
+  // The eager ids, ordered on `stream`; undefined if there are none, or were handed out.
   at::Tensor take_eager(StreamHandle stream);
 
   std::shared_ptr<StagingPool> pool_;
@@ -149,9 +197,8 @@ class StagedTokens {
   size_t offset_ = 0;
   size_t count_;
   bool fits_int32_;
-  at::Tensor fallback_;
-  at::Tensor eager_;
-  FenceHandle eager_fence_ = nullptr;
+  std::shared_ptr<OwnedIds> fallback_;  // instead of the lease
+  std::shared_ptr<EagerIds> eager_;
 };
 
 // Memory for ids that found no slot: pinned by torch where it can be, else pageable.

@@ -6,6 +6,9 @@ The public surface is what this file names.
 
 from __future__ import annotations
 
+from . import _interpreter  # noqa: F401  (before torch, which a subinterpreter must not import)
+
+# isort: split
 import torch  # noqa: F401  (before the extension: it resolves its symbols against torch's)
 
 try:

@@ -250,10 +250,7 @@ def _require_device(device: torch.device | None) -> None:
 def _open_pool(device: torch.device | None, issue: Issue, chunk_tokens: int) -> StagingPool:
     _require_device(device)
     capacity = max(64 << 20, 64 * chunk_tokens)  # some four batches at least, as int64
-    try:
-        return StagingPool(device, capacity, issue=issue)
-    except ValueError as error:
-        raise CannotRunError(str(error)) from error
+    return StagingPool(device, capacity, issue=issue)
 
 
 @contextmanager

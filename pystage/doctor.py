@@ -239,7 +239,10 @@ def _sglang() -> Check:
     status = json.loads(done.stdout.splitlines()[-1])
     ok = bool(status["active"]) and not status["broken"]
     chosen_off = not status["settings"]["enabled"] or "SGLANG_PLUGINS" in status["off"]
-    return Check("SGLang", ok or chosen_off, f"{version}; {status['line']}", status)
+    text = f"{version}; {status['line']}"
+    if status["active"] and status["ray"]:
+        text += f"; off in the schedulers of --use-ray: {status['ray']}"
+    return Check("SGLang", ok or chosen_off, text, status)
 
 
 def _query(fields: str, device: torch.device | None = None) -> str | None:

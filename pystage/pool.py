@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import _C
+from . import _C, _mempool
 from .errors import DeviceError, PoolExhaustedError
 
 AtCapacity = Literal["wait", "fallback", "raise"]
@@ -151,6 +151,7 @@ class StagingPool:
                     + ("" if count else " (no driver?); use device='cpu'")
                 )
             torch.cuda.init()  # torch's allocator and streams, before ours use them
+            _mempool.watch()
         self._pool = _C.StagingPool(
             device=str(self._device),
             capacity_bytes=capacity_bytes,

@@ -14,7 +14,7 @@ from pathlib import Path
 REQUIREMENTS = Path(__file__).resolve().parent / "sglang-requirements.txt"
 TORCH = "torch==2.13.0"  # pinned: the newest may be a CUDA build of several GB
 TOOLS = ["numpy", "setuptools>=77", "wheel", "ninja", "pybind11", "pytest", "hypothesis", "rich"]
-TOOLS += ["scipy", "prometheus-client"]
+TOOLS += ["scipy", "prometheus-client", "coverage>=7.10"]
 SGLANG = "sglang==0.5.23"
 RELEASES = ("0.5.13.post1", "0.5.20")
 GRAMMAR = "xgrammar==0.2.8"  # the older releases import it; SGLang's own packages are without

@@ -1,11 +1,14 @@
-"""setup.py: what it builds, and how it says that it cannot."""
+"""setup.py: what it builds, and how it says that it cannot; and the gate of `make coverage`."""
 
 from __future__ import annotations
 
+import importlib
+import json
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -128,3 +131,40 @@ def test_architectures(
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(SystemExit, match="Hopper"):
         build["architectures"](toolkit)
+
+
+@pytest.fixture
+def coverage(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("coverage")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    return importlib.import_module("measure_coverage")
+
+
+def test_each_measure_of_coverage_has_its_limit(
+    coverage: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file below the limit is named; so is one that no test ran, and has no figure at all."""
+    figures = {name: 92.0 for name in coverage.CPP_FILES}
+    figures["staging.cpp"] = 91.9
+    del figures["ops.cpp"]
+    files = [{"filename": f"csrc/{n}", "line_percent": p} for n, p in figures.items()]
+    (tmp_path / "cpp.json").write_text(json.dumps({"files": files}))
+    monkeypatch.setattr(subprocess, "run", lambda command, check: None)
+    problems = coverage.cpp(tmp_path)
+    assert problems == [
+        "coverage: csrc/ops.cpp has 0.0 %, 92 % needed",
+        "coverage: csrc/staging.cpp has 91.9 %, 92 % needed",
+    ]
+    monkeypatch.setattr(coverage, "python", lambda folder, with_sglang: [])
+    assert coverage.main(tmp_path, with_sglang=True) == 1
+    monkeypatch.setattr(coverage, "cpp", lambda folder: [])
+    assert coverage.main(tmp_path, with_sglang=True) == 0
+
+
+def test_lines_left_out_of_coverage_are_told_with_their_reason(coverage: ModuleType) -> None:
+    text = """
+    if (x)  // GCOV_EXCL_START: no such device
+      one();
+    // GCOV_EXCL_STOP
+    two();  // GCOV_EXCL_LINE: never"""
+    assert coverage.left_out(text) == [(2, "no such device"), (1, "never")]

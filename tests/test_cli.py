@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -178,6 +179,30 @@ def test_a_difference_is_traced_to_its_request() -> None:
     ours[5] = 99
     text = _replay._describe_difference(batch, ours, plain)
     assert text.startswith("id 5 (request 7, position 514) is 99 through the pool and 5 by")
+    assert [_replay._request_of(batch, at) for at in (0, 2, 3, 10)] == [
+        (4, 0),
+        (4, 2),
+        (7, 512),
+        (7, 519),
+    ]
+    with pytest.raises(IndexError, match="past the end of the batch"):
+        _replay._request_of(batch, 11)
+
+
+def test_memory_that_is_not_pinned_is_shown_with_its_reason(
+    mooncake: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = _replay.Workload(trace.read_trace(mooncake), 2, chunk_tokens=30, warm_up_batches=1)
+    with pystage.StagingPool("cpu") as pool:
+        report = _replay.replay(pool, work, "deferred", lambda: None)
+    cli._print(cli._pool_table(report))
+    assert "not pinned" not in capsys.readouterr().out
+    figures = dataclasses.replace(
+        report.pool, why_pageable="[memlock] limit is 64 KiB", pageable_bytes=3 << 20
+    )
+    cli._print(cli._pool_table(dataclasses.replace(report, pool=figures)))
+    shown = capsys.readouterr().out
+    assert "not pinned" in shown and "3.0 MiB: [memlock] limit is 64 KiB" in shown
 
 
 def test_paths_take_turns_and_see_the_chunks(

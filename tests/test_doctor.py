@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +92,135 @@ def test_an_old_driver_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not check.ok and "older than the CUDA 13.0" in check.found
 
 
+def test_a_build_without_cuda_beside_a_torch_with_it_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = dataclasses.replace(pystage.build_info(), cuda=False)
+    monkeypatch.setattr(doctor, "build_info", lambda: plain)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    check = doctor._build()
+    assert not check.ok and "this build has not: rebuild with PYSTAGE_CUDA=1" in check.found
+
+
+@pytest.fixture
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A GPU as torch and nvidia-smi describe it. Returns the file with nvidia-smi's answer; what it
+    was asked is beside it."""
+    properties = SimpleNamespace(
+        name="NVIDIA H100", major=9, minor=0, total_memory=80 << 30, uuid="1b2c"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    answer = tmp_path / "answer"
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\ncat {answer}\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return answer
+
+
+def test_a_gpu_is_described(gpu: Path) -> None:
+    check = doctor._found(torch.device("cuda:1"))
+    assert check.ok and check.found == "NVIDIA H100, sm_90, 80 GiB, 2 in all"
+    assert check.figures["memory_bytes"] == 80 << 30 and check.figures["capability"] == "9.0"
+
+
+@pytest.mark.parametrize(
+    ("answer", "ok", "says"),
+    [
+        ("5, 5, 16, 16", True, "PCIe gen 5 x16 (at most gen 5 x16)"),
+        ("1, 5, 16, 16", True, "PCIe gen 1 x16 (at most gen 5 x16)"),  # idle: it speeds up
+        ("4, 5, 8, 16", False, "x8 (at most gen 5 x16): fewer lanes than the device has"),
+        ("4, 5, [N/A], 16", True, "PCIe gen 4 x[N/A]"),
+        ("[N/A], [N/A], [N/A], [N/A]", True, "not known"),
+        ("5, 5", True, "not known"),
+    ],
+)
+def test_the_link_of_a_gpu(gpu: Path, answer: str, ok: bool, says: str) -> None:
+    gpu.write_text(answer + "\n")
+    check = doctor._link(torch.device("cuda:1"))
+    assert check.ok == ok and says in check.found
+    assert (gpu.parent / "asked").read_text().startswith("--id=GPU-1b2c --query-gpu=pcie.link.")
+
+
+def test_a_link_that_nvidia_smi_does_not_tell(gpu: Path) -> None:
+    (gpu.parent / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    check = doctor._link(torch.device("cuda:1"))
+    assert check.ok and "not known" in check.found
+
+
+def test_a_driver_and_its_version(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.write_text("580.159.04\n")
+    info = dataclasses.replace(pystage.build_info(), cuda_driver="13.0", cuda_runtime="13.0")
+    monkeypatch.setattr(doctor, "build_info", lambda: info)
+    check = doctor._driver()
+    assert check.ok and check.found == "580.159.04, up to CUDA 13.0"
+    assert check.figures == {"version": "580.159.04", "cuda": "13.0"}
+
+
+def test_no_driver_is_wrong_where_torch_has_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    none = dataclasses.replace(pystage.build_info(), cuda_driver=None)
+    monkeypatch.setattr(doctor, "build_info", lambda: none)
+    for cuda, ok in ((None, True), ("13.0", False)):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        check = doctor._driver()
+        assert check.ok == ok and check.found == "no CUDA driver"
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("echo 'Cuda compilation tools, release 13.0, V13.0.88'", "CUDA 13.0 ("),
+        ("echo 'of no known kind'", "none found"),
+        ("exit 1", "none found"),
+    ],
+)
+def test_the_toolkit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, says: str
+) -> None:
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    check = doctor._toolkit()
+    assert check.ok and check.found.startswith(says) and check.figures["nvcc"] == str(nvcc)
+
+
+@pytest.mark.parametrize("why", ["", "the memlock limit is 64 KiB"])
+def test_pinned_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    class Pool(pystage.StagingPool):
+        why_pageable = why  # type: ignore[assignment]
+
+        def __init__(self, device: torch.device, *args: Any, **kwargs: Any) -> None:
+            assert device.type == "cuda"
+            super().__init__("cpu", *args, **kwargs)
+
+    monkeypatch.setattr(doctor, "StagingPool", Pool)
+    limits = (64 << 10, resource.RLIM_INFINITY)
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: limits)
+    check = doctor._pinned(torch.device("cuda:0"))
+    assert check.ok == (not why) and "memlock limit 0.1 MiB" in check.found
+    assert check.figures["memlock_soft"] == 64 << 10 and check.figures["memlock_hard"] is None
+    if why:
+        assert f"cannot be had: {why}" in check.found and check.figures["why_pageable"] == why
+    else:
+        assert "64 MiB pinned" in check.found and check.figures["pinned_bytes"] == 64 << 20
+
+
+def test_a_pool_that_leaves_its_memory_is_not_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids are right, but slots come from elsewhere: the self-test counts them."""
+
+    class Small(pystage.StagingPool):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device, 8192, at_capacity="fallback")
+
+    monkeypatch.setattr(doctor, "StagingPool", Small)
+    check = doctor._self_test(CPU, 0.0)
+    assert not check.ok and "8,192 ids equal" in check.found
+    assert check.figures["batches"] == check.figures["fallbacks"] == 128
+
+
 def test_what_cannot_be_looked_at_is_not_well(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(device: torch.device) -> doctor.Check:
         raise pystage.DeviceError("cudaGetDeviceProperties: no such device")
@@ -97,6 +229,18 @@ def test_what_cannot_be_looked_at_is_not_well(monkeypatch: pytest.MonkeyPatch) -
     found = {check.name: check for check in doctor.examine(CPU, 0.05)}
     assert not found["device"].ok and "no such device" in found["device"].found
     assert found["self-test"].ok
+
+
+def other_sglang(root: Path, monkeypatch: pytest.MonkeyPatch, plugins: str) -> None:
+    """Installs an SGLang 9.9 with this module for its plugins."""
+    (root / "sglang/srt/plugins").mkdir(parents=True)
+    (root / "sglang/srt/plugins/__init__.py").write_text(plugins)
+    (root / "sglang-9.9.dist-info").mkdir()
+    (root / "sglang-9.9.dist-info/METADATA").write_text("Name: sglang\nVersion: 9.9\n")
+    here = str(Path(pystage.__file__).parent.parent)
+    monkeypatch.setenv("PYTHONPATH", f"{root}:{here}")
+    monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
+    monkeypatch.syspath_prepend(str(root))
 
 
 @pytest.mark.parametrize(
@@ -115,16 +259,16 @@ def test_another_sglang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, ok: bool, says: str
 ) -> None:
     """One whose plugins load otherwise, or not at all."""
-    (tmp_path / "sglang/srt/plugins").mkdir(parents=True)
-    (tmp_path / "sglang/srt/plugins/__init__.py").write_text(module)
-    (tmp_path / "sglang-9.9.dist-info").mkdir()
-    (tmp_path / "sglang-9.9.dist-info/METADATA").write_text("Name: sglang\nVersion: 9.9\n")
-    root = str(Path(pystage.__file__).parent.parent)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{root}")
-    monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    other_sglang(tmp_path, monkeypatch, module)
     check = doctor._sglang()
     assert check.ok == ok and check.found.startswith("9.9") and says in check.found
+
+
+def test_plugins_that_do_not_load_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other_sglang(tmp_path, monkeypatch, "import threading; threading.Event().wait()")
+    monkeypatch.setattr(doctor, "_PLUGIN_TIMEOUT_SECONDS", 1)
+    check = doctor._sglang()
+    assert not check.ok and check.found == "9.9: its plugins did not load within 1 s"
 
 
 def test_json_needs_no_rich() -> None:

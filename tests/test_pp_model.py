@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import heapq
 import logging
 import sys
@@ -24,7 +25,7 @@ from pystage.pp import (
     Timing,
     profile_prefill,
 )
-from pystage.pp.model import _Data, _folds
+from pystage.pp.model import _Data, _folds, _left_out_errors, scipy_optimize
 
 pytest.importorskip("scipy")
 
@@ -243,13 +244,98 @@ def test_the_gate_is_the_callers() -> None:
     assert "100 needed" in few.report.reason
 
 
+def off_in(count: int, of: int = 100, factor: float = 1.25) -> list[Sample]:
+    """Samples of the law, `count` of them off by a factor that is too small to be rejected."""
+    rng = np.random.default_rng(0)
+    points = [(int(h), int(c)) for h, c in rng.integers(1, 100, (of, 2)) * [1024, 128]]
+    samples = samples_of(law, points=dict.fromkeys(points))
+    assert len(samples) > 0.95 * of
+    for i in rng.choice(len(samples), count, replace=False):
+        samples[i] = with_latency(samples[i], factor)
+    return samples
+
+
+def test_the_gate_looks_at_the_95th_percentile_of_the_errors_left_out() -> None:
+    """Three bad points of a hundred are beyond the 95th percentile, eight are not."""
+    gate = QualityGate(max_holdout_p95=0.10)
+    few = LatencyModel.fit(off_in(3), forms=["law"], gate=gate).report
+    assert few.usable and few.holdout_p95 < 0.01 and not few.rejected
+    many = LatencyModel.fit(off_in(8), forms=["law"], gate=gate).report
+    assert not many.usable and "p95 error 2" in many.reason and "over 10%" in many.reason
+    assert many.holdout_p95 == pytest.approx(0.25, abs=0.05) and many.holdout_median < 0.01
+    assert LatencyModel.fit(off_in(8), forms=["law"]).report.usable  # the default is 60 %
+
+
+def test_each_limit_of_the_gate_itself_still_passes() -> None:
+    samples = samples_of(law, noise=0.05)
+    samples[17] = with_latency(samples[17], 10.0)
+    found = LatencyModel.fit(samples, forms=["law"]).report
+    rejected = len(found.rejected)
+    assert rejected == 1 and found.samples_used == len(samples) - 1
+    at_limit = QualityGate(
+        max_holdout_median=found.holdout_median,
+        max_holdout_p95=found.holdout_p95,
+        max_rejected=rejected / len(samples),
+        min_samples=found.samples_used,
+    )
+    assert LatencyModel.fit(samples, forms=["law"], gate=at_limit).report.usable
+    for change, reason in (
+        ({"max_holdout_median": 0.999 * found.holdout_median}, "median error"),
+        ({"max_holdout_p95": 0.999 * found.holdout_p95}, "p95 error"),
+        ({"max_rejected": 0.999 * rejected / len(samples)}, f"1 of {len(samples)} samples"),
+        ({"min_samples": len(samples)}, f"{len(samples) - 1} samples left, {len(samples)} needed"),
+    ):
+        gate = dataclasses.replace(at_limit, **change)
+        report = LatencyModel.fit(samples, forms=["law"], gate=gate).report
+        assert not report.usable and reason in report.reason
+
+
+def test_the_reported_errors_are_those_of_points_left_out() -> None:
+    samples = samples_of(law, noise=0.08, points=PLAN.points)
+    data = _Data.of(samples)
+    report = LatencyModel.fit(samples, forms=["law"]).report
+    assert not report.rejected
+    errors = np.abs(np.expm1(_left_out_errors(scipy_optimize(), ["law"], data, 0)["law"]))
+    assert report.holdout_median == pytest.approx(np.median(errors))
+    assert report.holdout_p95 == pytest.approx(np.quantile(errors, 0.95))
+
+
+@pytest.mark.parametrize("form", ["linear", "law", "waves", "table"])
+def test_a_sample_left_out_has_no_part_in_the_fit_that_predicts_it(form: str) -> None:
+    """Its error moves with it, by exactly as much; those left out with it do not move at all. The
+    tile and the wave are found without it too."""
+    samples = samples_of(law, noise=0.08, seed=3, points=PLAN.points)
+    data, optimize = _Data.of(samples), scipy_optimize()
+    before = _left_out_errors(optimize, [form], data, 0)[form]
+    assert np.isfinite(before).all()
+    moved_others = 0
+    for fold in range(5):
+        out = _folds(data, 0) == fold
+        factor = np.where(out, np.linspace(1.1, 1.3, out.size), 1.0)
+        moved = dataclasses.replace(data, ms=data.ms * factor)
+        after = _left_out_errors(optimize, [form], moved, 0)[form]
+        assert after[out] - before[out] == pytest.approx(np.log(factor[out]), abs=1e-12)
+        moved_others += int((after[~out] != before[~out]).sum())
+    assert moved_others > len(samples)  # the other fits do see them
+
+
 def test_samples_that_cannot_be_fitted_are_refused() -> None:
     with pytest.raises(FitError, match="at least 4"):
         LatencyModel.fit([Sample(0, 64, 1.0)] * 3)
+    four = [Sample(0, 64 * n, float(n)) for n in range(1, 5)]
+    assert LatencyModel.fit(four).report.reason == "4 samples left, 10 needed"
     with pytest.raises(FitError, match="not a positive number"):
         LatencyModel.fit([Sample(0, 64, 1.0)] * 5 + [Sample(0, 64, float("nan"))])
     with pytest.raises(ValueError, match="unknown forms"):
         LatencyModel.fit(samples_of(law), forms=["cubic"])
+
+
+def test_of_four_samples_none_is_set_aside() -> None:
+    """Three would be left, which any form fits."""
+    samples = [Sample(0, 1024 * n, 10.0 * n) for n in range(1, 5)]
+    samples[2] = with_latency(samples[2], 10.0)
+    report = LatencyModel.fit(samples).report
+    assert (report.samples_used, report.rejected) == (4, ())
 
 
 def test_one_point_only_is_no_model() -> None:
@@ -326,6 +412,46 @@ def test_a_refit_never_predicts_the_held_out_chunks_worse(seed: int) -> None:
         old = np.median(np.abs(before.errors(held)))
         new = np.median(np.abs(model.errors(held)))
         assert new < old if changed else new == old
+
+
+def reported(off: int, factor: float, held_back: float = 1.0) -> tuple[LatencyModel, bool]:
+    """A model told once of 256 chunks of a device 1.2 times slower, and whether it was refitted. Of
+    the 64 held-out ones, `off` take `factor` times the profile's time; `held_back` is on the
+    others."""
+    model = LatencyModel.fit(samples_of(law, points=PLAN.points[:16]), forms=["law"])
+    model.REFIT_EVERY = 256
+    chunks = chunks_run(lambda h, c: 1.2 * law(h, c), 256, seed=5, noise=0.0)
+    held = range(3, 256, 4)
+    for number, i in enumerate(held):
+        scale = factor / 1.2 if number < off else held_back
+        chunks[i] = with_latency(chunks[i], scale)
+    changed = model.update(chunks)
+    assert list(model._live.holdout) == [chunks[i] for i in held]
+    return model, changed
+
+
+def test_a_refit_must_be_no_worse_at_the_95th_percentile_of_the_held_out_chunks() -> None:
+    """One that gets the many right and the few wrong: three of 64 are beyond it, four are not."""
+    _, changed = reported(off=3, factor=0.9)
+    assert changed
+    model, changed = reported(off=4, factor=0.9)
+    assert not changed
+    assert model.predict(0, 8192) == pytest.approx(law(0, 8192), rel=0.01)
+
+
+def test_a_refit_must_be_better_in_the_median() -> None:
+    _, changed = reported(off=0, factor=1.0)
+    assert changed
+    _, changed = reported(off=40, factor=1.0)
+    assert not changed
+
+
+def test_held_out_chunks_have_no_part_in_the_refit_they_judge() -> None:
+    one, changed = reported(off=0, factor=1.0)
+    other, changed_too = reported(off=0, factor=1.0, held_back=1.05)
+    assert changed and changed_too
+    assert one._live.holdout != other._live.holdout
+    assert one.form == other.form and one.report == other.report
 
 
 def test_reports_are_bounded_in_memory_and_checked() -> None:

@@ -123,6 +123,17 @@ def test_it_stops_early_when_the_law_is_found_and_not_when_noise_hides_it() -> N
     assert full.forwards > 55
 
 
+@pytest.mark.parametrize(("least", "planned"), [(26, 24), (27, 32)])
+def test_it_stops_no_earlier_than_with_the_least_number_of_samples(
+    least: int, planned: int
+) -> None:
+    """Two samples of the warm-up and 24 planned points are 26; it looks every eight points."""
+    device = Device(law)
+    plan = plan_for(min_samples=least, on_policy=0, repeats=0)
+    profile = profile_prefill(device.step, plan, timer=device.timer)
+    assert [(s.history_len, s.chunk_len) for s in profile][2:] == list(plan.points[:planned])
+
+
 def test_it_measures_where_a_sizer_would_go() -> None:
     device = Device(law)
     profile_prefill(device.step, plan_for(), timer=device.timer)
@@ -160,6 +171,17 @@ def test_a_failing_step_is_named_and_its_context_left() -> None:
         profile_prefill(engine, plan_for(), timer=engine.timer)
     assert caught.value.__cause__ is engine.error
     assert (engine.entered, engine.left) == (1, 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_a_device_that_is_not_there_is_a_profile_error_and_the_context_left() -> None:
+    """The error that says so, not the one of waiting for it."""
+    engine = Engine(ValueError("not reached"))
+    with pytest.raises(ProfileError, match="after 1 forwards and 0 samples") as caught:
+        profile_prefill(engine, plan_for(), device="cuda")
+    cause = caught.value.__cause__
+    assert isinstance(cause, (RuntimeError, AssertionError)) and str(cause) in str(caught.value)
+    assert (engine.entered, engine.left, engine.calls) == (1, 1, [])
 
 
 def test_an_interrupt_passes_through_and_leaves_the_context() -> None:
@@ -219,6 +241,9 @@ def test_lengths_that_cannot_be_are_refused() -> None:
         Sample(0, 0, 1.0)
     with pytest.raises(ValueError, match="at least one point"):
         SamplePlan(points=(), base=(0, 64))
+    with pytest.raises(ValueError, match="max_forwards=2: at least 3"):
+        SamplePlan(points=((0, 64),), base=(0, 64), max_forwards=2)
+    assert SamplePlan(points=((0, 64),), base=(0, 64), max_forwards=3).max_forwards == 3
 
 
 def check_timer(timer: Timer) -> None:

@@ -85,6 +85,29 @@ def test_smooth_moves_a_share_of_the_way_from_the_base_chunk() -> None:
     assert half == pytest.approx((8192 + full) / 2, abs=64)
 
 
+@pytest.mark.parametrize("smooth", [0.05, 0.3, 0.5, 0.77, 0.999, 1.0])
+@pytest.mark.parametrize(("base_chunk", "page"), [(8192, 64), (8000, 256), (7777, 96), (5000, 1)])
+def test_smoothed_sizes_are_whole_pages_within_the_limits(
+    smooth: float, base_chunk: int, page: int
+) -> None:
+    """Also where the base chunk is none, and at both limits."""
+    sizer = sizer_of(
+        smooth=smooth, base_chunk=base_chunk, page_size=page, min_chunk=1000, max_chunk=7000
+    )
+    plain = sizer_of(base_chunk=base_chunk, page_size=page, min_chunk=1000, max_chunk=7000)
+    smallest, largest = -(-1000 // page) * page, 7000 // page * page
+    for history in range(0, 120_000, 997):  # with room for the largest
+        size, full = sizer.next_chunk(history), plain.next_chunk(history)
+        assert size is not None and full is not None
+        assert size % page == 0 and smallest <= size <= largest
+        wanted = min(base_chunk + smooth * (full - base_chunk), 7000)
+        assert wanted - page - 1 < size <= max(wanted, smallest)
+    for prompt_len in (100_000, 54_321, 3000):
+        chunks = sizer.plan(prompt_len)
+        assert sum(chunks) == prompt_len
+        assert all(size % page == 0 and size <= largest for size in chunks[:-1])
+
+
 def test_at_a_jump_in_time_the_size_stays_below_it() -> None:
     sizer = sizer_of(STAIRS)
     history = 100_000
@@ -124,6 +147,15 @@ def test_the_last_chunk_is_as_long_as_the_others_whatever_the_prompt() -> None:
         times = times_of(LAW, sizer.plan(int(prompt_len)))
         assert np.ptp(times) / times.mean() <= 0.06
         assert times[-1] == pytest.approx(times.mean(), rel=0.04)
+
+
+@pytest.mark.parametrize("prompt_len", range(60_000, 131_072, 5_003))
+def test_evening_the_last_chunk_keeps_to_the_smallest_and_the_largest(prompt_len: int) -> None:
+    """Late chunks stand at the smallest and are the slowest; the last one stands below the cap."""
+    floored = sizer_of(min_chunk=4096).plan(prompt_len)
+    assert sum(floored) == prompt_len and min(floored[:-1]) >= 4096
+    capped = sizer_of(max_chunk=2048).plan(prompt_len)
+    assert sum(capped) == prompt_len and max(capped) <= 2048
 
 
 def test_a_little_more_than_a_chunk_is_one_chunk_and_a_half_more_is_two_halves() -> None:
@@ -224,6 +256,11 @@ def test_what_cannot_be_is_refused() -> None:
         sizer_of(smooth=0.0)
     with pytest.raises(ValueError, match="must be positive"):
         sizer_of(page_size=0)
+    for change in ({"base_chunk": 0}, {"context_len": 0}):
+        with pytest.raises(ValueError, match="positive needed"):
+            sizer_of(**{"max_chunk": 16_384} | change)
+    with pytest.raises(ValueError, match="ranks=0 must be positive"):
+        sizer_of().fastest_plan(1000, 0)
     with pytest.raises(ValueError, match="not be negative"):
         sizer_of().next_chunk(-1)
     for prompt_len in (0, 131_073):

@@ -8,8 +8,10 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
 import pystage
+from pystage.pool import _ranged
 
 
 def run(code: str, *arguments: str, **env: str) -> str:
@@ -163,3 +165,34 @@ def test_build_info_tells_the_build() -> None:
         assert info.cuda_runtime and info.cuda_architectures
     else:
         assert info.cuda_runtime is None and info.cuda_architectures == ()
+
+
+def test_a_torch_without_nvtx_says_so_once_and_stages() -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has NVTX")
+    out = run(
+        """
+        import warnings
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            import pystage
+        print([str(w.message) for w in seen if "NVTX" in str(w.message)])
+        with pystage.StagingPool("cpu") as pool:
+            print(pool.stage([[1, 2]]).to("cpu").tolist())
+        """,
+        PYSTAGE_NVTX="1",
+    )
+    assert out.splitlines() == ["['PYSTAGE_NVTX is set, but this torch has no NVTX']", "[1, 2]"]
+
+
+def test_a_range_ends_with_its_call_whatever_the_call_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks: list[str | None] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", marks.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: marks.append(None))
+    with pystage.StagingPool("cpu") as pool:
+        stage = _ranged("pystage.stage", pystage.StagingPool.stage)
+        assert stage(pool, [[1], [2]], stops=[1, 1]).tolist() == [1, 2]
+        assert stage.__doc__ == pystage.StagingPool.stage.__doc__
+        with pytest.raises(pystage.TokenRangeError):
+            stage(pool, [[5]], vocab_size=5)
+    assert marks == ["pystage.stage", None] * 2

@@ -39,7 +39,8 @@ import sglang_rig
 pytestmark = pytest.mark.sglang
 ROOT = Path(__file__).resolve().parent.parent
 OLD = os.environ.get("PYSTAGE_TEST_SGLANG_OLD", "")
-EVERYTHING = {"staging", "resolve", "guard", "history", "metrics", "profiler"}
+EVERYTHING = {"staging", "resolve", "mixed", "guard", "history", "metrics", "profiler"}
+os.environ["PYSTAGE_SGLANG_CPU"] = "1"  # here and in the processes below
 
 Outcome = dict[str, Any]
 
@@ -254,7 +255,7 @@ def engine() -> Iterator[Engine]:
 
 def test_every_hook_is_in_place(engine: Engine) -> None:
     status = plugin.status()
-    assert status["off"] == "" and status["broken"] == []
+    assert status["off"] == "" and status["broken"] == status["left"] == []
     assert set(status["active"]) == EVERYTHING
 
 
@@ -345,7 +346,7 @@ def test_one_batch_of_sglangs_own_benchmark(engine: Engine) -> None:
 
 
 def test_a_full_pool_falls_back(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = plugin.Settings(capacity_mib=1, at_capacity="fallback")
+    settings = plugin.Settings(capacity_mib=1, at_capacity="fallback", cpu=True)
     monkeypatch.setattr(plugin._state, "settings", settings)
     monkeypatch.setattr(plugin, "_pools", plugin._Pools())
     pool = plugin._pools.of("cpu")
@@ -388,9 +389,20 @@ def test_at_the_cap(
     pool.close()
 
 
+def test_a_closed_pool_ends_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "_pools", plugin._Pools())
+    pool = plugin._pools.of("cpu")
+    assert pool is not None
+    pool.close()
+    count = plugin.status()["counts"]["sglang_stagings"]
+    after = two_chunks(engine.rig)
+    torch.testing.assert_close(after, engine.before["two_chunks"])
+    assert plugin.status()["counts"]["sglang_stagings"] == count + 2
+
+
 def test_eager(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Launched when the batch is prepared; the ids are the same."""
-    monkeypatch.setattr(plugin._state, "settings", plugin.Settings(issue="eager"))
+    monkeypatch.setattr(plugin._state, "settings", plugin.Settings(issue="eager", cpu=True))
     monkeypatch.setattr(plugin, "_pools", plugin._Pools())
     for scenario in (chunked_mixed_decode, two_chunks):
         after = scenario(engine.rig)
@@ -506,6 +518,9 @@ PRELUDE = """
 """
 
 
+PATH = os.environ.get("PYTHONPATH", "")
+
+
 def process(*parts: str, path: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     code = [textwrap.dedent(part).strip() for part in (PRELUDE, *parts)]
     code[0] = code[0].format(bench=str(ROOT / "bench"))
@@ -515,7 +530,7 @@ def process(*parts: str, path: str = "", **environment: str) -> subprocess.Compl
         text=True,
         timeout=300,
         check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([path, str(ROOT)]), **environment},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([path, str(ROOT), PATH]), **environment},
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done
@@ -603,27 +618,139 @@ def test_a_broken_hook_is_noticed(damage: str, part: str) -> None:
     assert status["log"].count("NOT active: ") == 1
 
 
-def test_other_plugins_hook_the_same_symbols() -> None:
-    """Also those that register theirs after this one."""
-    code = """
+# To load another plugin beside ours, and to run a prefill and a mixed batch.
+OTHER_PLUGIN = """
+    import inspect, linecache, pickle, __future__
+    from array import array
+    import torch
+    from sglang.srt.managers import overlap_utils, schedule_batch, scheduler
     from sglang.srt.plugins import load_plugins
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-    ours = plugin.plugin
-    def both():
-        ours()
-        HookRegistry.register(
-            "sglang.srt.managers.overlap_utils.resolve_forward_inputs",
-            lambda original, *args: print("theirs") or original(*args), HookType.AROUND)
-    plugin.plugin = both
-    load_plugins()
-    from sglang.srt.managers import scheduler
-    class Batch:
-        input_ids, prefill_input_ids_cpu, enable_overlap = 1, None, False
-    scheduler.resolve_forward_inputs(Batch, None)
+
+    def around(target, hook):
+        HookRegistry.register(f"sglang.srt.{target}", hook, HookType.AROUND)
+
+    def load(theirs):
+        ours = plugin.plugin
+        plugin.plugin = lambda: ours() or theirs()
+        load_plugins()
+        return plugin.status()
+
+    def run():
+        rig = sglang_rig.Rig()
+        relay = rig.future_map.output_tokens_buf
+        relay[:] = torch.arange(len(relay))
+        for running in ([], [3, 4]):
+            batch = rig.batch([rig.request(range(40)), rig.request(range(100, 103))])
+            batch.prepare_for_extend()
+            staged = type(batch.prefill_input_ids_cpu)
+            if running:
+                batch.mix_running_indices = torch.tensor(running)
+            rig.resolve(batch)
+            assert batch.input_ids.tolist() == [*range(40), *range(100, 103), *running]
+        return staged.__name__
+"""
+
+
+def test_where_others_hook_nothing_meets_a_view() -> None:
+    """Also theirs that are registered after ours."""
+    code = """
+    def theirs():
+        around("managers.schedule_batch.Req.get_fill_ids", lambda f, req: f(req) + array("q"))
+        around("utils.common.flatten_arrays_to_pinned_cpu",
+               lambda f, parts, pin: f([pickle.loads(pickle.dumps(p)) for p in parts], pin))
+        around("managers.overlap_utils.resolve_forward_inputs",
+               lambda f, *args: print("theirs") or f(*args))
+    load(theirs)
+    assert run() == "StagedTokens"
     """
-    done = process(code, "print(json.dumps(plugin.status()))")
-    assert "theirs" in done.stdout
-    assert set(json.loads(done.stdout.splitlines()[-1])["active"]) == EVERYTHING
+    done = process(OTHER_PLUGIN, code, "print(json.dumps(plugin.status()))")
+    status = json.loads(done.stdout.splitlines()[-1])
+    assert "theirs" in done.stdout and status["broken"] == []
+    assert set(status["active"]) == EVERYTHING - {"history", "mixed"}
+    assert status["left"] == [
+        "history (another plugin hooks utils.common:flatten_arrays_to_pinned_cpu)",
+        "mixed (another plugin hooks managers.overlap_utils:resolve_forward_inputs)",
+    ]
+    assert status["counts"]["sglang_mixed"] == 1
+    assert done.stderr.count("left to SGLang: history (another plugin hooks") == 1
+
+
+def test_code_that_is_not_known_is_left_alone() -> None:
+    code = """
+    text = inspect.getsource(overlap_utils.resolve_forward_inputs)
+    text = text.replace("torch.cat([prefill_gpu, decode_gpu", "torch.cat([prefill_gpu, +decode_gpu")
+    linecache.cache["<changed>"] = len(text), None, text.splitlines(True), "<changed>"
+    flags = __future__.annotations.compiler_flag
+    exec(compile(text, "<changed>", "exec", flags), vars(overlap_utils))
+    scheduler.resolve_forward_inputs = overlap_utils.resolve_forward_inputs
+    Req = schedule_batch.Req
+    Req.get_fill_ids = lambda self: self.full_untruncated_fill_ids[: self.extend_end] + self.tail
+    Req.tail = array("q")
+    load(lambda: None)
+    assert run() == "StagedTokens"
+    """
+    done = process(OTHER_PLUGIN, code, "print(json.dumps(plugin.status()))")
+    status = json.loads(done.stdout.splitlines()[-1])
+    assert set(status["active"]) == EVERYTHING - {"history", "mixed"} and status["broken"] == []
+    history, mixed = status["left"]
+    assert "history (get_fill_ids is not self.full_untruncated_fill_ids[:self.ext" in history
+    assert "mixed (its resolve_forward_inputs is not that of a known release" in mixed
+    assert status["counts"]["sglang_mixed"] == 1
+
+
+def test_batches_on_the_cpu_are_sglangs() -> None:
+    code = """
+    load(lambda: None)
+    assert run() == "Tensor" and plugin.pool_stats() == []
+    """
+    done = process(OTHER_PLUGIN, code, PYSTAGE_SGLANG_CPU="0")
+    assert "Traceback" not in done.stderr
+
+
+def test_schedulers_of_ray_load_plugins(tmp_path: Path) -> None:
+    """The real actor in a real Ray; its scheduler is not made."""
+    pytest.importorskip("ray")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'default_worker.py' in ' '.join(sys.orig_argv):\n"
+        f"    sys.path.insert(0, {str(ROOT / 'bench')!r})\n"
+        "    import sglang_rig\n"
+        "    sglang_rig.stand_in()\n"
+    )
+    code = """
+    import ray
+    from ray.util.placement_group import placement_group
+    from types import SimpleNamespace
+    from sglang.srt.plugins import load_plugins
+    load_plugins()
+    from sglang.srt.ray import engine
+    from sglang.srt.utils import common
+
+    class Arguments:  # the first use of them ends the actor
+        def __getattr__(self, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            ours = sys.modules.get("pystage.integrations.sglang")
+            raise LookupError(f"found: {ours and ours.status()['active']}")
+
+    def found():
+        actor = engine._create_scheduler_actor(
+            group, 0, 0, Arguments(), None, 0, 0, 0, None, "127.0.0.1")
+        try:
+            ray.get(actor.get_info.remote())
+        except ray.exceptions.RayError as error:
+            return [line for line in str(error).splitlines() if "found: " in line][-1]
+
+    ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    group = placement_group([{"CPU": 1, "GPU": 1}])
+    ray.get(group.ready())
+    assert "found: None" in found()  # by itself it does not
+    common.configure_logger(SimpleNamespace(log_level="info"))
+    print(found())
+    """
+    done = process(code, path=str(tmp_path))
+    assert "found: ['staging', 'resolve', 'mixed', 'guard'" in done.stdout
 
 
 def test_one_line_once_the_log_is_set_up() -> None:
@@ -640,7 +767,7 @@ def test_one_line_once_the_log_is_set_up() -> None:
     log = process(code).stderr
     lines = [line for line in log.splitlines() if "pystage" in line and "is active" in line]
     assert len(lines) == 1 and " TP0]" in lines[0], log
-    assert "staging, resolve, guard, history, metrics, profiler (pool of 64 MiB" in lines[0]
+    assert "staging, resolve, mixed, guard, history, metrics, profiler (pool of 64 MiB" in lines[0]
 
 
 def test_validation_refuses_when_the_request_arrives() -> None:
@@ -742,9 +869,11 @@ def test_figures_reach_prometheus(tmp_path: Path) -> None:
     assert figures["pystage_wire_bytes_total"] == 600
     assert figures["pystage_capacity_bytes"] == 64 << 20
     assert figures["pystage_kernel_transfers_total"] == 2
-    assert figures["pystage_fallbacks_total"] == figures["pystage_forgotten_resolves_total"] == 0
-    assert figures["pystage_wait_seconds_total"] == 0
-    assert len(figures) == len(plugin._GAUGES) + len(plugin._COUNTERS) + 1
+    assert figures["pystage_fallbacks_total"] == figures["pystage_wait_seconds_total"] == 0
+    for name in plugin._OF_THE_PLUGIN:
+        assert figures[f"pystage_{name}_total"] == 0
+    kinds = (plugin._GAUGES, plugin._COUNTERS, plugin._OF_THE_PLUGIN)
+    assert len(figures) == sum(map(len, kinds))
 
 
 def test_the_doctor_asks_sglang() -> None:

@@ -1,9 +1,13 @@
 // What the C++ tests share.
 #pragma once
 
+#include <signal.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -17,6 +21,10 @@
 
 #include "host_device.h"
 #include "pool.h"
+
+#ifdef PYSTAGE_COVERAGE
+extern "C" void __gcov_dump(void);
+#endif
 
 namespace pystage::testing {
 
@@ -220,6 +228,30 @@ bool eventually(Predicate predicate) {
     std::this_thread::yield();
   }
   return true;
+}
+
+// PYSTAGE_DEBUG_CANARIES for a scope.
+class Canaries {
+ public:
+  explicit Canaries(const char* value = "1") { setenv("PYSTAGE_DEBUG_CANARIES", value, 1); }
+  ~Canaries() { unsetenv("PYSTAGE_DEBUG_CANARIES"); }
+  Canaries(const Canaries&) = delete;
+  Canaries& operator=(const Canaries&) = delete;
+};
+
+// Ends a child of fork: with an exit status, or, as a signal's handler, with that signal.
+[[noreturn]] inline void exit_child(int status) {
+#ifdef PYSTAGE_COVERAGE
+  __gcov_dump();
+#endif
+  _exit(status);
+}
+inline void end_of_child(int signal) {
+#ifdef PYSTAGE_COVERAGE
+  __gcov_dump();
+#endif
+  ::signal(signal, SIG_DFL);
+  raise(signal);
 }
 
 class Random {

@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "helpers.h"
+#include "model_device.h"
 #include "pool.h"
 
 #if defined(__SANITIZE_THREAD__)
@@ -378,6 +379,70 @@ TEST_CASE("wait: close ends it") {
   pool->close();
   CHECK(a.join() == "this StagingPool (counting) is closed");
   CHECK(b.join() == "this StagingPool (counting) is closed");
+}
+
+struct Interrupted {};
+
+TEST_CASE("wait: the caller looks up now and then, without the pool's mutex, and may give up") {
+  CountingDevice& device = new_device();
+  Owner pool(device, whole(8192, AtCapacity::kWait));
+  LeasePtr held = pool->acquire(8192);
+  int looks = 0;
+  auto give_up = [&] {
+    CHECK(pool->stats().leased_slots == 1);  // takes the mutex
+    if (++looks == 2) throw Interrupted();
+  };
+  CHECK_THROWS_AS(pool->acquire(1, give_up), Interrupted);
+  CHECK(looks == 2);
+  PoolStats s = pool->stats();
+  CHECK(s.waits == 1);
+  CHECK(s.wait_seconds >= 0.1);
+  CHECK(s.exhausted == 0);
+  CHECK(s.in_use_bytes == 8192);
+  // What is done while it looks up ends the wait as anything else does.
+  LeasePtr got = pool->acquire(1, [&] { held.reset(); });
+  CHECK(got);
+  CHECK(pool->stats().waits == 2);
+  // Where nothing waits, nothing looks up.
+  CHECK(pool->acquire(1, [] { throw Interrupted(); }));
+}
+
+TEST_CASE("raise: the wait for another thread's look through the queues can be given up too") {
+  CountingDevice& device = new_device();
+  Owner pool(device, whole(8192));
+  stage_and_launch(*pool->acquire(8192), host_stream(1));
+  std::atomic<bool> asked{false}, open{false};
+  device.on_query = [&] {
+    asked = true;
+    while (!open) std::this_thread::yield();
+  };
+  Background looks([&] { pool->stats(); });
+  REQUIRE(eventually([&] { return asked.load(); }));
+  CHECK_THROWS_AS(pool->acquire(1, [] { throw Interrupted(); }), Interrupted);
+  CHECK(pool->stats().exhausted == 0);
+  open = true;
+  CHECK(looks.join() == "");
+}
+
+TEST_CASE("close can be given up: the pool is closed, and what is in flight comes back later") {
+  CountingDevice& device = new_device();
+  Owner pool(device, whole(8192, AtCapacity::kWait));
+  Held held(host_stream(1));
+  const Output out = stage_and_launch(*pool->acquire(4096), host_stream(1));
+  auto give_up = [&] {
+    CHECK(pool->stats().in_flight_slots == 1);
+    throw Interrupted();
+  };
+  CHECK_THROWS_AS(pool->close(give_up), Interrupted);
+  CHECK(pool->closed());
+  CHECK_THROWS_AS(pool->acquire(1), PoolClosedError);
+  CHECK(device.live_bytes() == 8192);
+  held.release();
+  drain(host_stream(1));
+  reap_dropped_pools();
+  CHECK(device.live_bytes() == 0);
+  CHECK(out.arrived());
+  pool->close(give_up);  // nothing to wait for
 }
 
 TEST_CASE("raise: at once, and counted") {
@@ -963,7 +1028,7 @@ TEST_CASE("a child of fork can use neither pool nor lease, lets go of both, and 
       REQUIRE(child >= 0);
       if (child == 0) {
         alarm(30);  // a child that hangs fails
-        _exit(child_of_fork(pool, lease));
+        exit_child(child_of_fork(pool, lease));
       }
       int status = 0;
       REQUIRE(waitpid(child, &status, 0) == child);
@@ -976,6 +1041,116 @@ TEST_CASE("a child of fork can use neither pool nor lease, lets go of both, and 
     CHECK(waiter.join() == "");
   }
   reap_dropped_pools();
+  CHECK(device.live_bytes() == 0);
+}
+
+// How a child ends that runs `steps`, which returns the first that went wrong, or 0.
+template <typename Steps>
+int in_child(Steps steps) {
+  const pid_t child = fork();
+  if (child < 0) return -1;
+  if (child == 0) {
+    alarm(30);
+    exit_child(steps());
+  }
+  int status = 0;
+  if (waitpid(child, &status, 0) != child) return -2;
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status) - 10;
+}
+
+// A model device starts no threads, so that these run under ThreadSanitizer too.
+Output launch_on(ModelDevice& device, Lease& lease, size_t stream) {
+  Ids ids = fresh_ids(lease.bytes() / sizeof(int64_t));
+  write(lease, ids);
+  Transfer t;
+  t.src = lease.data();
+  t.wire = IntType::kInt64;
+  t.count = ids.size();
+  lease.launch_transfer(t, device.stream(stream));
+  return {std::move(ids), nullptr};
+}
+
+TEST_CASE("a child of fork leaves the parent's orphans and their device alone, and has its own") {
+  ModelDevice device(2);
+  auto orphan = Pool::create(device, whole(8192));
+  launch_on(device, *orphan->acquire(4096), 0);
+  Pool::drop(std::move(orphan));
+  device.finish();                                // the next call on any pool would free it
+  auto pool = Pool::create(device, whole(8192));  // ...as this one does
+  CHECK(device.live_bytes() == 8192);
+  orphan = Pool::create(device, whole(4096));
+  launch_on(device, *orphan->acquire(4096), 0);
+  Pool::drop(std::move(orphan));
+  device.finish();
+  LeasePtr leased = pool->acquire(4096), flying = pool->acquire(4096);
+  launch_on(device, *leased, 1);
+  launch_on(device, *flying, 1);
+  flying = nullptr;
+
+  CHECK(in_child([&] {
+          int calls = 0;
+          device.on_call = [&](const char*) { ++calls; };
+          ModelDevice own(1);
+          auto fresh = Pool::create(own, whole(8192));  // looks at orphans
+          LeasePtr lease = fresh->acquire(4096);
+          launch_on(own, *lease, 0);
+          lease = nullptr;
+          Pool::drop(std::move(fresh));  // an orphan of the child's
+          if (own.live_bytes() != 8192) return 1;
+          leased = nullptr;
+          pool->close();
+          Pool::drop(std::move(pool));
+          if (calls) return 2;
+          own.finish();
+          ModelDevice third(1);
+          Pool::drop(Pool::create(third, whole(4096)));
+          if (own.live_bytes() != 0 || own.live_fences() != 0) return 3;
+          return calls ? 4 : 0;
+        }) == 0);
+
+  // The parent's are as they were.
+  CHECK(device.live_bytes() == 8192 + 4096);
+  CHECK(pool->stats().leased_slots == 1);
+  reap_dropped_pools();
+  CHECK(device.live_bytes() == 8192);
+  leased = nullptr;
+  device.finish();
+  CHECK(pool->trim() == 8192);
+  Pool::drop(std::move(pool));
+  CHECK(device.live_fences() == 0);
+  CHECK(device.wrong == "");
+}
+
+TEST_CASE("a child of fork can launch from no lease of its parent's, and its own child from none") {
+  ModelDevice device(1);
+  auto pool = Pool::create(device, whole(8192));
+  LeasePtr lease = pool->acquire(4096);
+  CHECK(in_child([&] {
+          int calls = 0;
+          device.on_call = [&](const char*) { ++calls; };
+          if (!throws<ForkedProcessError>([&] { launch_on(device, *lease, 0); })) return 1;
+          if (calls) return 2;
+          ModelDevice own(1);
+          auto fresh = Pool::create(own, whole(4096));
+          LeasePtr second = fresh->acquire(4096);
+          const int grandchild = in_child([&] {
+            for (LeasePtr* l : {&lease, &second})
+              if (!throws<ForkedProcessError>([&] { launch_on(own, **l, 0); })) return 1;
+            second = lease = nullptr;
+            Pool::drop(std::move(fresh));
+            return 0;
+          });
+          if (grandchild != 0) return 3;
+          launch_on(own, *second, 0);
+          second = nullptr;
+          own.finish();
+          fresh->close();
+          return own.live_bytes() == 0 ? 0 : 4;
+        }) == 0);
+  launch_on(device, *lease, 0);
+  lease = nullptr;
+  device.finish();
+  pool->close();
   CHECK(device.live_bytes() == 0);
 }
 
@@ -1006,8 +1181,8 @@ class Checker {
   size_t wrong_ = 0, checked_ = 0;
 };
 
-TEST_CASE("stress: threads and streams share a pool that is too small") {
-  constexpr int kThreads = 4, kRounds = 20000;
+void share_a_small_pool(int rounds) {
+  constexpr int kThreads = 4;
   CountingDevice& device = new_device();
   Owner pool(device, options(48 * kKiB, 0, AtCapacity::kWait, 60));
   // A lease that any thread may take over, or launch from next to others.
@@ -1018,7 +1193,7 @@ TEST_CASE("stress: threads and streams share a pool that is too small") {
   auto work = [&](int seed) {
     Random random(seed);
     Checker checker;
-    for (int round = 0; round < kRounds; ++round) {
+    for (int round = 0; round < rounds; ++round) {
       const auto stream = [&] { return random.in(0, Checker::kStreams - 1); };
       const size_t bytes = random.in<size_t>(8, random.one_in(4) ? 12 * kKiB : kKiB);
       LeasePtr lease = pool->acquire(bytes);
@@ -1055,12 +1230,21 @@ TEST_CASE("stress: threads and streams share a pool that is too small") {
   }
   shared = {};
   CHECK(wrong == 0);
-  CHECK(checked >= size_t{kThreads} * kRounds);
+  CHECK(checked >= static_cast<size_t>(kThreads * rounds));
   CHECK(pool->stats().waits > 0);
   CHECK(pool->stats().high_water_bytes > 40 * kKiB);
   CHECK(device.max_bytes() <= 48 * kKiB);
   pool->close();
   CHECK(device.live_bytes() == 0);
+}
+
+TEST_CASE("stress: threads and streams share a pool that is too small") {
+  share_a_small_pool(20000);
+}
+
+TEST_CASE("stress: and canaries find nothing") {
+  const Canaries canaries;
+  share_a_small_pool(5000);
 }
 
 TEST_CASE("stress: threads launch from one lease") {

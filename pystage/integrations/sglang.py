@@ -11,23 +11,30 @@ SGLang's own ``HookRegistry``:
 ``ForwardBatch.init_new``           resolves an extend batch that its caller forgot to resolve
 ==================================  ==============================================================
 
-and, where they are there, the profiler of pipeline-parallel prefill, the check of request lengths
-(for ids), and the scheduler's metrics. What is hooked is decided by looking for these symbols and
-what they take, never by a version number. If one of the five is missing or takes other arguments,
-nothing is hooked.
+and, if they exist, the profiler of pipeline-parallel prefill, the check of request lengths (for
+ids), and the scheduler's metrics. What is hooked is decided by looking for these symbols, what they
+take and what they do (``sglang_code.py``), never by a version number:
 
-Anything else stays SGLang's: decode, idle and prebuilt batches, mixed batches under speculative
-decoding, other devices, and staged tensors outside ``prepare_for_extend``. Whatever reads the
-staged ids in between (``encoder_swa_replay``, ``merge_batch``, ``record_batch_in_overlap``) finds a
+- If one of the five but ``get_fill_ids`` is missing or takes other arguments, nothing is hooked.
+- Views of the history are given only if ``get_fill_ids`` does what a view does, and no other
+  plugin's hook could meet one.
+- Only a known ``resolve_forward_inputs`` is preempted. With any other, SGLang's code takes the
+  :class:`pystage.StagedTokens` for the tensor they stand for, and resolves mixed batches itself.
+
+Everything else stays SGLang's: decode, idle and prebuilt batches, mixed batches under speculative
+decoding, devices other than CUDA, and staged tensors outside ``prepare_for_extend``. A batch that
+the pool cannot stage is staged by SGLang's code, and counted. Whatever reads the staged ids in
+between (``encoder_swa_replay``, ``merge_batch``, ``record_batch_in_overlap``) finds a
 :class:`pystage.StagedTokens`, which reads as the CPU tensor it replaces.
 
 SGLang logs failures of hooks and goes on, so :func:`plugin` looks afterwards whether each hook is
-reached, and says it in one line of the process's log. ``docs/sglang.md`` has the settings.
+reached, and logs the result in one line. ``docs/sglang.md`` has the settings.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import json
 import logging
@@ -51,6 +58,7 @@ from .._C import IdsView, current_cuda_device, ids_view
 from ..batch import ensure_resolved, forgotten_resolves
 from ..errors import PoolExhaustedError, PystageError
 from ..pool import AtCapacity, Issue, StagedTokens, StagingPool, StagingStats, resolve_mixed
+from .sglang_code import OtherCodeError, end_of_fill_ids, resolver_release
 
 logger = logging.getLogger("pystage.sglang")
 
@@ -65,6 +73,7 @@ ENVIRONMENT = {
     "issue": "PYSTAGE_SGLANG_ISSUE",
     "validate_ids": "PYSTAGE_SGLANG_VALIDATE_IDS",
     "sizer": "PYSTAGE_SGLANG_SIZER",
+    "cpu": "PYSTAGE_SGLANG_CPU",
 }
 
 
@@ -82,6 +91,7 @@ class Settings:
             launched at once on a stream of the pool's own, and the forward stream waits for it.
         validate_ids: a text request with an id outside the vocabulary is refused when it arrives.
         sizer: pystage's profiler and chunk sizer in place of SGLang's (``pystage.pp``).
+        cpu: batches of ``--device cpu`` are staged as well. For tests: SGLang alone is faster.
     """
 
     enabled: bool = True
@@ -90,6 +100,7 @@ class Settings:
     issue: Issue = "deferred"
     validate_ids: bool = False
     sizer: bool = False
+    cpu: bool = False
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
@@ -146,10 +157,14 @@ class _Pools:
                 return self._pools[key]
 
     def _open(self, name: str, index: int) -> StagingPool | None:
-        if name.partition(":")[0] not in ("cuda", "cpu"):
+        settings = _state.settings
+        kind = name.partition(":")[0]
+        if kind == "cpu" and not settings.cpu:
+            logger.info("pystage: nothing to gain on the CPU: SGLang stages as without it")
+            return None
+        if kind not in ("cuda", "cpu"):
             logger.warning("pystage: no pool for %s devices: SGLang stages as without it", name)
             return None
-        settings = _state.settings
         try:
             pool = StagingPool(
                 f"cuda:{index}" if index >= 0 else name,
@@ -197,7 +212,7 @@ def pool_stats() -> list[StagingStats]:
 def _prepare_for_extend(original: Function, batch: Any, *args: Any, **kwargs: Any) -> Any:
     here = _here
     here.pool = _pools.of(batch.device)
-    here.views = here.pool is not None
+    here.views = here.pool is not None and _state.gives_views
     try:
         return original(batch, *args, **kwargs)
     finally:
@@ -205,11 +220,13 @@ def _prepare_for_extend(original: Function, batch: Any, *args: Any, **kwargs: An
         here.views = False
 
 
-def _get_fill_ids(end_of: Callable[[Any], int], original: Function, req: Any) -> Any:
+def _get_fill_ids(end_of: Callable[[Any], Any], original: Function, req: Any) -> Any:
     """What ``prepare_for_extend`` slices, measures and hands on, without a copy."""
-    if not _here.views:
-        return original(req)
-    return ids_view(req.full_untruncated_fill_ids, 0, end_of(req))
+    if _here.views:
+        ids, end = req.full_untruncated_fill_ids, end_of(req)
+        if type(ids) is array and type(end) is int:
+            return ids_view(ids, 0, end)
+    return original(req)
 
 
 def _flatten(original: Function, parts: list[Any], pin: bool) -> StagedTokens | Tensor:
@@ -217,31 +234,48 @@ def _flatten(original: Function, parts: list[Any], pin: bool) -> StagedTokens | 
     if pool is not None:
         # Later calls of get_fill_ids are somebody else's, who may need an array.
         _here.views = False
-        try:
-            return pool.stage(parts)
-        except PoolExhaustedError as error:
-            if _state.settings.at_capacity == "raise":
-                raise
-            _once("pystage: %s; SGLang's own staging is used for such batches", error)
+        staged = _stage(pool, parts, pin)
+        if staged is not None:
+            return staged
+        _state.left_to_sglang["stagings"] += 1
     arrays = [part.copy() if type(part) is IdsView else part for part in parts]
     result: Tensor = original(arrays, pin)
     return result
+
+
+def _stage(pool: StagingPool, parts: list[Any], pin: bool) -> StagedTokens | None:
+    """None: SGLang has to stage these itself."""
+    if not pin and pool.device.type == "cuda":
+        _once("pystage: SGLang asks for memory that is not pinned, and stages by itself")
+        return None
+    try:
+        return pool.stage(parts)
+    except PystageError as error:
+        if isinstance(error, PoolExhaustedError) and _state.settings.at_capacity == "raise":
+            raise
+        kind = type(error).__name__
+        _once(f"pystage: {kind}: %s; SGLang's own staging is used for such batches", error)
+        return None
 
 
 # --- hooks: resolving ----------------------------------------------------------------------------
 
 
 def _resolve_forward_inputs(original: Function, batch: Any, future_map: Any) -> Any:
+    """A device error surfaces here as it would in SGLang, and the batch is left as it was."""
     staged = batch.prefill_input_ids_cpu
     if type(staged) is StagedTokens:
         indices = batch.mix_running_indices
         if indices is None:
-            batch.input_ids = staged._resolve(None, None, False)
-            batch.prefill_input_ids_cpu = None
-        elif batch.spec_algorithm.is_none() and not _state.checks_relay:
+            if _state.preempts:
+                batch.input_ids = staged._resolve(None, None, False)
+                batch.prefill_input_ids_cpu = None
+        elif _state.preempts and batch.spec_algorithm.is_none() and not _state.checks_relay:
             batch.input_ids = resolve_mixed(staged, future_map.output_tokens_buf, indices)
             batch.prefill_input_ids_cpu = None
             batch.mix_running_indices = None
+        else:
+            _state.left_to_sglang["mixed"] += 1
     # For a batch that has its ids now, what is left are the inputs of speculative decoding; for
     # all others it is SGLang's as ever (it takes StagedTokens for the tensor they stand for).
     return original(batch, future_map)
@@ -347,6 +381,11 @@ _COUNTERS = {
     "kernel_transfers": ("kernel_transfers", "Transfers by a kernel."),
     "copy_engine_transfers": ("copy_engine_transfers", "Transfers by a copy engine."),
 }
+_OF_THE_PLUGIN = {
+    "forgotten_resolves": "Batches resolved only when their forward was built.",
+    "sglang_stagings": "Batches that SGLang staged itself: no slot, an error, or no pinning.",
+    "sglang_mixed": "Mixed batches staged in the pool that SGLang resolved itself.",
+}
 
 
 class _Metrics:
@@ -368,21 +407,30 @@ class _Metrics:
         self._counters = {
             name: made(counter, as_name, text) for name, (as_name, text) in _COUNTERS.items()
         }
-        self._forgotten = made(
-            counter, "forgotten_resolves", "Batches resolved only when their forward was built."
-        )
+        self._of_the_plugin = {
+            name: made(counter, name, text) for name, text in _OF_THE_PLUGIN.items()
+        }
         self._told: dict[str, float] = {}
 
-    def update(self, pools: list[StagingStats], forgotten: int) -> None:
+    def update(self, pools: list[StagingStats]) -> None:
         for name, gauge in self._gauges.items():
             gauge.set(sum(getattr(stats, name) for stats in pools))
         for name, counter in self._counters.items():
             self._add(counter, name, sum(getattr(stats, name) for stats in pools))
-        self._add(self._forgotten, "forgotten", forgotten)
+        for name, count in _counts().items():
+            self._add(self._of_the_plugin[name], name, count)
 
     def _add(self, counter: Any, name: str, now: float) -> None:
         counter.inc(max(0, now - self._told.get(name, 0)))
         self._told[name] = now
+
+
+def _counts() -> dict[str, int]:
+    """What the plugin counts, beside what its pools count."""
+    return {
+        "forgotten_resolves": forgotten_resolves(),
+        **{f"sglang_{name}": count for name, count in _state.left_to_sglang.items()},
+    }
 
 
 def _metrics_init(original: Function, collector: Any, *args: Any, **kwargs: Any) -> None:
@@ -403,7 +451,7 @@ def _metrics_init(original: Function, collector: Any, *args: Any, **kwargs: Any)
 def _log_stats(original: Function, collector: Any, *args: Any, **kwargs: Any) -> Any:
     if _state.metrics is not None:
         try:
-            _state.metrics.update(_pools.stats(), forgotten_resolves())
+            _state.metrics.update(_pools.stats())
         except Exception as error:  # whatever it is, the server has to serve
             _state.metrics = None
             logger.warning("pystage: no more figures for Prometheus: %r", error)
@@ -413,7 +461,70 @@ def _log_stats(original: Function, collector: Any, *args: Any, **kwargs: Any) ->
 def _configure_logger(original: Function, *args: Any, **kwargs: Any) -> Any:
     result = original(*args, **kwargs)
     _state.say()
+    if "sglang.srt.ray.engine" in sys.modules:
+        _load_in_ray_actors()
     return result
+
+
+# --- hooks: schedulers in Ray actors -------------------------------------------------------------
+
+_ACTOR = "ray.engine:_create_scheduler_actor"
+
+
+class _PluginsFirst:
+    """Unpickled, it is its value; SGLang's plugins are loaded there before.
+
+    Nothing of pystage is pickled, so that an actor starts where it is not installed.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __reduce__(self) -> tuple[Function, tuple[Any, ...]]:
+        return operator.getitem, ([_Load(), self.value], 1)
+
+
+class _Load:
+    def __reduce__(self) -> tuple[Function, tuple[Any, ...]]:
+        from sglang.srt.plugins import load_plugins
+
+        return load_plugins, ()
+
+
+def _create_scheduler_actor(original: Function, *args: Any, **kwargs: Any) -> Any:
+    """Ray's scheduler actors do not load plugins, but they unpickle the server's arguments."""
+    call = inspect.signature(original).bind(*args, **kwargs)
+    call.arguments["server_args"] = _PluginsFirst(call.arguments["server_args"])
+    return original(*call.args, **call.kwargs)
+
+
+def _load_in_ray_actors() -> None:
+    """In the process that makes the actors, once SGLang's code for Ray has been imported there."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    target = f"sglang.srt.{_ACTOR.replace(':', '.')}"
+    if target in HookRegistry._patched:
+        return
+    if why := _cannot_load_in_ray_actors():
+        _once(
+            "pystage is off in Ray's schedulers: %s; let all processes of Ray load SGLang's "
+            "plugins: ray.init(runtime_env={'worker_process_setup_hook': "
+            "'sglang.srt.plugins.load_plugins'})",
+            why,
+        )
+        return
+    HookRegistry.register(target, _create_scheduler_actor, HookType.AROUND)
+    HookRegistry.apply_hooks()
+
+
+def _cannot_load_in_ray_actors() -> str:
+    """Why; empty if they can."""
+    try:
+        function = _look_up(_ACTOR, ())
+    except _MissingError as error:
+        return str(error)
+    takes = inspect.signature(function).parameters
+    return "" if "server_args" in takes else f"{_ACTOR} takes no server_args"
 
 
 # --- what is hooked ------------------------------------------------------------------------------
@@ -440,15 +551,16 @@ _SIZER = "managers.scheduler_components.dynamic_chunk_sizer:DynamicChunkSizer"
 _MIXIN = "managers.scheduler_pp_mixin:SchedulerPPMixin"
 _COLLECTOR = "observability.metrics_collector:SchedulerMetricsCollector"
 
+_RESOLVE = Hook(
+    "resolve",
+    "managers.overlap_utils:resolve_forward_inputs",
+    ("batch", "future_map"),
+    _resolve_forward_inputs,
+)
 NEEDED = (
     Hook("staging", f"{_BATCH}.prepare_for_extend", ("self",), _prepare_for_extend),
     Hook("staging", "utils.common:flatten_arrays_to_pinned_cpu", ("parts", "pin"), _flatten),
-    Hook(
-        "resolve",
-        "managers.overlap_utils:resolve_forward_inputs",
-        ("batch", "future_map"),
-        _resolve_forward_inputs,
-    ),
+    _RESOLVE,
     Hook(
         "guard",
         "model_executor.forward_batch_info:ForwardBatch.init_new",
@@ -492,17 +604,13 @@ def _optional(settings: Settings) -> list[Hook]:
     return hooks
 
 
-def _history_hook() -> Hook | None:
-    """``get_fill_ids`` is ``full_untruncated_fill_ids[:END]``. Where END stands changed its name
-    from release to release; it is read from the code."""
-    target = "managers.schedule_batch:Req.get_fill_ids"
-    function = _look_up(target, ("self",))
-    code = getattr(function, "__code__", None)
-    names: tuple[str, ...] = code.co_names if code else ()
-    if len(names) < 2 or names[0] != "full_untruncated_fill_ids":
-        return None
-    end_of = operator.attrgetter(".".join(names[1:]))
-    return Hook("history", target, ("self",), functools.partial(_get_fill_ids, end_of))
+_FILL_IDS = "managers.schedule_batch:Req.get_fill_ids"
+
+
+def _history_hook() -> Hook:
+    """Raises OtherCodeError if ``get_fill_ids`` does something else than a view of the ids."""
+    end_of = end_of_fill_ids(_look_up(_FILL_IDS, ("self",)))
+    return Hook("history", _FILL_IDS, ("self",), functools.partial(_get_fill_ids, end_of))
 
 
 class _MissingError(LookupError):
@@ -550,21 +658,51 @@ def _there(hook: Hook) -> bool:
     return True
 
 
-def _is_reached(hook: Hook) -> str:
-    """Why calls of the symbol do not reach the hook; empty if they do."""
-    function = inspect.getattr_static(*_owner_and_name(hook.target))
-    function = getattr(function, "__func__", function)
+def _current(target: str) -> Any:
+    """What runs when the symbol is called."""
+    function = inspect.getattr_static(*_owner_and_name(target))
+    return getattr(function, "__func__", function)
+
+
+def _chain(function: Any) -> list[Any]:
+    """The function, what it wraps, what that wraps, and so on."""
     chain = [function]
     while hasattr(chain[-1], "__wrapped__"):
         chain.append(chain[-1].__wrapped__)
+    return chain
+
+
+def _is_reached(hook: Hook) -> str:
+    """Why calls of the symbol do not reach the hook; empty if they do."""
+    chain = _chain(_current(hook.target))
     if not any(value is hook.function for f in chain for value in _closed_over(f)):
         return f"{hook.target} is not hooked"
-    for name, module in list(sys.modules.items()):
-        if name.startswith("sglang.") and any(
-            value is old for value in list(vars(module).values()) for old in chain[1:]
-        ):
+    for name, module in _modules_of_sglang():
+        if any(value is old for value in list(vars(module).values()) for old in chain[1:]):
             return f"{name} still has the original of {hook.target}"
     return ""
+
+
+def _is_shared(hook: Hook) -> str:
+    """Why something else than the hook around SGLang's own code runs when the symbol is called;
+    empty if nothing does. It would get the hook's results, or be left out by the hook."""
+    outer, *inner = _chain(_current(hook.target))
+    if not any(value is hook.function for value in _closed_over(outer)):
+        return f"another plugin hooks {hook.target}"
+    for function in inner:
+        where = getattr(function, "__globals__", {}).get("__name__", "")
+        if not where.startswith("sglang.") or where == "sglang.srt.plugins.hook_registry":
+            return f"another plugin hooks {hook.target}"
+    owner, name = _owner_and_name(hook.target)
+    if not isinstance(owner, type):
+        for where, module in _modules_of_sglang():
+            if vars(module).get(name, outer) is not outer:
+                return f"{where} has another {name}"
+    return ""
+
+
+def _modules_of_sglang() -> list[tuple[str, Any]]:
+    return [(n, m) for n, m in list(sys.modules.items()) if n.startswith("sglang.") and m]
 
 
 def _closed_over(function: Any) -> list[Any]:
@@ -578,12 +716,26 @@ def _closed_over(function: Any) -> list[Any]:
 
 @dataclass
 class _State:
-    """What the plugin is in this process."""
+    """What the plugin is in this process.
+
+    Attributes:
+        active: parts that work.
+        broken: parts that should work, and why they do not.
+        left: parts that are left to SGLang's own code, and why.
+        gives_views: ``get_fill_ids`` gives views within ``prepare_for_extend``.
+        preempts: batches are resolved before SGLang's ``resolve_forward_inputs`` sees them.
+        left_to_sglang: how many batches had a pool and were staged, or resolved, by SGLang.
+    """
 
     settings: Settings = field(default_factory=Settings)
     hooks: list[Hook] = field(default_factory=list)
     active: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    no_history: str = ""
+    gives_views: bool = False
+    preempts: bool = False
+    left_to_sglang: dict[str, int] = field(default_factory=lambda: {"stagings": 0, "mixed": 0})
     loaded: bool = False
     off: str = "not loaded"
     checks_relay: bool = False  # SGLang checks and marks the relay on reading (its own CI does)
@@ -605,6 +757,8 @@ class _State:
         text = f"pystage {__version__} is active: {parts}"
         if self.broken:
             text += f"; NOT active: {'; '.join(self.broken)}"
+        if self.left:
+            text += f"; left to SGLang: {'; '.join(self.left)}"
         ids = "validated" if "validation" in self.active else "not validated"
         return (
             f"{text} (pool of {s.capacity_mib} MiB, at capacity {s.at_capacity}, {s.issue}; "
@@ -633,12 +787,14 @@ def plugin() -> None:
         return _stay_off(f"{ENVIRONMENT['enabled']}=0", logging.INFO)
     try:
         hooks = _needed_symbols()
-        history = _history_hook()
+        try:
+            hooks.append(_history_hook())
+        except OtherCodeError as error:
+            _state.no_history = str(error)
     except _MissingError as error:
         return _stay_off(
             f"this SGLang is not as expected: {error}; the server runs as without pystage"
         )
-    hooks += [history] if history else []
     hooks += [hook for hook in _optional(_state.settings) if _there(hook)]
 
     from sglang.srt.managers import overlap_utils
@@ -673,10 +829,9 @@ def _stay_off(reason: str, level: int = logging.WARNING) -> None:
 
 
 def verify() -> None:
-    """Looks whether each hook is reached, and says what is active."""
+    """Looks whether each hook is reached, decides what is left to SGLang, and logs the result."""
     found = {hook.part: why for hook in _state.hooks if (why := _is_reached(hook))}
     parts = dict.fromkeys(hook.part for hook in _state.hooks if hook.part != "log")
-    _state.active = [part for part in parts if part not in found]
     _state.broken = [f"{part} ({why})" for part, why in found.items()]
     for part, wanted in (
         ("sizer", _state.settings.sizer),
@@ -684,11 +839,37 @@ def verify() -> None:
     ):
         if wanted and part not in parts:
             _state.broken.append(f"{part} (this SGLang has no such symbols)")
-    if _state.broken:
+
+    left = {"history": _state.no_history or _shared("staging", "history"), "mixed": _unknown()}
+    left = {part: why for part, why in left.items() if why and part not in found}
+    _state.left = [f"{part} ({why})" for part, why in left.items()]
+    _state.active = [part for part in parts if part not in found and part not in left]
+    _state.gives_views = {"staging", "history"} <= set(_state.active)
+    _state.preempts = "resolve" in _state.active and "mixed" not in left
+    if _state.preempts:
+        _state.active.insert(_state.active.index("resolve") + 1, "mixed")
+    if _state.broken or _state.left:
         _state.said = True
         logger.warning("%s", _state)
     else:
         _state.say()
+
+
+def _shared(*parts: str) -> str:
+    """Why the plugin is not alone with the symbols of these parts; empty if it is."""
+    reasons = (_is_shared(hook) for hook in _state.hooks if hook.part in parts)
+    return next(filter(None, reasons), "")
+
+
+def _unknown() -> str:
+    """Why SGLang's resolve_forward_inputs cannot be preempted; empty if it can."""
+    if why := _shared("resolve"):
+        return why
+    try:
+        resolver_release(_chain(_current(_RESOLVE.target))[-1])
+    except OtherCodeError as error:
+        return str(error)
+    return ""
 
 
 def status() -> dict[str, Any]:
@@ -702,6 +883,8 @@ def status() -> dict[str, Any]:
         "off": _state.off,
         "active": _state.active,
         "broken": _state.broken,
+        "left": _state.left,
+        "counts": _counts(),
         "settings": asdict(_state.settings),
         "line": str(_state),
     }
@@ -726,7 +909,9 @@ def main() -> None:
     if not _state.loaded:
         allowed = os.environ.get("SGLANG_PLUGINS")
         _state.off = f"SGLANG_PLUGINS is {allowed!r}" if allowed else "SGLang did not load it"
-    print(json.dumps(status()))
+    with _nothing_on_stdout():
+        ray = _cannot_load_in_ray_actors() if importlib.util.find_spec("ray") else ""
+    print(json.dumps({**status(), "ray": ray}))
 
 
 __all__ = ["ENVIRONMENT", "Settings", "main", "plugin", "pool_stats", "status"]

@@ -1,0 +1,323 @@
+"""Pools on a machine with two GPUs: which contexts they make, and whose current device they change.
+
+    python bench/two_gpus.py [--out two_gpus.json] ['only GPU 1' ...]
+
+Every scenario runs in a process of its own, for a context once made stays. Prints JSON; the exit
+code is 1 if a scenario failed. The same over a stub: csrc/tests/test_cuda_device.cpp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import random
+import subprocess
+import sys
+import threading
+import traceback
+from array import array
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pystage
+from pystage.testing import hold_transfers, synchronize
+
+# CUpointer_attribute
+DEVICE_ORDINAL = 9
+
+
+class Driver:
+    """The driver itself: asking the runtime would make a context."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+        self._call("cuInit", 0)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            raise RuntimeError(f"{name} failed: {code}")
+
+    def has_context(self, device: int) -> bool:
+        flags, active = ctypes.c_uint(), ctypes.c_int()
+        self._call("cuDevicePrimaryCtxGetState", device, ctypes.byref(flags), ctypes.byref(active))
+        return bool(active.value)
+
+    def current(self) -> int | None:
+        """The device whose context the calling thread has current, None without a context."""
+        context, device = ctypes.c_void_p(), ctypes.c_int()
+        self._call("cuCtxGetCurrent", ctypes.byref(context))
+        if not context.value:
+            return None
+        self._call("cuCtxGetDevice", ctypes.byref(device))
+        return device.value
+
+    def drop_current(self) -> None:
+        self._call("cuCtxSetCurrent", None)
+
+    def device_of(self, tensor: torch.Tensor) -> int:
+        """Where the memory is, whatever torch says."""
+        ordinal = ctypes.c_int()
+        pointer = ctypes.c_uint64(tensor.data_ptr())
+        self._call("cuPointerGetAttribute", ctypes.byref(ordinal), DEVICE_ORDINAL, pointer)
+        return ordinal.value
+
+
+@cache
+def driver() -> Driver:
+    return Driver()
+
+
+Step = tuple[str, Callable[[], Any]]
+
+
+def ids(start: int, count: int) -> array[int]:
+    return array("q", range(start, start + count))
+
+
+def expect(out: torch.Tensor, start: int, count: int) -> None:
+    assert torch.equal(out.cpu(), torch.arange(start, start + count)), out
+
+
+Run = Callable[[Callable[[], Any]], Any]
+
+
+def directly(work: Callable[[], Any]) -> Any:
+    return work()
+
+
+def in_thread(work: Callable[[], Any]) -> Any:
+    """Runs it in a new thread, which has no context."""
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def without_context(work: Callable[[], Any]) -> None:
+    """Calls of the pool alone: the thread has no context afterwards either."""
+
+    def checked() -> None:
+        work()
+        assert driver().current() is None, f"GPU {driver().current()} was made current"
+
+    in_thread(checked)
+
+
+class Life:
+    """A pool's life in steps."""
+
+    def __init__(self, device: int, options: dict[str, Any]) -> None:
+        self.device = f"cuda:{device}"
+        self.options = options
+        self.pool: Any = None
+        self.staged: Any = None
+        self.out: Any = None
+
+    def make(self) -> None:
+        self.pool = pystage.StagingPool(self.device, 16 << 20, reserve_bytes=4096, **self.options)
+
+    def grow(self) -> None:
+        self.staged = self.pool.stage([ids(3, 300_000)])
+
+    def resolve(self) -> None:
+        self.out = pystage.resolve(self.staged)
+
+    def figures_in_flight(self) -> None:
+        """A fence that is pending is asked, then one that is done."""
+        with hold_transfers(self.pool):
+            self.out = pystage.resolve(self.pool.stage([ids(0, 10)]))
+            assert in_thread(self.pool.stats).in_flight_slots > 0
+        synchronize(self.pool)
+        expect(self.out, 0, 10)
+
+    def close(self) -> None:
+        self.staged = self.out = None
+        self.pool.close()
+
+    def steps(self, where: Run) -> list[Step]:
+        return [
+            ("make", lambda: where(self.make)),
+            ("grow", lambda: where(self.grow)),
+            ("resolve", lambda: where(self.resolve)),
+            ("values", lambda: expect(self.out, 3, 300_000)),
+            ("blocking", lambda: expect(self.staged[5:50].to(self.device), 8, 45)),
+            ("drop", lambda: where(lambda: setattr(self, "staged", None))),
+            ("figures", self.figures_in_flight),
+            ("stats", lambda: without_context(self.pool.stats)),
+            ("trim", lambda: without_context(self.pool.trim)),
+            ("close", lambda: where(self.close)),
+        ]
+
+
+VARIANTS: list[dict[str, Any]] = [{}, {"issue": "eager"}, {"transfer": "copy_engine"}]
+
+
+def only_one(device: int) -> dict[str, Any]:
+    """Nothing here needs the other GPU: no context on it, whatever thread calls."""
+    other = 1 - device
+    done: list[str] = []
+    for options in VARIANTS:
+        for name, where in (("main", directly), ("thread", in_thread)):
+            life = Life(device, options)
+            for step, work in life.steps(where):
+                work()
+                done.append(f"{options} {name} {step}")
+                assert not driver().has_context(other), f"a context on GPU {other} after {done[-1]}"
+    assert driver().has_context(device)
+    return {"steps": len(done)}
+
+
+def other_is_current() -> dict[str, Any]:
+    """A pool of GPU 1 while GPU 0 is at work and current: it stays so, and its memory too."""
+    work = torch.ones(1 << 20, device="cuda:0")
+    torch.cuda.set_device(0)
+    for options in VARIANTS:  # torch's own first use of each device
+        for _, step in Life(1, options).steps(directly):
+            step()
+    work.add_(1)
+    torch.cuda.synchronize(0)
+    free, allocated = torch.cuda.mem_get_info(0)[0], torch.cuda.memory_allocated(0)
+    done = 0
+    for options in VARIANTS:
+        for name, step in Life(1, options).steps(directly):
+            work.add_(1)
+            step()
+            assert driver().current() == 0 and torch.cuda.current_device() == 0, name
+            done += 1
+    assert torch.cuda.memory_allocated(0) == allocated
+    assert torch.cuda.mem_get_info(0)[0] == free
+    assert work[0].item() == 2 + done
+    return {"steps": done}
+
+
+def both() -> dict[str, Any]:
+    """Pools of both GPUs, fed by threads with either GPU current, or none at first."""
+    pools = [pystage.StagingPool(f"cuda:{d}", 8 << 20, reserve_bytes=4096) for d in (0, 1)]
+    batches = 500
+
+    def run(number: int) -> None:
+        rng = random.Random(number)
+        for i in range(batches):
+            device = rng.randrange(2)
+            count = rng.choice([1, 100, 5000, 40_000])
+            staged = pools[device].stage([ids(i, count)])
+            if number % 3:
+                torch.cuda.set_device((number + i) % 2)
+            before = torch.cuda.current_device()
+            out = pystage.resolve(staged)
+            assert out.device.index == driver().device_of(out) == device
+            assert torch.cuda.current_device() == before
+            del staged
+            expect(out, i, count)
+
+    errors: list[str] = []
+
+    def guarded(number: int) -> None:
+        try:
+            run(number)
+        except BaseException:
+            errors.append(traceback.format_exc())
+
+    threads = [threading.Thread(target=guarded, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, "\n".join(errors)
+    for pool in pools:
+        pool.close()
+    return {"batches": batches * len(threads)}
+
+
+def no_current() -> dict[str, Any]:
+    """Some library takes the thread's context away: a pool goes on, as torch does."""
+    for device in (1, 0):
+        pool = pystage.StagingPool(f"cuda:{device}")
+        staged = pool.stage([ids(7, 1000)])
+        expect(pystage.resolve(staged), 7, 1000)
+        driver().drop_current()
+        out = pystage.resolve(staged)
+        assert driver().device_of(out) == device
+        del staged  # in flight, so that its fence is asked for
+        driver().drop_current()
+        assert pool.stats().leased_slots == 0
+        assert driver().current() is None
+        expect(out, 7, 1000)
+        pool.close()
+    return {}
+
+
+def lazy_current() -> dict[str, Any]:
+    """torch says GPU 0 is current, to CUDA it is GPU 1 still: that saves a context on GPU 0."""
+    with torch.cuda.device(1):
+        torch.zeros(1, device="cuda:1")
+    told = {"torch": torch.cuda.current_device(), "cuda": driver().current()}
+    assert told == {"torch": 0, "cuda": 1} and not driver().has_context(0), told
+    with pystage.StagingPool("cuda:0") as pool:
+        out = pystage.resolve(pool.stage([ids(7, 1000)]))
+        assert driver().device_of(out) == 0
+        expect(out, 7, 1000)
+    return {}
+
+
+SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
+    "only GPU 1": lambda: only_one(1),
+    "only GPU 0": lambda: only_one(0),
+    "the other is current": other_is_current,
+    "both": both,
+    "no current context": no_current,
+    "lazy current device": lazy_current,
+}
+
+
+def run_apart(name: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, __file__, "--here", name], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        return {"ok": False, "error": done.stderr[-4000:], "rc": done.returncode}
+    return {"ok": True, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("scenarios", nargs="*", help=f"of {', '.join(SCENARIOS)}; default: all")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--here", choices=list(SCENARIOS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        print(json.dumps(SCENARIOS[options.here]()))
+        return 0
+    if torch.cuda.device_count() < 2:
+        parser.error(f"needs two GPUs, here are {torch.cuda.device_count()}")
+    report: dict[str, Any] = {
+        "gpus": [torch.cuda.get_device_properties(d).name for d in (0, 1)],
+        "torch": torch.__version__,
+        "scenarios": {name: run_apart(name) for name in options.scenarios or SCENARIOS},
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+    return 0 if all(s["ok"] for s in report["scenarios"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+class SchedulerMetricsCollector:
+    def __init__(self, labels):
+        self.labels = labels
+
+    def log_stats(self, stats):
+        pass

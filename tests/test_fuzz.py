@@ -1,0 +1,69 @@
+"""The hostile input of fuzz.py that is kept, and random bytes. `make fuzz` looks for more."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from . import fuzz
+from .conftest import SCALE
+
+
+@pytest.fixture(scope="module")
+def reached() -> Counter[str]:
+    """What was met by all of this file's tests, in their order."""
+    return Counter()
+
+
+def test_the_corpus_finds_nothing(reached: Counter[str]) -> None:
+    for data in fuzz.corpus():
+        try:
+            fuzz.one_input(data, reached)
+        except Exception as error:
+            raise AssertionError(f"the input {data.hex()}") from error
+
+
+def test_random_bytes_find_nothing(reached: Counter[str]) -> None:
+    seed = random.SystemRandom().getrandbits(32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    for _ in range(max(int(3000 * SCALE), 100)):
+        data = rng.randbytes(rng.choice([8, 30, 100]))
+        try:
+            fuzz.one_input(data, reached)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, the input {data.hex()}") from error
+
+
+def test_every_kind_of_input_was_met(reached: Counter[str]) -> None:
+    """And ended as it should: what is never taken, or never refused, is not tested."""
+    taken = {state.split(": ")[0] for state in reached if state.endswith(": taken")}
+    refused = {state.split(": ")[0] for state in reached if not state.endswith(": taken")}
+    assert taken >= fuzz.REQUESTS.keys() - fuzz.REFUSED
+    assert refused >= fuzz.REFUSED | fuzz.HOSTILE
+    for kind in ("array q", "array i", "strided", "list", "lies", "view", "bytes"):
+        assert f"view of {kind}" in taken
+    for kind in ("array q", "array i", "strided", "view"):
+        assert f"buffer of a view of {kind}" in taken & refused
+    for what in ("resolve into", "mixed with int64 and", "transfer of int64 into", "copy_ to"):
+        assert any(state.startswith(what) for state in taken), what
+        assert any(state.startswith(what) for state in refused), what
+
+
+@pytest.mark.parametrize(
+    ("parts", "bad", "says"),
+    [
+        ([(0, [1, 2])], None, r"\[1, 3\] instead of \[1, 2\]"),
+        ([(0, [1, 3])], ValueError("no"), "were refused"),
+        ([(0, [1, -3])], None, r"\(0, 1, -3\) is outside 9"),
+    ],
+)
+def test_a_wrong_answer_is_a_finding(parts: list, bad: Exception | None, says: str) -> None:
+    class Staged:
+        def tolist(self) -> list[int]:
+            return [1, 3]
+
+    with pytest.raises(fuzz.Finding, match=says):
+        fuzz.judge(parts, False, 9, Staged(), bad)
