@@ -68,26 +68,33 @@ ALL: Mutants = {**CORE, **PACKAGE, **PP, **PLUGIN}
 WANTED = 0.95
 HEADER = "pystage_mutant.h"
 
-# What runs on a fault of each file, in this order: "cpp" with doctest's options, "pytest", or
-# "sglang", which is pytest in SGLang's environment.
+# What runs on a fault of each file, in this order: "cpp" or "schedules" with doctest's options (the
+# C++ tests, the pool under all interleavings), "pytest", or "sglang": pytest in its environment.
 PYTHON_TESTS = "pytest tests/test_stage.py tests/test_staged_tokens.py tests/test_pool.py"
-BATCHES = "pytest tests/test_batch.py tests/test_ops.py"
+BATCHES = "pytest tests/test_batch.py tests/test_ops.py -k 'not equals_cat and not opcheck'"
 LIVES = "pytest tests/test_races.py tests/test_process.py"
+HOSTILE = "pytest tests/test_hostile.py tests/test_bindings.py tests/test_gil.py"
+STATES = "pytest tests/test_stateful.py"
+POOL = ("cpp -tce=*stress*", "schedules", "pytest tests/test_pool.py", "cpp", LIVES, STATES)
 MODEL = "pytest tests/test_pp_model.py"
 QUICK_FITS = "-k 'not spikes and not never_fall and not waves'"
 SLOW_FITS = "-k 'spikes or never_fall or waves'"
 TESTS: dict[str, tuple[str, ...]] = {
     "csrc/gather.cpp": ("cpp -sf=*test_gather.cpp", "pytest tests/test_stage.py"),
     "csrc/host_device.cpp": ("cpp -sf=*test_host_device.cpp", BATCHES, "cpp -tce=*stress*", LIVES),
-    "csrc/pool.cpp": ("cpp -tce=*stress*", "pytest tests/test_pool.py", "cpp", LIVES),
-    "csrc/pool.h": ("cpp -tce=*stress*", "pytest tests/test_pool.py", "cpp", LIVES),
-    "csrc/requests.cpp": (PYTHON_TESTS,),
-    "csrc/staging.cpp": (PYTHON_TESTS, BATCHES, LIVES),
-    "csrc/python.cpp": (PYTHON_TESTS, BATCHES, LIVES),
+    "csrc/pool.cpp": POOL,
+    "csrc/pool.h": POOL,
+    "csrc/requests.h": (PYTHON_TESTS,),
+    "csrc/requests.cpp": (PYTHON_TESTS, HOSTILE),
+    "csrc/staging.cpp": (PYTHON_TESTS, BATCHES, HOSTILE, LIVES),
+    "csrc/python.cpp": (PYTHON_TESTS, BATCHES, HOSTILE, LIVES),
     "csrc/ids_view.cpp": ("pytest tests/test_integrations.py -k view", PYTHON_TESTS),
     "csrc/ops.cpp": ("pytest tests/test_ops.py", PYTHON_TESTS),
     "pystage/pool.py": (PYTHON_TESTS, BATCHES, LIVES),
-    "pystage/batch.py": ("pytest tests/test_batch.py",),
+    "pystage/batch.py": (
+        "pytest tests/test_batch.py -k 'not equals_cat'",
+        "pytest tests/test_batch.py -k equals_cat",
+    ),
     "pystage/ops.py": ("pytest tests/test_ops.py", PYTHON_TESTS),
     "pystage/errors.py": (PYTHON_TESTS, BATCHES),
     "pystage/testing.py": (PYTHON_TESTS, "pytest tests/test_races.py"),
@@ -295,15 +302,14 @@ def build_extension(tree: Path, python: str) -> None:
     _checked([python, "setup.py", "build_ext", "--inplace"], tree, environment)
 
 
-def build_cpp_tests(tree: Path) -> Path:
-    flags = "-std=c++17 -pthread -O2"
+def build_cpp_tests(tree: Path) -> dict[str, Path]:
     folder = tree / "build/cpp"
-    folder.mkdir(parents=True, exist_ok=True)
-    _checked(
-        ["make", "-C", "csrc/tests", f"BUILD={folder}", f"FLAGS={flags}", "CXXFLAGS=",
-         str(folder / "tests")], tree, dict(os.environ),
-    )  # fmt: skip
-    return folder / "tests"
+    (folder / "scheduled").mkdir(parents=True, exist_ok=True)
+    programs = {"cpp": folder / "tests", "schedules": folder / "schedules"}
+    flags = [f"BUILD={folder}", "FLAGS=-std=c++17 -pthread -O2", "CXXFLAGS="]
+    targets = [str(program) for program in programs.values()]
+    _checked(["make", "-C", "csrc/tests", *flags, *targets], tree, dict(os.environ))
+    return programs
 
 
 def _checked(command: list[str], folder: Path, environment: dict[str, str]) -> None:
@@ -325,16 +331,15 @@ class Runner:
 
     trees: dict[str, Path]
     sglang: str
-    cpp: Path | None = None
+    programs: dict[str, Path] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
     def run(self, tests: str, number: int, seconds: float) -> int | None:
         """The exit status of a command of TESTS with a C++ fault, or 0 for none; None: too long."""
         kind, _, arguments = tests.partition(" ")
         environment = {"PYSTAGE_MUTANT": str(number)}
-        if kind == "cpp":
-            assert self.cpp is not None
-            command = [str(self.cpp), "-aa=1", *shlex.split(arguments)]
+        if kind in self.programs:
+            command = [str(self.programs[kind]), "-aa=1", *shlex.split(arguments)]
             return _run_program(command, environment, self.log, seconds)
         job = {
             "arguments": ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly",
@@ -407,7 +412,7 @@ class Baseline:
 
     def limit(self, runner: Runner, tests: str, batch: int) -> float:
         """Seconds after which a run with a fault counts as hung."""
-        key = f"{tests} #{batch}" if tests.startswith("cpp") else tests
+        key = f"{tests} #{batch}"
         with self._guard:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:
@@ -425,8 +430,7 @@ def test_site(runner: Runner, site: Site, baseline: Baseline) -> Result:
     """Runs a fault's tests until one fails."""
     begin = time.monotonic()
     is_python = site.file.endswith(".py")
-    kinds = ("cpp", *runner.trees)
-    tests = [t for t in site.tests if t.startswith(kinds)]
+    tests = [t for t in site.tests if t.split()[0] in (*runner.programs, *runner.trees)]
     for command in tests:
         limit = baseline.limit(runner, command, site.batch)
         path = runner.trees["sglang" if command.startswith("sglang") else "pytest"] / site.file
@@ -485,8 +489,8 @@ def prepare(
             wanted = [s for s in inside if not s.mutant.equivalent]
             write(folder / file, schema(text, wanted) if wanted else text)
         build_extension(folder, sys.executable)
-        needs_cpp = any(t.startswith("cpp") for s in here for t in s.tests)
-        program = build_cpp_tests(folder) if needs_cpp else None
+        needs_cpp = any(t.startswith(("cpp", "schedules")) for s in here for t in s.tests)
+        programs = build_cpp_tests(folder) if needs_cpp else {}
         plugin = sglang is not None and any(t.startswith("sglang") for s in here for t in s.tests)
         if plugin:
             build_for_sglang(BUILD / "sglang", sglang or "")
@@ -495,7 +499,7 @@ def prepare(
             trees = {"pytest": copy_of(folder, BUILD / f"{batch}-{worker}")}
             if plugin:
                 trees["sglang"] = copy_of(BUILD / "sglang", BUILD / f"sglang-{worker}")
-            runners.append(Runner(trees, sglang or "", program))
+            runners.append(Runner(trees, sglang or "", programs))
         progress.remove_task(task)
         yield here, runners
 

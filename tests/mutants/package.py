@@ -426,6 +426,6 @@ MUTANTS: Mutants = {
         "plugin-failed": M("if done.returncode != 0:", "if False:"),
         "plugin-off-is-well": M('ok = <|bool(status["active"]) and |>not status["broken"]', ""),
         "plugin-broken-is-well": M('ok = bool(status["active"])<| and not status["broken"]|>', ""),
-        "chosen-off-is-wrong": M('<|ok or chosen_off|>, f"{version}; {status', "ok"),
+        "chosen-off-is-wrong": M('"SGLang", <|ok or chosen_off|>, text', "ok"),
     },
 }
