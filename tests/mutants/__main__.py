@@ -136,6 +136,7 @@ class Site:
     start: int
     stop: int
     batch: int = 0
+    kinds: tuple[str, ...] = ()
 
     @property
     def number(self) -> int:
@@ -145,8 +146,12 @@ class Site:
 
     @property
     def tests(self) -> tuple[str, ...]:
+        return self.tests_of(self.kinds)
+
+    def tests_of(self, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        """What runs on it; of these kinds alone, if any are given."""
         first = (self.mutant.tests,) if self.mutant.tests else ()
-        return (*first, *TESTS[self.file])
+        return tuple(t for t in (*first, *TESTS[self.file]) if not kinds or t.split()[0] in kinds)
 
 
 @dataclass
@@ -488,7 +493,8 @@ def prepare(
             text = (ROOT / file).read_text(encoding="utf-8")
             wanted = [s for s in inside if not s.mutant.equivalent]
             write(folder / file, schema(text, wanted) if wanted else text)
-        build_extension(folder, sys.executable)
+        if any(t.startswith("pytest") for s in here for t in s.tests):
+            build_extension(folder, sys.executable)
         needs_cpp = any(t.startswith(("cpp", "schedules")) for s in here for t in s.tests)
         programs = build_cpp_tests(folder) if needs_cpp else {}
         plugin = sglang is not None and any(t.startswith("sglang") for s in here for t in s.tests)
@@ -602,6 +608,7 @@ def report(results: list[Result], console: Console) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make mutants", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="names, or how they begin, with commas between")
+    parser.add_argument("--tests", default="", help="cpp,schedules: those tests and no others")
     parser.add_argument("--list", action="store_true", help="tell them and run none")
     parser.add_argument(
         "--json", type=Path, default=BUILD / "results.json", help="results go there"
@@ -623,7 +630,10 @@ def main() -> int:
         equivalent = [s for s in sites if s.mutant.equivalent]
         results = [Result(s.name, s.file, "equivalent", s.mutant.equivalent) for s in equivalent]
         sglang = options.sglang if Path(options.sglang).exists() else None
-        sites = [s for s in sites if not s.mutant.equivalent]
+        kinds = tuple(filter(None, options.tests.split(",")))
+        sites = [s for s in sites if not s.mutant.equivalent and s.tests_of(kinds)]
+        for site in sites:
+            site.kinds = kinds
         results += run_all(sites, options.jobs, sglang, console)
     except MutantError as error:
         console.print(f"mutants: {error}", highlight=False)
