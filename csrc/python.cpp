@@ -285,21 +285,18 @@ void end_pool(StagingPool* pool) {
 // Keeps the calling thread's current stream of a pool, and the pool's eager stream, pending.
 class Hold {
  public:
-  explicit Hold(const StagingPool& pool) : device_(pool.core().device()) {
-    holds_.push_back(device_.hold(pool.current_stream()));
-    if (pool.options().eager) holds_.push_back(device_.hold(pool.eager_stream()));
+  explicit Hold(const StagingPool& pool) {
+    hold(pool, pool.current_stream());
+    if (pool.options().eager) hold(pool, pool.eager_stream());
   }
-  ~Hold() { release(); }
-  Hold(const Hold&) = delete;
-  Hold& operator=(const Hold&) = delete;
-  void release() {
-    for (void* hold : holds_) device_.release(hold);
-    holds_.clear();
-  }
+  void release() { holds_.clear(); }
 
  private:
-  Device& device_;  // not the pool: a test may drop it
-  std::vector<void*> holds_;
+  void hold(const StagingPool& pool, StreamHandle stream) {
+    Device& device = pool.core().device();  // not the pool: a test may drop it
+    holds_.emplace_back(device.hold(stream), [&device](void* hold) { device.release(hold); });
+  }
+  std::vector<std::shared_ptr<void>> holds_;
 };
 
 // Waits until the current stream, and the pool's eager stream, have done what was put on them.
@@ -309,12 +306,11 @@ void synchronize(const StagingPool& pool) {
   if (pool.options().eager) streams.push_back(pool.eager_stream());
   const DeviceScope scope(pool.device());
   const ReleaseGil release;
-  const FenceHandle fence = device.create_fence();
+  const std::shared_ptr<void> fence = make_fence(device);
   for (const StreamHandle stream : streams) {
-    device.record(fence, stream);
-    device.synchronize(fence);
+    device.record(fence.get(), stream);
+    device.synchronize(fence.get());
   }
-  device.destroy_fence(fence);
 }
 
 template <typename E>

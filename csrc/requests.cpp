@@ -188,7 +188,6 @@ void Parts::narrow(size_t request, size_t start, size_t stop) {
 void Parts::add_tensor(Part& part, PyObject* object) {
   at::Tensor tensor = THPVariable_Unpack(object);
   const std::string name = where(part.request);
-  check_memory(tensor, name);
   if (!tensor.is_cpu())
     throw py::value_error(name + " is on " + tensor.device().str() +
                           ": ids are gathered on the host, so pass a CPU tensor");
@@ -198,6 +197,7 @@ void Parts::add_tensor(Part& part, PyObject* object) {
   if (tensor.dim() != 1)
     throw py::value_error(name + " has " + std::to_string(tensor.dim()) +
                           " dimensions: a request is 1-D");
+  check_memory(tensor, name);
   tensor = tensor.resolve_neg();
   part.type = tensor.scalar_type() == at::kInt ? IntType::kInt32 : IntType::kInt64;
   part.count = static_cast<size_t>(tensor.size(0));

@@ -144,8 +144,7 @@ Resolved launch_unleased(Device& backend, StreamHandle stream, Transfer t, const
     backend.launch(t, stream);
     return resolved;
   }
-  resolved.fence_owner = std::shared_ptr<void>(
-      backend.create_fence(), [&backend](FenceHandle fence) { backend.destroy_fence(fence); });
+  resolved.fence_owner = make_fence(backend);
   resolved.fence = resolved.fence_owner.get();
   t.dst_owner = owner_of(out);
   backend.launch(t, stream);
@@ -169,6 +168,10 @@ void check_memory(const at::Tensor& tensor, const std::string& name) {
   TORCH_CHECK_TYPE(has_memory, name +
                                    " has no memory of its own (a FakeTensor, a sparse tensor, or "
                                    "a subclass that wraps other tensors): pass a plain tensor");
+}
+
+std::shared_ptr<void> make_fence(Device& device) {
+  return {device.create_fence(), [&device](FenceHandle fence) { device.destroy_fence(fence); }};
 }
 
 std::atomic<int> mem_pool_regions{0};

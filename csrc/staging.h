@@ -42,6 +42,9 @@ class DeviceScope {
 // Throws a TypeError unless the tensor has memory that can be read or written at its data pointer.
 void check_memory(const at::Tensor& tensor, const std::string& name);
 
+// A fence that no slot holds.
+std::shared_ptr<void> make_fence(Device& device);
+
 // Counts the regions of this process that allocate from a torch.cuda.MemPool. Torch has no way to
 // ask, so pystage/_mempool.py counts them.
 extern std::atomic<int> mem_pool_regions;

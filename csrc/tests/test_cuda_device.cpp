@@ -578,6 +578,25 @@ TEST_CASE("the device is lost at each place of a pool's life: errors, then a poo
   }
 }
 
+TEST_CASE("a lost device is told from one that lacks something") {
+  const int index = fresh_device();
+  Device& device = cuda_device(index);
+  in_thread([&] {
+    CHECK(device.usable());
+    CHECK(stub::current().empty());
+    expect_nothing_live(index);
+    stub::fail("cuEventCreate", 1, CUDA_ERROR_OUT_OF_MEMORY);
+    CHECK(device.usable());
+    CHECK(stub::clear_failure() == "cuEventCreate");
+    stub::fail("", 1, CUDA_ERROR_ASSERT, /*lost=*/true);
+    CHECK_FALSE(device.usable());
+    stub::clear_failure();
+    CHECK(device.usable());
+    CHECK(stub::current().empty());
+  });
+  CHECK_FALSE(stub::has_context(0));
+}
+
 TEST_CASE("the driver ends before what it holds: nothing throws") {
   const int index = fresh_device();
   Device& device = cuda_device(index);
