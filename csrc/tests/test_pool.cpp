@@ -1078,11 +1078,11 @@ TEST_CASE("a child of fork leaves the parent's orphans and their device alone, a
   device.finish();                                // the next call on any pool would free it
   auto pool = Pool::create(device, whole(8192));  // ...as this one does
   CHECK(device.live_bytes() == 8192);
+  LeasePtr leased = pool->acquire(4096), flying = pool->acquire(4096);
   orphan = Pool::create(device, whole(4096));
   launch_on(device, *orphan->acquire(4096), 0);
   Pool::drop(std::move(orphan));
   device.finish();
-  LeasePtr leased = pool->acquire(4096), flying = pool->acquire(4096);
   launch_on(device, *leased, 1);
   launch_on(device, *flying, 1);
   flying = nullptr;

@@ -626,12 +626,12 @@ MUTANTS: Mutants = {
         "dtype-ignored": M(
             "<|scalar_type = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;|>", ""
         ),
-        "hold-current-only": M("if (<|pool.options().eager|>) holds_.push_back", "false"),
-        "hold-never-released": M("for (void* hold : holds_) device_.release(hold);", ";"),
-        "synchronize-current-only": M("if (<|pool.options().eager|>) streams.push_back", "false"),
-        "synchronize-does-not": M(
-            "device.record(fence, stream);\n    <|device.synchronize(fence);|>", ""
+        "hold-current-only": M(
+            "if (<|pool.options().eager|>) hold(pool, pool.eager_stream());", "false"
         ),
+        "hold-never-released": M("void release() { <|holds_.clear();|> }", ""),
+        "synchronize-current-only": M("if (<|pool.options().eager|>) streams.push_back", "false"),
+        "synchronize-does-not": M("<|device.synchronize(fence.get());|>", ""),
         "pool-not-held": M("<|Py_XINCREF(pool);|>", ""),
         "pool-never-let-go": M("<|Py_XDECREF(self->pool);|>", ""),
         "weak-references-dangle": M(
