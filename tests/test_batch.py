@@ -521,7 +521,8 @@ def test_relay_and_indices_may_be_dropped_at_once(device: str) -> None:
 
         def step(i: int) -> torch.Tensor:
             with on_stream(device, SCHEDULE):
-                relay, indices = tensor([i] * 128, device), tensor([5] * 64, device)
+                relay = torch.arange(1000 * i, 1000 * i + 128, device=device)
+                indices = tensor([5] * 64, device)
                 batch = staged(pool, [i])
                 mix_with_running(batch, indices)
             with on_stream(device, FORWARD):
@@ -539,7 +540,7 @@ def test_relay_and_indices_may_be_dropped_at_once(device: str) -> None:
                 with on_stream(device, SCHEDULE):
                     later = [tensor([-1] * n, device) for n in (128, 64) for _ in range(16)]
             synchronize(pool)
-        assert [i.tolist() for i in ids] == [[i] * 65 for i in range(8)]
+        assert [got.tolist() for got in ids] == [[i, *[1000 * i + 5] * 64] for i in range(8)]
         del later
 
 

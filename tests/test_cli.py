@@ -261,6 +261,8 @@ def test_host_time_is_in_microseconds() -> None:
         (["--chunk", "0"], "'0' is not a number from 1 to"),
         (["--batches", "x"], "'x' is not a number from 1 to"),
         (["--vocab", "9" * 30], "is not a number from 1 to"),
+        (["--chunk", str((1 << 24) + 1)], "is not a number from 1 to 16777216"),
+        (["--batches", "-1"], "'-1' is not a number from 1 to"),
         (["--device", "mps"], "'mps' is not cpu, cuda or cuda:N"),
         (["--device", "nothing"], "'nothing' is not cpu, cuda or cuda:N"),
         (["--issue", "later"], "invalid choice: 'later'"),
@@ -300,6 +302,10 @@ def test_without_rich_the_extra_is_named(
     assert "pip install 'rich'" in captured.err
     assert "extra `cli`" in captured.err
     assert captured.out == ""
+
+
+def test_exit_statuses_are_those_that_are_promised() -> None:
+    assert (cli.EXIT_DIFFERENT_IDS, cli.EXIT_NOT_WELL, cli.EXIT_CANNOT_RUN) == (1, 1, 2)
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,7 +161,8 @@ def test_raise_and_timeout_carry_figures(device: str) -> None:
             assert caught.value.stats is not None
             assert caught.value.stats.leased_slots == 1
             assert caught.value.stats.waits == waits
-            assert (caught.value.stats.wait_seconds >= 0.02) == (policy == "wait")
+            waited = caught.value.stats.wait_seconds
+            assert waited >= 0.02 if policy == "wait" else waited == 0
             assert not isinstance(caught.value, pystage.RequestTooLargeError)
             assert held[3] == 3
 

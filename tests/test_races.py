@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pystage
+from pystage import _C
 from pystage.testing import hold_transfers, synchronize
 
 from .conftest import SCALE, on_stream, run_of
@@ -129,6 +130,47 @@ def test_results_dropped_while_pending(device: str, variant: dict[str, Any]) -> 
             kept = [pystage.resolve(pool.stage([run_of(i, 500)])) for i in range(50)]
         synchronize(pool)
         assert [k[0].item() for k in kept] == list(range(50))
+
+
+def test_memory_of_dropped_results_is_not_another_s(device: str, variant: dict[str, Any]) -> None:
+    """While a transfer is pending its output, and what it reads, must not be handed out again."""
+    count = 5000
+    relay = torch.arange(1000, 1000 + count, device=device)
+    with pystage.StagingPool(device, 8 << 20, **variant) as pool:
+
+        def resolve_all(i: int) -> list[torch.Tensor]:
+            indices = torch.full((count,), i, device=device)
+            return [
+                pystage.resolve(pool.stage([run_of(i, count)])),
+                pystage.resolve_mixed(pool.stage([run_of(i, count)]), relay, indices),
+                _C.gather(relay, indices, None),
+            ]
+
+        resolve_all(0)  # loads torch's kernels, as above
+        synchronize(pool)
+        with hold_transfers(pool):
+            for i in range(8):
+                resolve_all(i)
+            kept = [resolve_all(i) for i in range(8)]
+            sizes = [count, 2 * count] * 24
+            others = [torch.full((size,), -1, device="cpu") for size in sizes]
+        synchronize(pool)
+        assert all(bool((other == -1).all()) for other in others)
+        for i, (plain, mixed, gathered) in enumerate(kept):
+            assert plain.tolist() == list(range(i, i + count))
+            assert mixed.tolist() == [*range(i, i + count), *[1000 + i] * count]
+            assert gathered.tolist() == [1000 + i] * count
+
+
+def test_synchronize_waits_for_eager_transfers(device: str) -> None:
+    with pystage.StagingPool(device, 32 << 20, issue="eager") as pool:
+        big = torch.arange(1 << 20)
+        for _ in range(5):
+            with hold_transfers(pool):
+                for _ in range(8):
+                    pool.stage([big])
+            synchronize(pool)
+            assert pool.stats().in_flight_slots == 0
 
 
 def test_eager_is_handed_out_once_and_right(device: str) -> None:

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pystage
+from pystage import _C
 
 from .conftest import ids, run_of
 
@@ -218,7 +219,7 @@ def test_wire_is_narrow_where_the_ids_fit(device: str) -> None:
         ([1, 2], TypeError, r"token_ids\[0\] is an int.*\[ids\]"),
         (run_of(0, 3), TypeError, r"token_ids\[0\] is an int"),
         ([[1], [2, "x"]], TypeError, r"token_ids\[1\]\[1\] is a str"),
-        ([[1.0]], TypeError, r"token_ids\[0\]\[0\] is a float"),
+        ([[1.0]], TypeError, r"token_ids\[0\]\[0\] is a float, not an int$"),
         ([[None]], TypeError, r"token_ids\[0\]\[0\] is a NoneType"),
         ([[[1]]], TypeError, "one level too deep"),
         ([{1: 2}], TypeError, r"token_ids\[0\] is a dict"),
@@ -308,6 +309,17 @@ def test_buffers_can_grow_afterwards(pool: pystage.StagingPool) -> None:
     with pytest.raises(TypeError):
         pool.stage([growing, "x"])
     growing.append(1)
+
+
+def test_views_of_ids_let_go_of_what_they_refuse() -> None:
+    ids_ = run_of(0, 10)
+    view = _C.ids_view(ids_, 2, 8)
+    assert memoryview(view).nbytes == 48 and bytes(view) == ids_[2:8].tobytes()
+    del ids_[5:]
+    with pytest.raises(BufferError, match="fewer ids"):
+        memoryview(view)
+    ids_.extend(range(5, 10))  # BufferError if the array's buffer were still exported
+    assert memoryview(view).tolist() == [2, 3, 4, 5, 6, 7]
 
 
 def test_no_references_are_kept(pool: pystage.StagingPool) -> None:
@@ -483,6 +495,25 @@ def test_errors_of_the_callers_own_code_pass(pool: pystage.StagingPool) -> None:
     with pytest.raises(KeyError, match="mine"):
         pool.stage(requests())  # type: ignore[arg-type]
     assert pool.stats().in_use_bytes == 0
+
+
+def test_an_error_in_a_part_says_where_in_the_whole(pool: pystage.StagingPool) -> None:
+    with pytest.raises(TypeError, match=r"token_ids\[1\]\[3\] is a str"):
+        pool.stage([[1, 2], [3, 4, 5, "x"]], starts=[0, 2])  # type: ignore[list-item]
+    # After an id that fits no int32, all of them are read again.
+    for bad in (-1, 2**40):
+        with pytest.raises(pystage.TokenRangeError) as raised:
+            pool.stage([[1, 2], [3, 4, 2**35, bad]], starts=[0, 2], vocab_size=2**40)
+        assert (raised.value.request, raised.value.position) == (1, 3)
+
+
+def test_a_bad_id_is_named_though_wide_ids_would_not_fit(device: str) -> None:
+    with pystage.StagingPool(device, 4096, at_capacity="raise") as pool:
+        for bad in (-1, 1000):
+            values = [*run_of(0, 999), bad]
+            with pytest.raises(pystage.TokenRangeError) as raised:
+                pool.stage([values], vocab_size=1000)
+            assert (raised.value.position, raised.value.value) == (999, bad)
 
 
 def test_large_gather_in_pieces(pool: pystage.StagingPool) -> None:

@@ -143,6 +143,8 @@ def test_reads_as_the_tensor_reads(staged: pystage.StagedTokens, read: Any) -> N
         lambda t: torch.ops.aten.add_(t, PLAIN),
         lambda t: torch.ops.aten.add_.Tensor(t, PLAIN),
         lambda t: torch.ops.aten.zero_(self=t),
+        lambda t: torch.ops.aten.__iand__.Tensor(t, PLAIN),
+        lambda t: torch.ops.aten.__irshift__(t, PLAIN),
         lambda t: t.zero_,
         lambda t: t.data,
         lambda t: t.storage,
@@ -176,8 +178,11 @@ def test_errors_of_readers(staged: pystage.StagedTokens) -> None:
     for index in (8, -9):
         with pytest.raises(IndexError, match="out of bounds"):
             staged[index]
-    with pytest.raises(AttributeError, match="no attribute 'spam'"):
-        _ = staged.spam
+    for name in ("spam", "spam_", "__spam__"):
+        with pytest.raises(
+            AttributeError, match=f"'StagedTokens' object has no attribute '{name}'"
+        ):
+            getattr(staged, name)
     with pytest.raises(TypeError, match="resolve takes StagedTokens"):
         pystage.resolve(PLAIN)  # type: ignore[arg-type]
 
@@ -230,6 +235,14 @@ def test_routes_to_other_dtypes(staged: pystage.StagedTokens, device: str, dtype
     ):
         assert ids.dtype == dtype and ids.device.type == staged.pool.device.type
         assert ids.tolist() == VALUES
+    narrow = pystage.ops.transfer(staged, dtype=torch.int32, device=device)  # type: ignore[arg-type]
+    assert narrow.dtype is torch.int32 and narrow.tolist() == VALUES
+    out = torch.empty(8, dtype=torch.int32, device=device)
+    pystage.ops.transfer_out(staged, out)  # type: ignore[arg-type]
+    assert out.tolist() == VALUES
+    wide = staged.pool.stage([[2**40, 1]])
+    with pytest.raises(ValueError, match="do not all fit int32"):
+        wide.to(device, torch.int32)
 
 
 def test_out_must_fit(pool: pystage.StagingPool, device: str) -> None:

@@ -154,6 +154,8 @@ TEST_CASE("a lease describes its slot, and gives it back") {
   CHECK(b->bytes() == 64);
   CHECK(reinterpret_cast<uintptr_t>(b->data()) % 64 == 0);
   CHECK(a->device_data() == a->data());
+  CHECK(b->device_data() == b->data());
+  CHECK(b->data() == a->data() + a->bytes());
   CHECK_FALSE(a->pinned());
   CHECK(&a->pool() == &*pool);
   CHECK(pool->stats().in_use_bytes == 1024 + 64);
@@ -452,6 +454,7 @@ TEST_CASE("raise: at once, and counted") {
   CHECK_THROWS_AS(pool->acquire(1), PoolExhaustedError);
   CHECK(pool->stats().exhausted == 2);
   CHECK(pool->stats().waits == 0);
+  CHECK(pool->stats().wait_seconds == 0);
   held.reset();
   CHECK(pool->acquire(1));
 }
@@ -1077,11 +1080,11 @@ TEST_CASE("a child of fork leaves the parent's orphans and their device alone, a
   device.finish();                                // the next call on any pool would free it
   auto pool = Pool::create(device, whole(8192));  // ...as this one does
   CHECK(device.live_bytes() == 8192);
+  LeasePtr leased = pool->acquire(4096), flying = pool->acquire(4096);
   orphan = Pool::create(device, whole(4096));
   launch_on(device, *orphan->acquire(4096), 0);
   Pool::drop(std::move(orphan));
   device.finish();
-  LeasePtr leased = pool->acquire(4096), flying = pool->acquire(4096);
   launch_on(device, *leased, 1);
   launch_on(device, *flying, 1);
   flying = nullptr;
@@ -1374,6 +1377,20 @@ TEST_CASE("free slots are handed out without a look at those in flight, until th
   CHECK(pool->try_acquire(64));  // none is
   CHECK(queries == 2);
   device.on_query = nullptr;
+}
+
+TEST_CASE("of equal slots the one in the oldest segment is taken") {
+  CountingDevice& device = new_device();
+  Owner pool(device, options(3 * kMiB, 0));
+  std::vector<LeasePtr> leases;
+  for (int i = 0; i < 3; ++i) leases.push_back(pool->acquire(kMiB));
+  char* const oldest = leases[0]->data();
+  for (const int last : {0, 2}) {
+    if (last == 2) std::swap(leases[0], leases[2]);
+    for (LeasePtr& lease : leases) lease.reset();
+    for (LeasePtr& lease : leases) lease = pool->try_acquire(kMiB);
+    CHECK(leases[0]->data() == oldest);
+  }
 }
 
 TEST_CASE("every call that takes or frees memory frees dropped pools, too") {

@@ -68,26 +68,33 @@ ALL: Mutants = {**CORE, **PACKAGE, **PP, **PLUGIN}
 WANTED = 0.95
 HEADER = "pystage_mutant.h"
 
-# What runs on a fault of each file, in this order: "cpp" with doctest's options, "pytest", or
-# "sglang", which is pytest in SGLang's environment.
+# What runs on a fault of each file, in this order: "cpp" or "schedules" with doctest's options (the
+# C++ tests, the pool under all interleavings), "pytest", or "sglang": pytest in its environment.
 PYTHON_TESTS = "pytest tests/test_stage.py tests/test_staged_tokens.py tests/test_pool.py"
-BATCHES = "pytest tests/test_batch.py tests/test_ops.py"
+BATCHES = "pytest tests/test_batch.py tests/test_ops.py -k 'not equals_cat and not opcheck'"
 LIVES = "pytest tests/test_races.py tests/test_process.py"
+HOSTILE = "pytest tests/test_hostile.py tests/test_bindings.py tests/test_gil.py"
+STATES = "pytest tests/test_stateful.py"
+POOL = ("cpp -tce=*stress*", "schedules", "pytest tests/test_pool.py", "cpp", LIVES, STATES)
 MODEL = "pytest tests/test_pp_model.py"
 QUICK_FITS = "-k 'not spikes and not never_fall and not waves'"
 SLOW_FITS = "-k 'spikes or never_fall or waves'"
 TESTS: dict[str, tuple[str, ...]] = {
     "csrc/gather.cpp": ("cpp -sf=*test_gather.cpp", "pytest tests/test_stage.py"),
     "csrc/host_device.cpp": ("cpp -sf=*test_host_device.cpp", BATCHES, "cpp -tce=*stress*", LIVES),
-    "csrc/pool.cpp": ("cpp -tce=*stress*", "pytest tests/test_pool.py", "cpp", LIVES),
-    "csrc/pool.h": ("cpp -tce=*stress*", "pytest tests/test_pool.py", "cpp", LIVES),
-    "csrc/requests.cpp": (PYTHON_TESTS,),
-    "csrc/staging.cpp": (PYTHON_TESTS, BATCHES, LIVES),
-    "csrc/python.cpp": (PYTHON_TESTS, BATCHES, LIVES),
+    "csrc/pool.cpp": POOL,
+    "csrc/pool.h": POOL,
+    "csrc/requests.h": (PYTHON_TESTS,),
+    "csrc/requests.cpp": (PYTHON_TESTS, HOSTILE),
+    "csrc/staging.cpp": (PYTHON_TESTS, BATCHES, HOSTILE, LIVES),
+    "csrc/python.cpp": (PYTHON_TESTS, BATCHES, HOSTILE, LIVES),
     "csrc/ids_view.cpp": ("pytest tests/test_integrations.py -k view", PYTHON_TESTS),
     "csrc/ops.cpp": ("pytest tests/test_ops.py", PYTHON_TESTS),
     "pystage/pool.py": (PYTHON_TESTS, BATCHES, LIVES),
-    "pystage/batch.py": ("pytest tests/test_batch.py",),
+    "pystage/batch.py": (
+        "pytest tests/test_batch.py -k 'not equals_cat'",
+        "pytest tests/test_batch.py -k equals_cat",
+    ),
     "pystage/ops.py": ("pytest tests/test_ops.py", PYTHON_TESTS),
     "pystage/errors.py": (PYTHON_TESTS, BATCHES),
     "pystage/testing.py": (PYTHON_TESTS, "pytest tests/test_races.py"),
@@ -129,6 +136,7 @@ class Site:
     start: int
     stop: int
     batch: int = 0
+    kinds: tuple[str, ...] = ()
 
     @property
     def number(self) -> int:
@@ -138,8 +146,12 @@ class Site:
 
     @property
     def tests(self) -> tuple[str, ...]:
+        return self.tests_of(self.kinds)
+
+    def tests_of(self, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        """What runs on it; of these kinds alone, if any are given."""
         first = (self.mutant.tests,) if self.mutant.tests else ()
-        return (*first, *TESTS[self.file])
+        return tuple(t for t in (*first, *TESTS[self.file]) if not kinds or t.split()[0] in kinds)
 
 
 @dataclass
@@ -295,15 +307,14 @@ def build_extension(tree: Path, python: str) -> None:
     _checked([python, "setup.py", "build_ext", "--inplace"], tree, environment)
 
 
-def build_cpp_tests(tree: Path) -> Path:
-    flags = "-std=c++17 -pthread -O2"
+def build_cpp_tests(tree: Path) -> dict[str, Path]:
     folder = tree / "build/cpp"
-    folder.mkdir(parents=True, exist_ok=True)
-    _checked(
-        ["make", "-C", "csrc/tests", f"BUILD={folder}", f"FLAGS={flags}", "CXXFLAGS=",
-         str(folder / "tests")], tree, dict(os.environ),
-    )  # fmt: skip
-    return folder / "tests"
+    (folder / "scheduled").mkdir(parents=True, exist_ok=True)
+    programs = {"cpp": folder / "tests", "schedules": folder / "schedules"}
+    flags = [f"BUILD={folder}", "FLAGS=-std=c++17 -pthread -O2", "CXXFLAGS="]
+    targets = [str(program) for program in programs.values()]
+    _checked(["make", "-C", "csrc/tests", *flags, *targets], tree, dict(os.environ))
+    return programs
 
 
 def _checked(command: list[str], folder: Path, environment: dict[str, str]) -> None:
@@ -321,20 +332,19 @@ def _checked(command: list[str], folder: Path, environment: dict[str, str]) -> N
 
 @dataclass
 class Runner:
-    """One worker's copy of the project, and the processes that run tests in it."""
+    """One worker's copies of the project, and the processes that run tests in them."""
 
-    tree: Path
-    sglang: str | None
-    cpp: Path | None = None
+    trees: dict[str, Path]
+    sglang: str
+    programs: dict[str, Path] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
     def run(self, tests: str, number: int, seconds: float) -> int | None:
         """The exit status of a command of TESTS with a C++ fault, or 0 for none; None: too long."""
         kind, _, arguments = tests.partition(" ")
-        environment = {"PYSTAGE_MUTANT": str(number), "PYTHONPATH": str(self.tree)}
-        if kind == "cpp":
-            assert self.cpp is not None
-            command = [str(self.cpp), "-aa=1", *shlex.split(arguments)]
+        environment = {"PYSTAGE_MUTANT": str(number)}
+        if kind in self.programs:
+            command = [str(self.programs[kind]), "-aa=1", *shlex.split(arguments)]
             return _run_program(command, environment, self.log, seconds)
         job = {
             "arguments": ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly",
@@ -354,21 +364,20 @@ class Runner:
 
     @property
     def log(self) -> Path:
-        return self.tree / "build/log.txt"
+        return self.trees["pytest"] / "build/log.txt"
 
     def process(self, kind: str) -> subprocess.Popen[str]:
         if kind not in self.processes:
-            python = sys.executable if kind == "pytest" else self.sglang
-            assert python is not None
             environment = {
                 **os.environ,
-                "PYTHONPATH": str(self.tree),
+                "PYTHONPATH": str(self.trees[kind]),
                 # Python tells a changed file by second and size: a fault may change neither.
                 "PYTHONDONTWRITEBYTECODE": "1",
             }
             self.processes[kind] = subprocess.Popen(
-                [python, str(ROOT / "tests/mutants/worker.py")],
-                cwd=self.tree, env=environment, text=True,
+                [self.sglang if kind == "sglang" else sys.executable,
+                 str(ROOT / "tests/mutants/worker.py")],
+                cwd=self.trees[kind], env=environment, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
         return self.processes[kind]
@@ -408,7 +417,7 @@ class Baseline:
 
     def limit(self, runner: Runner, tests: str, batch: int) -> float:
         """Seconds after which a run with a fault counts as hung."""
-        key = f"{tests} #{batch}" if tests.startswith("cpp") else tests
+        key = f"{tests} #{batch}"
         with self._guard:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:
@@ -424,27 +433,27 @@ class Baseline:
 
 def test_site(runner: Runner, site: Site, baseline: Baseline) -> Result:
     """Runs a fault's tests until one fails."""
-    start = time.monotonic()
-    path, skipped = runner.tree / site.file, ""
+    begin = time.monotonic()
     is_python = site.file.endswith(".py")
-    tests = [t for t in site.tests if runner.sglang or not t.startswith("sglang")]
-    limits = [baseline.limit(runner, t, site.batch) for t in tests]
-    text = path.read_text(encoding="utf-8")
-    if is_python:
-        path.write_text(text[: site.start] + site.mutant.replacement + text[site.stop :])
-    try:
-        for command, limit in zip(tests, limits, strict=True):
+    tests = [t for t in site.tests if t.split()[0] in (*runner.programs, *runner.trees)]
+    for command in tests:
+        limit = baseline.limit(runner, command, site.batch)
+        path = runner.trees["sglang" if command.startswith("sglang") else "pytest"] / site.file
+        text = path.read_text(encoding="utf-8")
+        try:
+            if is_python:
+                fault = text[: site.start] + site.mutant.replacement + text[site.stop :]
+                path.write_text(fault, encoding="utf-8")
             status = runner.run(command, 0 if is_python else site.number, limit)
-            if status != 0:
-                by = _first_failure(runner.log, status)
-                return Result(site.name, site.file, "killed", by, time.monotonic() - start)
-        if len(tests) < len(site.tests):
-            skipped = "only SGLang's tests can tell"
-    finally:
-        if is_python:
-            path.write_text(text, encoding="utf-8")
-    outcome = "not run" if skipped else "survived"
-    return Result(site.name, site.file, outcome, skipped, time.monotonic() - start)
+        finally:
+            if is_python:
+                path.write_text(text, encoding="utf-8")
+        if status != 0:
+            by = _first_failure(runner.log, status)
+            return Result(site.name, site.file, "killed", by, time.monotonic() - begin)
+    if len(tests) < len(site.tests):
+        return Result(site.name, site.file, "not run", "only the real SGLang can tell")
+    return Result(site.name, site.file, "survived", seconds=time.monotonic() - begin)
 
 
 def _first_failure(log: Path, status: int | None) -> str:
@@ -471,7 +480,6 @@ def prepare(
     batch_of = {site.name: site.batch for site in built}
     for site in sites:
         site.batch = batch_of.get(site.name, 0)
-    plugin = any("integrations/" in site.file for site in sites)
     for batch in range(batches):
         here = [s for s in sites if s.batch == batch]
         if not here:
@@ -485,26 +493,39 @@ def prepare(
             text = (ROOT / file).read_text(encoding="utf-8")
             wanted = [s for s in inside if not s.mutant.equivalent]
             write(folder / file, schema(text, wanted) if wanted else text)
-        build_extension(folder, sys.executable)
-        needs_cpp = any(t.startswith("cpp") for s in here for t in s.tests)
-        program = build_cpp_tests(folder) if needs_cpp else None
+        if any(t.startswith("pytest") for s in here for t in s.tests):
+            build_extension(folder, sys.executable)
+        needs_cpp = any(t.startswith(("cpp", "schedules")) for s in here for t in s.tests)
+        programs = build_cpp_tests(folder) if needs_cpp else {}
+        plugin = sglang is not None and any(t.startswith("sglang") for s in here for t in s.tests)
+        if plugin:
+            build_for_sglang(BUILD / "sglang", sglang or "")
         runners = []
         for worker in range(workers):
-            tree = BUILD / f"{batch}-{worker}"
-            copy_project(tree)
-            for built in (folder / "pystage").glob("*.so"):
-                shutil.copyfile(built, tree / "pystage" / built.name)
-            if plugin and sglang and batch == 0:
-                build_for_sglang(tree, sglang)
-            (tree / "build").mkdir(exist_ok=True)
-            runners.append(Runner(tree, sglang, program))
+            trees = {"pytest": copy_of(folder, BUILD / f"{batch}-{worker}")}
+            if plugin:
+                trees["sglang"] = copy_of(BUILD / "sglang", BUILD / f"sglang-{worker}")
+            runners.append(Runner(trees, sglang or "", programs))
         progress.remove_task(task)
         yield here, runners
 
 
-def build_for_sglang(tree: Path, python: str) -> None:
-    """SGLang's environment has a torch of its own, and Python names extensions by its version."""
-    raise MutantError("not yet")
+def copy_of(built: Path, tree: Path) -> Path:
+    """A worker's own copy of the project, with what was built."""
+    copy_project(tree)
+    for extension in (built / "pystage").glob("*.so"):
+        shutil.copyfile(extension, tree / "pystage" / extension.name)
+    for entry_points in built.glob("*.egg-info"):
+        shutil.copytree(entry_points, tree / entry_points.name, dirs_exist_ok=True)
+    (tree / "build").mkdir(exist_ok=True)
+    return tree
+
+
+def build_for_sglang(folder: Path, python: str) -> None:
+    """As it is, for the torch of SGLang's environment, and with the entry point of the plugin."""
+    copy_project(folder)
+    build_extension(folder, python)
+    _checked([python, "setup.py", "-q", "egg_info"], folder, dict(os.environ))
 
 
 def run_all(sites: list[Site], workers: int, sglang: str | None, console: Console) -> list[Result]:
@@ -587,6 +608,7 @@ def report(results: list[Result], console: Console) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make mutants", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="names, or how they begin, with commas between")
+    parser.add_argument("--tests", default="", help="cpp,schedules: those tests and no others")
     parser.add_argument("--list", action="store_true", help="tell them and run none")
     parser.add_argument(
         "--json", type=Path, default=BUILD / "results.json", help="results go there"
@@ -608,7 +630,10 @@ def main() -> int:
         equivalent = [s for s in sites if s.mutant.equivalent]
         results = [Result(s.name, s.file, "equivalent", s.mutant.equivalent) for s in equivalent]
         sglang = options.sglang if Path(options.sglang).exists() else None
-        sites = [s for s in sites if not s.mutant.equivalent]
+        kinds = tuple(filter(None, options.tests.split(",")))
+        sites = [s for s in sites if not s.mutant.equivalent and s.tests_of(kinds)]
+        for site in sites:
+            site.kinds = kinds
         results += run_all(sites, options.jobs, sglang, console)
     except MutantError as error:
         console.print(f"mutants: {error}", highlight=False)

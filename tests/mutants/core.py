@@ -119,6 +119,16 @@ MUTANTS: Mutants = {
         "device-kept-over-fork": M("[] { <|g_device.store(nullptr);|> }", ""),
     },
     "csrc/pool.h": {
+        "rounds-out-of-reach": M(
+            "return <|std::min(size_class(bytes) + guards_, options_.capacity_bytes)|>;",
+            "size_class(bytes) + guards_",
+        ),
+        "fits-anything": M("return <|bytes <= options_.capacity_bytes - guards_|>;", "true"),
+        "fits-one-page-less": M(
+            "return <|bytes <= options_.capacity_bytes - guards_|>;",
+            "bytes < options_.capacity_bytes - guards_",
+        ),
+        "tickets-equal": M("return <|tickets_.fetch_add(1)|>;", "tickets_.load()"),
         "reaps-on-every-call": M(
             "return <|in_flight_slots_ >= 16 || in_flight_bytes_ >= size_t{256} << 10|>;", "true"
         ),
@@ -127,17 +137,82 @@ MUTANTS: Mutants = {
         ),
         "reaps-at-17": M("return <|in_flight_slots_ >= 16|> ||", "in_flight_slots_ > 16"),
         "reaps-not-by-bytes": M("|| <|in_flight_bytes_ >= size_t{256} << 10|>;", "false"),
-        "smallest-first-not": M("return <|a->bytes < b->bytes|>;", "a->bytes > b->bytes"),
-        "highest-address-first": M("return <|a->offset < b->offset|>;", "a->offset > b->offset"),
-        "youngest-segment-first": M(
-            "return <|segment_id(a) < segment_id(b)|>;", "segment_id(a) > segment_id(b)"
-        ),
-        "device-base-for-all": M("return base ? <|base + slot_->offset|> : nullptr;", "base"),
+        "device-base-for-all": M("return base ? <|base + offset_|> : nullptr;", "base"),
         "host-base-for-all": M(
-            "return <|slot_->segment->memory.host + slot_->offset|>;", "slot_->segment->memory.host"
+            "return <|slot_->segment->memory.host + offset_|>;", "slot_->segment->memory.host"
         ),
     },
     "csrc/pool.cpp": {
+        "canaries-though-zero": M(
+            'return value && *value && <|std::strcmp(value, "0") != 0|>;', "true"
+        ),
+        "not-poisoned": M(
+            "if (<|guards_|>) std::memset(slot->segment->memory.host + slot->offset", "false"
+        ),
+        "poison-unseen": M(
+            "<|first_other(segment.memory.host + offset, bytes, kFreeByte)|>)",
+            "static_cast<const char*>(nullptr)",
+        ),
+        "canary-behind-unseen": M(
+            "first_other(end, slot.bytes - kGuard - lease.bytes_, kGuardByte)",
+            "static_cast<const char*>(nullptr)",
+        ),
+        "canary-in-front-unseen": M(
+            "if (const char* at = <|first_other(start, kGuard, kGuardByte)|>)", "nullptr"
+        ),
+        "given-wakes-none": M(
+            "free_.insert(std::move(slot->node));\n  <|slot_freed_.notify_all();|>\n}\n\nReader*",
+            "",
+        ),
+        "failed-allocation-loses-slot": M(
+            "reserved_bytes_ -= bytes;\n    <|put_by(slot);|>", "", equivalent="a few bytes stay"
+        ),
+        "failed-allocation-wakes-none": M("<|slot_freed_.notify_all();|>  // others may", ""),
+        "grown-by-the-closed": M("<|finish_if_closed(lock);|>  // close() may", ""),
+        "reap-error-is-none": M(
+            "} catch (const std::exception&) {\n    <|return false;|>", "return true;"
+        ),
+        "reap-error-escapes": M(
+            "} catch (const std::exception&) {\n    <|return false;|>", "throw;"
+        ),
+        "ticket-read-late": M("const uint64_t ticket = <|asked->ticket|>;", "tickets_.load()"),
+        "spare-readers-lost": M("<|spare_readers_ = reader->next;|>", ""),
+        "split-front-link": M("<|rest->before = slot;|>", ""),
+        "spare-slots-lost": M("<|spare_slots_ = slot->after;|>", ""),
+        "lease-not-made-keeps-slot": M("--leased_slots_;\n    <|give(slot);|>\n    throw;", ""),
+        "poll-locked": M(
+            "    lock_.unlock();\n    <|poll_();|>\n", "lock_.lock(); poll_(); lock_.unlock();"
+        ),
+        "poll-once": M("<|next_ = Clock::now() + kPollEvery;|>\n  }", ""),
+        "poll-each-time": M("if (!poll_ || <|Clock::now() < next_|>) return;", "false"),
+        "wait-is-deaf": M(
+            "pause = std::min(pause * 2, std::chrono::microseconds(1000));\n    <|polling.look();|>\n  }\n}",
+            "",
+        ),
+        "acquire-leaves-orphans": M(
+            "check_process();\n  <|reap_orphans();|>\n  Lock lock(mutex_);\n  check_open();\n  if (!fits(bytes)) {\n    if",
+            "",
+        ),
+        "quick-try-asks-device": M("if (<|!slot && ask_device|>) {", "!slot"),
+        "quick-try-leaves-orphans": M("else if (<|have_orphans()|>)", "false"),
+        "orphans-of-one": M("<|next_orphan_ = g_orphans.load();|>\n    while", ""),
+        "close-is-deaf": M(
+            "pause = std::min(pause * 2, std::chrono::microseconds(1000));\n      <|polling.look();|>\n    }\n  }\n  reap_orphans",
+            "",
+        ),
+        "close-waits-for-a-lost-device": M(
+            "while (<|try_reap(lock) && in_flight_slots_ && Clock::now() < deadline|>) {",
+            "(try_reap(lock), in_flight_slots_) && Clock::now() < deadline",
+        ),
+        "ticket-of-the-first-launch": M(
+            "reader->ticket = <|pool_->draw_ticket()|>;",
+            "is_new ? pool_->draw_ticket() : reader->ticket",
+        ),
+        "youngest-segment-first": M(
+            "return <|segment_id(a) < segment_id(b)|>;", "segment_id(a) > segment_id(b)"
+        ),
+        "highest-address-first": M("return <|a->offset < b->offset|>;", "a->offset > b->offset"),
+        "smallest-first-not": M("return <|a->bytes < b->bytes|>;", "a->bytes > b->bytes"),
         "class-one-power-up": M("while (<|power <= bytes / 2|>)", "power <= bytes"),
         "class-steps-double": M("std::max(kMinSlot, <|power / 8|>);", "power / 4"),
         "class-steps-any": M("const size_t step = <|std::max(kMinSlot, power / 8)|>;", "power / 8"),
@@ -150,35 +225,23 @@ MUTANTS: Mutants = {
         "fork-not-counted": M(
             "<|g_fork_generation.fetch_add(1, std::memory_order_relaxed);|>\n", ""
         ),
-        "orphans-kept-over-fork": M("<|g_orphans.store(nullptr, std::memory_order_release);|>", ""),
+        "orphans-kept-over-fork": M("<|g_orphans.store(nullptr);|>  // the parent's", ""),
         "launch-in-a-child": M("<|pool_->check_process();|>\n  const uint64_t id", ""),
         "one-fence-for-all-streams": M("while (<|reader && reader->stream != id|>)", "false"),
         "lease-unlocked": M(
-            "std::lock_guard<std::mutex> guard(<|mutex_|>);\n  Reader* reader = readers_;",
-            "[]() -> std::mutex& { static thread_local std::mutex own; return own; }()",
+            "std::lock_guard<sync::Mutex> guard(<|mutex_|>);\n  Reader* reader = readers_;",
+            "[]() -> sync::Mutex& { static thread_local sync::Mutex own; return own; }()",
         ),
-        "failed-launch-loses-fence": M(
-            "<|pool_->spare_readers_.push_back(reader);|>\n    }\n    throw;", ""
-        ),
-        "failed-launch-is-a-reader": M(
-            "std::lock_guard<std::mutex> pool_guard(pool_->mutex_);\n      pool_->spare_readers_.push_back(reader);",
-            "reader->slot = slot_; reader->next = readers_; readers_ = reader;",
-        ),
+        "failed-launch-loses-fence": M("<|pool_->put_by(reader);|>\n    }\n    throw;", ""),
         "earlier-readers-forgotten": M("<|reader->next = readers_;|>", ""),
         "reader-not-kept": M("reader->next = readers_;\n    <|readers_ = reader;|>", ""),
         "ticket-after-record": M(
-            "reader->before = pool_->draw_ticket();\n    pool_->device_.record(reader->fence, stream);",
-            "pool_->device_.record(reader->fence, stream); reader->before = pool_->draw_ticket();",
-        ),
-        "ticket-before-record": M(
-            "reader->before = pool_->draw_ticket();\n    pool_->device_.record(reader->fence, stream);\n"
-            "    reader->after = pool_->draw_ticket();",
-            "reader->before = pool_->draw_ticket(); reader->after = pool_->draw_ticket();"
-            " pool_->device_.record(reader->fence, stream);",
+            "reader->ticket = pool_->draw_ticket();\n  try {\n    pool_->device_.record(reader->fence, stream);\n  } catch (...) {\n    quarantined_ = true;\n    throw;\n  }",
+            "try { pool_->device_.record(reader->fence, stream); } catch (...) { quarantined_ = true; throw; } reader->ticket = pool_->draw_ticket();",
         ),
         "not-quarantined": M("<|quarantined_ = true;|>\n    throw;", ""),
         "fence-not-recorded-again": M(
-            "<|pool_->device_.record(reader->fence, stream);|>\n    reader->after",
+            "try {\n    <|pool_->device_.record(reader->fence, stream);|>",
             "if (is_new) pool_->device_.record(reader->fence, stream);",
         ),
         "wire-bytes-of-int64": M("transfer.count * <|size_of(transfer.wire)|>;", "8"),
@@ -206,65 +269,48 @@ MUTANTS: Mutants = {
         "drop-in-a-child": M("<|if (pool->forked()) return abandon(std::move(pool));|>", ""),
         "drop-leaves-open": M("<|pool->closed_ = true;|>", ""),
         "drop-frees-nothing": M("<|pool->finish_if_closed(lock);|>\n  lock.unlock", ""),
-        "close-in-a-child": M("void Pool::close() {\n  <|if (forked()) return;|>", ""),
-        "close-leaves-open": M("Lock lock(mutex_);\n    <|closed_ = true;|>", ""),
-        "close-wakes-none": M(
-            "closed_ = true;\n    <|slot_freed_.notify_all();|>",
-            "",
-            equivalent="whoever waits looks again within a millisecond",
+        "close-in-a-child": M(
+            "void Pool::close(const Poll& poll) {\n  <|if (forked()) return;|>", ""
         ),
+        "close-leaves-open": M("Lock lock(mutex_);\n    <|closed_ = true;|>", ""),
+        "close-wakes-none": M("closed_ = true;\n    <|slot_freed_.notify_all();|>", ""),
         "close-waits-out": M(
-            "for (reap(lock); <|in_flight_slots_ && Clock::now() < deadline|>; reap(lock))",
-            "Clock::now() < deadline",
+            "while (<|try_reap(lock) && in_flight_slots_ && Clock::now() < deadline|>) {",
+            "try_reap(lock) && Clock::now() < deadline",
         ),
         "close-does-not-wait": M(
-            "for (reap(lock); <|in_flight_slots_ && Clock::now() < deadline|>; reap(lock))", "false"
+            "while (<|try_reap(lock) && in_flight_slots_ && Clock::now() < deadline|>) {",
+            "try_reap(lock) && false",
         ),
         "close-waits-for-ever": M(
-            "in_flight_slots_ && <|Clock::now() < deadline|>; reap(lock))", "true"
+            "while (<|try_reap(lock) && in_flight_slots_ && Clock::now() < deadline|>) {",
+            "try_reap(lock) && in_flight_slots_",
         ),
-        "close-frees-nothing": M("<|finish_if_closed(lock);|>\n  }\n  reap_orphans();", ""),
-        "close-leaves-orphans": M("finish_if_closed(lock);\n  }\n  <|reap_orphans();|>", ""),
+        "close-frees-nothing": M("~Finish() { <|pool.finish_if_closed(lock);|> }", ""),
+        "close-leaves-orphans": M("      polling.look();\n    }\n  }\n  <|reap_orphans();|>", ""),
         "open-pools-freed": M("if (<|!closed_|>) return;", "false"),
         "no-orphans": M("if (<|in_flight_slots_ && !orphaned_|>) {", "false"),
-        "orphan-listed-twice": M(
-            "if (in_flight_slots_ && <|!orphaned_|>) {",
-            "true",
-            equivalent="the list is longer, and nothing else",
+        "orphan-listed-twice": M("if (in_flight_slots_ && <|!orphaned_|>) {", "true"),
+        "orphan-not-kept": M("<|self_ = shared_from_this();|>", ""),
+        "orphans-never-reaped": M(
+            "bool Pool::have_orphans() { return <|g_orphans.load(std::memory_order_relaxed) != nullptr|>; }",
+            "false",
         ),
-        "orphan-not-kept": M("<|o.pools.push_back(shared_from_this());|>", ""),
-        "orphans-not-counted": M("<|o.count = o.pools.size();|>", ""),
-        "orphans-never-reaped": M("if (<|o.count.load(std::memory_order_relaxed) == 0|>)", "true"),
         "orphan-not-put-back": M("<|pool->orphaned_ = false;|>", ""),
         "orphan-not-finished": M("<|pool->finish_if_closed(lock);|>  // puts", ""),
-        "orphan-not-looked-at": M("<|pool->reap(lock);|>", ""),
+        "orphan-not-looked-at": M("<|pool->try_reap(lock);|>\n    pool->orphaned_", ""),
         "try-in-a-child": M(
-            "std::shared_ptr<Lease> Pool::try_acquire(size_t bytes) {\n  <|check_process();|>", ""
-        ),
-        "try-leaves-orphans": M(
-            "check_process();\n  <|reap_orphans();|>\n  Lock lock(mutex_);\n  check_open();", ""
-        ),
-        "try-though-closed": M(
-            "reap_orphans();\n  Lock lock(mutex_);\n  <|check_open();|>\n  if", ""
-        ),
-        "try-too-large": M("if (<|bytes > options_.capacity_bytes|>) return nullptr;", "false"),
-        "try-rounds-out-of-reach": M(
-            "const size_t need = <|std::min(size_class(bytes), options_.capacity_bytes)|>;\n  Slot* slot",
-            "size_class(bytes)",
-        ),
-        "try-does-not-reap": M(
-            "Slot* slot = worth_reaping() ? nullptr : take(need);\n  if (!slot) {\n    <|reap(lock);|>",
+            "std::shared_ptr<Lease> Pool::try_acquire(size_t bytes, bool ask_device) {\n  <|check_process();|>",
             "",
         ),
-        "acquire-in-a-child": M("<|check_process();|>\n  const bool fits", ""),
-        "acquire-too-large": M("const bool fits = <|bytes <= options_.capacity_bytes|>;", "true"),
-        "acquire-all-refused": M(
-            "const bool fits = <|bytes <= options_.capacity_bytes|>;",
-            "bytes < options_.capacity_bytes",
+        "try-leaves-orphans": M("if (ask_device)\n    <|reap_orphans();|>\n  else", ""),
+        "try-though-closed": M(
+            "    return nullptr;\n  Lock lock(mutex_);\n  <|check_open();|>\n  if (!fits", ""
         ),
-        "acquire-rounds-out-of-reach": M(
-            "const size_t need = <|std::min(size_class(bytes), options_.capacity_bytes)|>;\n  Lock lock",
-            "size_class(bytes)",
+        "try-does-not-reap": M("if (!slot && ask_device) {\n    <|reap(lock);|>", ""),
+        "acquire-in-a-child": M(
+            "std::shared_ptr<Lease> Pool::acquire(size_t bytes, const Poll& poll) {\n  <|check_process();|>",
+            "",
         ),
         "too-large-does-not-fall-back": M(
             "if (<|options_.at_capacity == AtCapacity::kFallback|>) return nullptr;\n    ++exhausted_;",
@@ -273,8 +319,9 @@ MUTANTS: Mutants = {
         "too-large-not-counted": M("<|++exhausted_;|>\n    throw RequestTooLargeError", ""),
         "wait-not-timed": M("if (<|waiting|>) total += seconds();", "false"),
         "all-calls-timed": M("if (<|waiting|>) total += seconds();", "true"),
-        "closed-while-growing-keeps": M("<|finish_if_closed(lock);|>  // close() came", ""),
-        "closed-while-waiting": M("if (<|closed_|>) {\n      finish_if_closed", "false"),
+        "closed-while-waiting": M(
+            "reap(lock);\n    <|check_open();|>\n    if (Slot* slot = take", ""
+        ),
         "acquire-does-not-reap": M("for (;;) {\n    <|reap(lock);|>", ""),
         "never-grows": M("if (<|grow(lock, need)|>) continue;", "false"),
         "always-waits": M(
@@ -291,10 +338,10 @@ MUTANTS: Mutants = {
         "wait-told-though-none": M(
             "raise_exhausted(bytes, <|wait.waiting ? so_far : 0|>);", "so_far"
         ),
-        "slot-not-split": M("if (<|slot->bytes > bytes|>) {", "false"),
-        "split-overlaps": M("Slot{slot->segment, <|slot->offset + bytes|>,", "slot->offset"),
+        "slot-not-split": M("Slot* rest = <|slot->bytes > bytes|> ? spare_slot()", "false"),
+        "split-overlaps": M("rest->offset = <|slot->offset + bytes|>;", "slot->offset"),
         "split-loses-memory": M(
-            "slot->offset + bytes, <|slot->bytes - bytes|>,", "slot->bytes - bytes - 64"
+            "rest->bytes = <|slot->bytes - bytes|>;", "slot->bytes - bytes - 64"
         ),
         "split-back-link": M("<|if (rest->after) rest->after->before = rest;|>", ""),
         "split-rest-unlinked": M("<|slot->after = rest;|>", ""),
@@ -320,11 +367,7 @@ MUTANTS: Mutants = {
             "before && <|before->state == Slot::State::kFree|>)",
             "before->state != Slot::State::kLeased",
         ),
-        "freed-wakes-none": M(
-            "<|slot_freed_.notify_all();|>\n}\n\nReader* Pool::take_reader",
-            "",
-            equivalent="whoever waits looks again within a millisecond",
-        ),
+        "freed-wakes-none": M("<|slot_freed_.notify_all();|>  // there is room", ""),
         "lease-ends-in-a-child": M("<|if (forked()) return abandon(std::move(lease.pool_));|>", ""),
         "quarantine-ignored": M("if (<|lease.quarantined_|>) {", "false"),
         "slot-free-while-read": M("} else if (<|!lease.readers_|>) {", "true"),
@@ -336,19 +379,19 @@ MUTANTS: Mutants = {
         "in-flight-stays-weighed": M("<|in_flight_bytes_ -= slot->bytes;|>", ""),
         "lease-end-leaves-closed": M("<|finish_if_closed(lock);|>\n}\n\n// Takes a reader", ""),
         "retire-each-frees": M("<|if (--slot->pending > 0) return;|>", "--slot->pending;"),
-        "fences-not-reused": M("<|spare_readers_.push_back(reader);|>\n  if (--slot", ""),
+        "fences-not-reused": M("Slot* slot = reader->slot;\n  <|put_by(reader);|>", ""),
         "two-reap": M("if (<|reaping_|> || !in_flight_slots_) return;", "false"),
         "reap-undone-fences": M("if (<|!done|>) {", "false"),
         "stuck-head-asked-again": M("if (<|asked == queues_[q].head|>) break;", "false"),
         "stuck-tail-ends-look": M("if (<|asked == queues_[q].head|>) break;", "true"),
         "vouch-equal-tickets": M(
-            "reader == asked || <|reader->after < asked->before|>", "reader->after <= asked->before"
+            "(reader = queues_[q].head) && <|reader->ticket <= ticket|>;)",
+            "reader->ticket < ticket",
         ),
-        "vouch-for-all": M("reader == asked || <|reader->after < asked->before|>", "true"),
-        "vouch-by-begin": M(
-            "reader == asked || <|reader->after < asked->before|>", "reader->before < asked->before"
+        "vouch-for-all": M("(reader = queues_[q].head) && <|reader->ticket <= ticket|>;)", "true"),
+        "vouch-for-none": M(
+            "(reader = queues_[q].head) && <|reader->ticket <= ticket|>;)", "reader == asked"
         ),
-        "vouch-for-none": M("reader == asked || <|reader->after < asked->before|>", "false"),
         "asks-oldest-first": M("Reader* asked = <|newest|> ?", "false"),
         "one-queue-only": M(
             "for (size_t q = 0; <|q < queues_.size()|>;)", "q < 1 && q < queues_.size()"
@@ -358,7 +401,11 @@ MUTANTS: Mutants = {
             "lock.unlock();\n      const bool done = device_.query(<|asked->fence|>);",
             "queues_[q].head->fence",
         ),
-        "grow-not-paged": M("<|need = round_up(need, kPage);|>", ""),
+        "grow-not-paged": M(
+            "<|need = round_up(need, kPage);|>",
+            "",
+            equivalent="room, step and every class above it are whole pages",
+        ),
         "grow-beyond-cap": M("if (<|room < need|>) return false;\n  allocate", "false"),
         "grow-step-beyond-cap": M(
             "allocate_segment(lock, <|std::min(room, std::max(need, kGrow))|>);",
@@ -369,42 +416,33 @@ MUTANTS: Mutants = {
         ),
         "grow-keeps-idle": M("&& <|!release_idle_for(lock, need)|>)", "true"),
         "reserved-after-allocation": M("<|reserved_bytes_ += bytes;|>", ""),
-        "failed-allocation-counts": M("<|reserved_bytes_ -= bytes;|>\n    throw;", ""),
+        "failed-allocation-counts": M("<|reserved_bytes_ -= bytes;|>\n    put_by(slot);", ""),
         "allocation-locked": M("<|++allocations_;|>", ""),
-        "pageable-not-counted": M("if (<|memory.fallback|>) pageable_bytes_ += bytes;", "false"),
-        "pageable-not-told": M("if (<|!why.empty()|>) why_pageable_ = why;", "false"),
-        "segment-ids-equal": M("segment.id = <|next_segment_id_++|>;", "next_segment_id_"),
-        "grown-wakes-none": M(
-            "<|slot_freed_.notify_all();|>\n}\n\n// Other sizes",
-            "",
-            equivalent="whoever waits looks again within a millisecond",
+        "pageable-not-counted": M(
+            "if (<|segment.memory.fallback|>) pageable_bytes_ += bytes;", "false"
         ),
+        "pageable-not-told": M("if (<|!why.empty()|>) why_pageable_.swap(why);", "false"),
+        "segment-ids-equal": M("segment.id = <|next_segment_id_++|>;", "next_segment_id_"),
+        "grown-wakes-none": M("<|slot_freed_.notify_all();|>\n}\n\n// Other sizes", ""),
         "idle-counts-used": M("if (<|!segment.used_slots|>) room", "true"),
         "idle-freed-in-vain": M("if (<|room < need|>) return false;\n  free_segments", "false"),
-        "used-segments-freed": M("if (<|it->used_slots|>) {", "false"),
-        "freed-stays-listed": M("<|free_.erase(it->first);|>", ""),
-        "freed-stays-reserved": M("<|reserved_bytes_ -= m.bytes;|>", ""),
-        "freed-before-it-is": M(
-            "lock.unlock();\n  for (const HostMemory& m : memory) device_.free(m);\n  lock.lock();",
-            "for (const HostMemory& m : memory) reserved_bytes_ -= m.bytes; lock.unlock();"
-            " for (const HostMemory& m : memory) device_.free(m); lock.lock();"
-            " for (const HostMemory& m : memory) reserved_bytes_ += m.bytes;",
+        "used-segments-freed": M("if (<|segment->used_slots|>) continue;", "false"),
+        "freed-stays-reserved": M("<|reserved_bytes_ -= bytes;|>\n  slot_freed_", ""),
+        "pageable-stays": M(
+            "if (<|segment.memory.fallback|>) pageable_bytes_ -= segment.memory.bytes;", "false"
         ),
-        "pageable-stays": M("if (<|m.fallback|>) pageable_bytes_ -= m.bytes;", "false"),
         "frees-not-counted": M("<|++frees_;|>", ""),
         "trim-in-a-child": M("size_t Pool::trim() {\n  <|check_process();|>", ""),
         "trim-leaves-orphans": M(
-            "<|reap_orphans();|>\n  Lock lock(mutex_);\n  reap(lock);\n  const auto memory", ""
+            "size_t Pool::trim() {\n  check_process();\n  <|reap_orphans();|>", ""
         ),
-        "trim-does-not-reap": M("Lock lock(mutex_);\n  <|reap(lock);|>\n  const auto memory", ""),
-        "trim-says-nothing": M("<|bytes += m.bytes;|>", ""),
+        "trim-does-not-reap": M("Lock lock(mutex_);\n  <|reap(lock);|>\n  return free", ""),
+        "trim-says-nothing": M("<|bytes += segment.memory.bytes;|>", ""),
         "exhausted-not-counted": M(
             "void Pool::raise_exhausted(size_t bytes, double waited_s) {\n  <|++exhausted_;|>", ""
         ),
         "stats-in-a-child": M("PoolStats Pool::stats() {\n  <|check_process();|>", ""),
-        "stats-do-not-reap": M(
-            "try {\n    <|reap(lock);|>\n  } catch (const DeviceError&) {\n    // Figures", ""
-        ),
+        "stats-do-not-reap": M("<|try_reap(lock);|>\n  s.capacity_bytes", ""),
         "stats-frees": M("s.frees = <|frees_|>;", "allocations_"),
         "stats-high-water": M("s.high_water_bytes = <|high_water_bytes_|>;", "in_use_bytes_"),
         "why-in-a-child": M("std::string Pool::why_pageable() const {\n  <|check_process();|>", ""),
@@ -413,6 +451,8 @@ MUTANTS: Mutants = {
         "buffers-stay-exported": M("for (Py_buffer& view : views_) PyBuffer_Release(&view);", ";"),
     },
     "csrc/requests.cpp": {
+        "tensor-without-memory": M("<|check_memory(tensor, name);|>", ""),
+        "negated-tensor": M("tensor = tensor.resolve_neg();", ";"),
         "two-digits-compact": M(
             "if (<|digits < -1 || digits > 1|>)",
             "digits < -2 || digits > 2",
@@ -474,7 +514,6 @@ MUTANTS: Mutants = {
         "format-n-refused": M("&& <|*f != 'n'|>)", "true"),
         "format-q-refused": M("&& <|*f != 'q'|> &&", "true"),
         "format-unsigned-taken": M("if ((<|*f != 'i'|> &&", "*f != 'i' && *f != 'L'"),
-        "width-of-two-taken": M("if (<|view.itemsize == 4|>)", "view.itemsize <= 4"),
         "list-not-held": M(
             "<|owners_.push_back(py::reinterpret_borrow<py::object>(object));|>", ""
         ),
@@ -511,10 +550,6 @@ MUTANTS: Mutants = {
             "if (<|i >= static_cast<size_t>(PySequence_Fast_GET_SIZE(fast.ptr()))|>)\n      throw Error(std::string(name)",
             "false",
         ),
-        "end-not-held": M(
-            "const auto end = py::reinterpret_borrow<py::object>(\n        <|PySequence_Fast_GET_ITEM(fast.ptr(), static_cast<Py_ssize_t>(i))|>);",
-            "PySequence_Fast_GET_ITEM(fast.ptr(), static_cast<Py_ssize_t>(0))",
-        ),
         "ends-below-zero": M("if (<|value < 0|>)", "value < -1"),
         "ends-wrap": M("if (<|value < 0|>)", "false"),
         "end-errors-lost": M(
@@ -523,6 +558,15 @@ MUTANTS: Mutants = {
         ),
     },
     "csrc/python.cpp": {
+        "fallback-counts-as-closing": M(
+            "pool.closing = true;",
+            ";",
+            equivalent="the GIL is held while memory is unpinned, and nothing else",
+        ),
+        "request-not-held": M(
+            "const auto request = py::reinterpret_borrow<py::object>(\n        <|PySequence_Fast_GET_ITEM(requests.ptr(), static_cast<Py_ssize_t>(i))|>);",
+            "PySequence_Fast_GET_ITEM(requests.ptr(), 0)",
+        ),
         "vocab-zero": M("if (<|vocab_size && *vocab_size < 1|>)", "vocab_size && *vocab_size < 0"),
         "vocab-negative": M("if (<|vocab_size && *vocab_size < 1|>)", "false"),
         "one-below-int32": M(": <|kInt32Bounds|>;", "Bounds{kInt32Bounds.lo - 1, kInt32Bounds.hi}"),
@@ -561,7 +605,7 @@ MUTANTS: Mutants = {
         "range-errors-not-counted": M("<|++pool.counters().range_errors;|>", ""),
         "stages-not-counted": M("<|pool.counters().stages += 1;|>", ""),
         "tokens-not-counted": M("<|pool.counters().tokens += total;|>", ""),
-        "eager-is-not": M("if (<|self->options().eager|>) tokens.start_eager();", "false"),
+        "eager-is-not": M("if (<|self->options().eager|>) {", "false"),
         "nothing-staged-though-closed": M("<|pool.check_usable();|>", ""),
         "nothing-is-wide": M("IntType::kInt32, 0, <|true|>}", "false"),
         "wide-fits-int32": M("fits_int32 = <|!violation|>;", "true"),
@@ -582,12 +626,12 @@ MUTANTS: Mutants = {
         "dtype-ignored": M(
             "<|scalar_type = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;|>", ""
         ),
-        "hold-current-only": M("if (<|pool.options().eager|>) holds_.push_back", "false"),
-        "hold-never-released": M("for (void* hold : holds_) device_.release(hold);", ";"),
-        "synchronize-current-only": M("if (<|pool.options().eager|>) streams.push_back", "false"),
-        "synchronize-does-not": M(
-            "device.record(fence, stream);\n    <|device.synchronize(fence);|>", ""
+        "hold-current-only": M(
+            "if (<|pool.options().eager|>) hold(pool, pool.eager_stream());", "false"
         ),
+        "hold-never-released": M("void release() { <|holds_.clear();|> }", ""),
+        "synchronize-current-only": M("if (<|pool.options().eager|>) streams.push_back", "false"),
+        "synchronize-does-not": M("<|device.synchronize(fence.get());|>", ""),
         "pool-not-held": M("<|Py_XINCREF(pool);|>", ""),
         "pool-never-let-go": M("<|Py_XDECREF(self->pool);|>", ""),
         "weak-references-dangle": M(
@@ -598,7 +642,9 @@ MUTANTS: Mutants = {
             "<|Py_VISIT(reinterpret_cast<StagedTokensObject*>(object)->pool);|>", ""
         ),
         "pool-not-cleared": M(
-            "<|Py_CLEAR(reinterpret_cast<StagedTokensObject*>(object)->pool);|>", ""
+            "<|Py_CLEAR(reinterpret_cast<StagedTokensObject*>(object)->pool);|>",
+            "",
+            equivalent="every cycle goes through the dict of a pool, which breaks it",
         ),
         "vocab-overflow-taken": M('if (<|overflow|>) throw py::value_error("vocab_size', "false"),
         "vocab-errors-lost": M("if (<|*vocab_size == -1 && PyErr_Occurred()|>)", "false"),
@@ -620,6 +666,20 @@ MUTANTS: Mutants = {
         ),
     },
     "csrc/staging.cpp": {
+        "op-negated": M('<|plain(wire, "wire")|>.contiguous();', "wire"),
+        "fallback-not-held": M("<|t.src_owner = owner_of(from);|>", ""),
+        "eager-not-into-out": M("if (<|!out|> && dtype == at::kLong) {", "true"),
+        "eager-any-width": M("if (!out && <|dtype == at::kLong|>) {", "true"),
+        "fallback-from-the-start": M(
+            "<|static_cast<int64_t>(offset_)|>, static_cast<int64_t>(offset_ + count_)", "0"
+        ),
+        "wrapper-without-memory": M(
+            "const bool has_memory = <|tensor.layout() == at::kStrided|> &&", "true"
+        ),
+        "out-without-memory": M('<|check_memory(out, "out");|>', ""),
+        "negated-out": M("TORCH_CHECK_VALUE(<|!out.is_neg()|>,", "true"),
+        "negated-indices": M('<|plain(indices, "indices")|>.contiguous();', "indices"),
+        "negated-relay": M('const at::Tensor source = <|plain(relay, "relay")|>;', "relay"),
         "out-longer": M(
             "out.dim() == 1 && <|out.size(0) == static_cast<int64_t>(count)|>,",
             "out.size(0) >= static_cast<int64_t>(count)",
@@ -631,7 +691,6 @@ MUTANTS: Mutants = {
         "out-of-rows": M("TORCH_CHECK_VALUE(<|out.dim() == 1|> && out.size(0)", "true"),
         "out-strided": M("TORCH_CHECK_VALUE(<|out.is_contiguous()|>,", "true"),
         "out-elsewhere": M("TORCH_CHECK_VALUE(<|out.device() == device|>,", "true"),
-        "out-of-floats": M("<|int_type(out.scalar_type());|>\n  TORCH_CHECK_VALUE", ""),
         "relay-of-floats": M(
             "TORCH_CHECK_TYPE(<|dtype == at::kLong || dtype == at::kInt|>,\n                     std::string(name)",
             "true",
@@ -640,45 +699,29 @@ MUTANTS: Mutants = {
         "relay-elsewhere": M("<|tensor.device() == device|>,", "true"),
         "relay-strided": M("TORCH_CHECK_VALUE(<|relay.is_contiguous()|>,", "true"),
         "relay-any-size": M(
-            "tail->relay_size = <|static_cast<size_t>(relay.numel())|>;", "size_t{1} << 20"
+            "tail->relay_size = <|static_cast<size_t>(source.numel())|>;", "size_t{1} << 20"
         ),
         "indices-not-held": M("<|tail->owners.push_back(owner_of(packed));|>", ""),
-        "relay-not-held": M(
-            "if (<|device.is_cpu()|>) tail->owners.push_back(owner_of(relay));", "false"
-        ),
+        "relay-not-held": M("<|tail->owners.push_back(owner_of(source));|>", ""),
         "mixed-out-any-width": M("TORCH_CHECK_TYPE(<|out.scalar_type() == at::kLong|>,", "true"),
         "gathered-not-held": M("<|t.dst_owner = owner_of(out);|>\n  backend.launch", ""),
         "gathered-not-fenced": M("<|backend.record(resolved.fence, stream);|>", ""),
         "slice-of-a-slice": M("<|part.offset_ += start;|>", "part.offset_ = start;"),
         "slice-to-the-end": M("part.count_ = <|stop - start|>;", "count_ - start"),
-        "slice-keeps-eager": M("<|part.eager_ = at::Tensor();|>", ""),
-        "slice-of-whole-fallback": M(
-            "part.fallback_ = <|fallback_.slice(0, static_cast<int64_t>(start), static_cast<int64_t>(stop))|>;",
-            "fallback_",
-        ),
+        "slice-keeps-eager": M("<|part.eager_ = nullptr;|>", ""),
         "cpu-in-a-child": M("<|pool_->core().check_process();|>  // a child", ""),
-        "cpu-shares-fallback": M("return <|fallback_.clone()|>;", "fallback_"),
+        "cpu-shares-fallback": M("return <|fallback_ids().clone()|>;", "fallback_ids()"),
         "cpu-from-the-start": M(
             "convert(lease_->data() + <|offset_ * size_of(wire_)|>, wire_, ids", "0"
         ),
         "src-from-the-start": M("t.src = lease_->data() + <|offset_ * size_of(wire_)|>;", "0"),
         "out-not-held": M("<|t.dst_owner = owner_of(out);|>\n    return lease_", ""),
-        "eager-unguarded-slices": M(
-            "<|part.eager_fence_ = nullptr;|>",
-            "",
-            equivalent="the fence is read only with the eager ids",
-        ),
         "eager-not-counted": M("<|++pool_->core().counters().eager_transfers;|>", ""),
-        "eager-not-waited-for": M("<|pool_->backend_->wait(stream, eager_fence_);|>", ""),
+        "eager-not-waited-for": M("<|pool_->backend_->wait(stream, eager_->fence);|>", ""),
         "resolve-in-a-child": M("<|core.check_process();|>", ""),
         "resolve-truncates": M(
             "TORCH_CHECK_VALUE(<|int_type(dtype) == IntType::kInt64 || fits_int32_|>,", "true"
         ),
-        "eager-any-width": M("if (eager_.defined() && !out && <|dtype == at::kLong|>) {", "true"),
-        "eager-not-into-out": M(
-            "if (eager_.defined() && <|!out|> && dtype == at::kLong) {", "true"
-        ),
-        "eager-again": M("<|eager_ = at::Tensor();|>\n  return ids;", "eager_ = ids;"),
         "fallback-transfers-not-counted": M("<|++core.counters().fallback_transfers;|>", ""),
         "mixed-in-a-child": M("<|pool_->core().check_process();|>\n  const c10::Device device", ""),
         "mixed-out-without-running": M(
@@ -686,18 +729,22 @@ MUTANTS: Mutants = {
             "static_cast<size_t>(out->numel())",
         ),
         "mixed-eager-not-held": M(
-            "if (<|device.is_cpu()|>) tail->owners.push_back(owner_of(eager));", "false"
+            "if (<|device.is_cpu()|>) t.src_owner = owner_of(eager);", "false"
         ),
         "mixed-tail-not-told": M(
             "transfer_to(ids, stream, tail));\n    <|resolved.tail = tail;|>", ""
         ),
-        "mixed-in-two": M("if (<|lease_ && count_ && by_kernel()|>) {", "false"),
+        "mixed-in-two": M(
+            "if (<|lease_ && count_ && by_kernel()|>) {", "false", equivalent="only time"
+        ),
         "gather-out-any-size": M(
             "check_out(*out, device, <|static_cast<size_t>(indices.numel())|>);",
             "static_cast<size_t>(out->numel())",
         ),
         "op-of-rows": M("TORCH_CHECK_VALUE(<|wire.dim() == 1|>,", "true"),
-        "op-strided": M("const at::Tensor src = <|wire.contiguous()|>;", "wire"),
+        "op-strided": M(
+            'const at::Tensor src = <|plain(wire, "wire").contiguous()|>;', 'plain(wire, "wire")'
+        ),
         "op-out-any-size": M(
             "check_out(out, out.device(), <|static_cast<size_t>(wire.numel())|>);",
             "static_cast<size_t>(out.numel())",
@@ -708,6 +755,9 @@ MUTANTS: Mutants = {
         "pinned-always": M("return <|lease_ && lease_->pinned()|>;", "true"),
     },
     "csrc/ids_view.cpp": {
+        "one-id-refused": M(
+            "else if (made->stride != whole.itemsize && <|made->count > 1|> && wants", "true"
+        ),
         "part-from-the-array": M(
             "return make_view(view.ids, <|view.start + start|>, view.start + start + size);",
             "start",
@@ -728,7 +778,8 @@ MUTANTS: Mutants = {
             "else if (<|view.stop > whole.shape[0]|>)", "view.stop >= whole.shape[0]"
         ),
         "strides-not-asked-for": M(
-            "else if (<|!(flags & PyBUF_STRIDES) && made->stride != whole.itemsize|>)", "false"
+            "else if (<|made->stride != whole.itemsize && made->count > 1 && wants_contiguous(flags)|>)",
+            "false",
         ),
         "buffer-from-the-array": M(
             "static_cast<char*>(whole.buf) + <|view.start * made->stride|>;", "0"

@@ -6,6 +6,31 @@ from . import M, Mutants
 
 MUTANTS: Mutants = {
     "pystage/integrations/sglang.py": {
+        "shared-not-noticed": M('return next(filter(None, reasons), "")', 'return ""'),
+        "views-though-shared": M(
+            '_state.gives_views = <|{"staging", "history"} <= set(_state.active)|>', "True"
+        ),
+        "preempts-always": M(
+            '_state.preempts = <|"resolve" in _state.active and "mixed" not in left|>', "True"
+        ),
+        "left-is-active": M(
+            "[part for part in parts if part not in found<| and part not in left|>]", ""
+        ),
+        "mixed-of-unknown-code": M("elif <|_state.preempts and |>batch.spec", ""),
+        "mixed-not-counted": M('_state.left_to_sglang["mixed"] += 1', "pass"),
+        "stagings-not-counted": M('_state.left_to_sglang["stagings"] += 1', "pass"),
+        "pin-ignored": M(
+            'if not pin and pool.device.type == "cuda":',
+            "if False:",
+            equivalent="without a GPU there is one device",
+        ),
+        "raise-all-errors": M(
+            'if <|isinstance(error, PoolExhaustedError) and |>_state.settings.at_capacity == "raise":',
+            "",
+        ),
+        "views-of-anything": M("if type(ids) is array and type(end) is int:", "if True:"),
+        "views-in-spite": M("here.views = here.pool is not None<| and _state.gives_views|>", ""),
+        "pool-on-the-cpu": M('if kind == "cpu" and not settings.cpu:', "if False:"),
         "zero-mib": M("text.isdigit() and <|1|> <= int(text)", "0"),
         "endless-mib": M("1 <= int(text)<| <= 1 << 20|>:", ""),
         "any-choice": M("if text not in _CHOICES[variable]:", "if False:"),
@@ -16,7 +41,7 @@ MUTANTS: Mutants = {
             "-1)",
             equivalent="without a GPU there is one device",
         ),
-        "pool-of-any-device": M('if name.partition(":")[0] not in ("cuda", "cpu"):', "if False:"),
+        "pool-of-any-device": M('if kind not in ("cuda", "cpu"):', "if False:"),
         "pool-capacity-default": M("settings.capacity_mib << 20,", "64 << 20,"),
         "pool-policy-default": M("at_capacity=settings.at_capacity,", 'at_capacity="fallback",'),
         "pool-issue-default": M("issue=settings.issue,\n", 'issue="deferred",\n'),
@@ -33,35 +58,41 @@ MUTANTS: Mutants = {
             "    try:\n        return original(batch, *args, **kwargs)\n    finally:\n        here.pool = None\n        here.views = False",
             "    result = original(batch, *args, **kwargs)\n    here.pool = None\n    here.views = False\n    return result",
         ),
-        "views-always": M("if not _here.views:", "if False:"),
-        "views-never": M("if not _here.views:", "if True:"),
-        "views-after-staging": M("        _here.views = False\n        try:", "        try:"),
-        "history-start": M(
-            "return ids_view(req.full_untruncated_fill_ids, <|0|>, end_of(req))", "1"
+        "views-always": M("if _here.views:\n        ids, end", "if True:\n        ids, end"),
+        "views-never": M("if _here.views:\n        ids, end", "if False:\n        ids, end"),
+        "views-after-staging": M(
+            "        _here.views = False\n        staged = _stage", "        staged = _stage"
         ),
+        "history-start": M("return ids_view(ids, <|0|>, end)", "1"),
         "raise-is-not": M(
-            '            if _state.settings.at_capacity == "raise":\n                raise\n', ""
+            'if isinstance(error, PoolExhaustedError) and _state.settings.at_capacity == "raise":',
+            "if False:",
         ),
-        "raise-always": M('if _state.settings.at_capacity == "raise":', "if True:"),
+        "raise-always": M(
+            'if isinstance(error, PoolExhaustedError)<| and _state.settings.at_capacity == "raise"|>:',
+            "",
+        ),
         "views-to-sglang": M(
             "arrays = [<|part.copy() if type(part) is IdsView else part|> for", "part"
         ),
         "resolve-not": M("if type(staged) is StagedTokens:", "if False:"),
         "resolve-keeps-staging": M(
-            "staged._resolve(None, None, False)\n            <|batch.prefill_input_ids_cpu = None|>",
+            "staged._resolve(None, None, False)\n                <|batch.prefill_input_ids_cpu = None|>",
             "pass",
         ),
         "mixed-under-speculation": M(
-            "elif <|batch.spec_algorithm.is_none() and |>not _state.checks_relay:", ""
+            "elif _state.preempts and <|batch.spec_algorithm.is_none() and |>not _state.checks_relay:",
+            "",
         ),
         "mixed-in-spite-of-checks": M(
-            "elif batch.spec_algorithm.is_none()<| and not _state.checks_relay|>:", ""
+            "batch.spec_algorithm.is_none()<| and not _state.checks_relay|>:", ""
         ),
         "mixed-not": M(
-            "elif batch.spec_algorithm.is_none() and not _state.checks_relay:", "elif False:"
+            "elif _state.preempts and batch.spec_algorithm.is_none() and not _state.checks_relay:",
+            "elif False:",
         ),
         "mixed-keeps-indices": M(
-            "            batch.mix_running_indices = None\n    # For", "    # For"
+            "            batch.mix_running_indices = None\n        else", "        else"
         ),
         "guard-not": M(
             'if batch.input_ids is None and getattr(batch, "prefill_input_ids_cpu", None) is not None:',
@@ -93,9 +124,7 @@ MUTANTS: Mutants = {
             "        except Exception as error:  # whatever it is, the server has to serve\n            _state.metrics = None",
             "        except ZeroDivisionError as error:\n            _state.metrics = None",
         ),
-        "figures-not-updated": M(
-            "_state.metrics.update(_pools.stats(), forgotten_resolves())", "pass"
-        ),
+        "figures-not-updated": M("_state.metrics.update(_pools.stats())", "pass"),
         "any-parameters": M("if found != takes:", "if False:"),
         "fields-unchecked": M(
             'if name not in getattr(batch, "__dataclass_fields__", {}):', "if False:"
@@ -103,15 +132,13 @@ MUTANTS: Mutants = {
         "needed-unchecked": M(
             "        _look_up(hook.target, hook.takes)\n    batch =", "        pass\n    batch ="
         ),
-        "history-of-other-code": M(
-            'if len(names) < 2 or names[0] != "full_untruncated_fill_ids":', "if len(names) < 2:"
-        ),
         "reached-always": M(
             "if not any(value is hook.function for f in chain for value in _closed_over(f)):",
             "if False:",
         ),
         "copies-not-noticed": M(
-            'if name.startswith("sglang.") and any(', 'if name.startswith("nothing.") and any('
+            "if any(value is old for value in list(vars(module).values()) for old in chain[1:]):",
+            "if False:",
         ),
         "off-is-on": M("if not _state.settings.enabled:", "if False:"),
         "errors-of-settings": M("return _stay_off(str(error), logging.ERROR)", "pass"),
@@ -127,7 +154,7 @@ MUTANTS: Mutants = {
         ),
         "verified-once-more": M("HookRegistry.apply_hooks = as_it_was", "pass"),
         "broken-is-active": M(
-            "_state.active = [part for part in parts<| if part not in found|>]", ""
+            "[part for part in parts if <|part not in found and |>part not in left]", ""
         ),
         "broken-not-told": M(
             '_state.broken = [f"{part} ({why})" for part, why in found.items()]',
