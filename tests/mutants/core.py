@@ -286,7 +286,7 @@ MUTANTS: Mutants = {
             "while (<|try_reap(lock) && in_flight_slots_ && Clock::now() < deadline|>) {",
             "try_reap(lock) && in_flight_slots_",
         ),
-        "close-frees-nothing": M("~Finish() { <|pool.finish_if_closed(lock);|> }", ""),
+        "close-frees-nothing": M("if (<|lock.owns_lock()|>) pool.finish_if_closed(lock);", "false"),
         "close-leaves-orphans": M("      polling.look();\n    }\n  }\n  <|reap_orphans();|>", ""),
         "open-pools-freed": M("if (<|!closed_|>) return;", "false"),
         "no-orphans": M("if (<|in_flight_slots_ && !orphaned_|>) {", "false"),
