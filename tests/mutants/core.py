@@ -195,7 +195,11 @@ MUTANTS: Mutants = {
         ),
         "quick-try-asks-device": M("if (<|!slot && ask_device|>) {", "!slot"),
         "quick-try-leaves-orphans": M("else if (<|have_orphans()|>)", "false"),
-        "orphans-of-one": M("<|next_orphan_ = g_orphans.load();|>\n    while", ""),
+        "orphans-of-one": M(
+            "<|next_orphan_ = g_orphans.load();|>\n    while",
+            "",
+            equivalent="the exchange loads it as well",
+        ),
         "close-is-deaf": M(
             "pause = std::min(pause * 2, std::chrono::microseconds(1000));\n      <|polling.look();|>\n    }\n  }\n  reap_orphans",
             "",
