@@ -264,7 +264,11 @@ MUTANTS: Mutants = {
             "for (const Reader& reader : readers_) device_.destroy_fence(reader.fence);", ";"
         ),
         "quarantine-freed": M("if (<|!quarantined|>) device_.free", "true"),
-        "nothing-freed-at-end": M("if (<|!quarantined|>) device_.free", "false"),
+        "nothing-freed-at-end": M(
+            "if (<|!quarantined|>) device_.free",
+            "false",
+            equivalent="all that is not quarantined is freed before the pool ends",
+        ),
         "child-unchecked": M("void Pool::check_process() const {\n  if (<|forked()|>)", "false"),
         "usable-though-closed": M("<|check_open();|>\n}", ""),
         "usable-in-a-child": M("void Pool::check_usable() const {\n  <|check_process();|>", ""),
