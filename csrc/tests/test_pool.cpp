@@ -1379,6 +1379,48 @@ TEST_CASE("free slots are handed out without a look at those in flight, until th
   device.on_query = nullptr;
 }
 
+TEST_CASE("a call that may not ask the device leaves what takes a look to another") {
+  CountingDevice& device = new_device();
+  int queries = 0;
+  device.on_query = [&] { ++queries; };
+  Owner pool(device, whole(8192));
+  stage_and_launch(*pool->acquire(8192), host_stream(1));
+  drain(host_stream(1));
+  CHECK_FALSE(pool->try_acquire(1, false));  // the one slot is in flight, as far as is known
+  CHECK(queries == 0);
+  CHECK(pool->try_acquire(1));
+  CHECK(pool->try_acquire(1, false));
+  Held held(host_stream(1));
+  {
+    Owner dropped(device, whole(8192));
+    stage_and_launch(*dropped->acquire(4096), host_stream(1));
+  }
+  queries = 0;
+  CHECK_FALSE(pool->try_acquire(1, false));  // a dropped pool is to be looked at first
+  CHECK(queries == 0);
+  held.release();
+  drain(host_stream(1));
+  CHECK(pool->try_acquire(1));
+  CHECK(pool->try_acquire(1, false));
+  device.on_query = nullptr;
+}
+
+TEST_CASE("close does not wait for a device that is lost") {
+  CountingDevice& device = new_device();
+  Owner pool(device, whole(4096, AtCapacity::kWait, 30));
+  stage_and_launch(*pool->acquire(4096), host_stream(1));
+  drain(host_stream(1));
+  int queries = 0;
+  device.on_query = [&] { ++queries; };
+  device.fail = Fail::kQuery;
+  pool->close();
+  CHECK(queries <= 2);  // its own look, and that at dropped pools
+  device.fail = Fail::kNothing;
+  reap_dropped_pools();
+  CHECK(device.live_bytes() == 0);
+  device.on_query = nullptr;
+}
+
 TEST_CASE("of equal slots the one in the oldest segment is taken") {
   CountingDevice& device = new_device();
   Owner pool(device, options(3 * kMiB, 0));
@@ -1397,8 +1439,8 @@ TEST_CASE("every call that takes or frees memory frees dropped pools, too") {
   CountingDevice& device = new_device();
   CountingDevice& other = new_device();
   Owner pool(other, whole(8192));
-  const std::function<void()> calls[] = {[&] { pool->try_acquire(1); }, [&] { pool->trim(); },
-                                         [&] { Owner(other, whole(4096)); },
+  const std::function<void()> calls[] = {[&] { pool->try_acquire(1); }, [&] { pool->acquire(1); },
+                                         [&] { pool->trim(); }, [&] { Owner(other, whole(4096)); },
                                          [&] { pool->close(); }};
   for (const auto& call : calls) {
     Held held(host_stream(1));

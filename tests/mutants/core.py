@@ -195,7 +195,11 @@ MUTANTS: Mutants = {
         ),
         "quick-try-asks-device": M("if (<|!slot && ask_device|>) {", "!slot"),
         "quick-try-leaves-orphans": M("else if (<|have_orphans()|>)", "false"),
-        "orphans-of-one": M("<|next_orphan_ = g_orphans.load();|>\n    while", ""),
+        "orphans-of-one": M(
+            "<|next_orphan_ = g_orphans.load();|>\n    while",
+            "",
+            equivalent="the exchange loads it as well",
+        ),
         "close-is-deaf": M(
             "pause = std::min(pause * 2, std::chrono::microseconds(1000));\n      <|polling.look();|>\n    }\n  }\n  reap_orphans",
             "",
@@ -260,7 +264,11 @@ MUTANTS: Mutants = {
             "for (const Reader& reader : readers_) device_.destroy_fence(reader.fence);", ";"
         ),
         "quarantine-freed": M("if (<|!quarantined|>) device_.free", "true"),
-        "nothing-freed-at-end": M("if (<|!quarantined|>) device_.free", "false"),
+        "nothing-freed-at-end": M(
+            "if (<|!quarantined|>) device_.free",
+            "false",
+            equivalent="all that is not quarantined is freed before the pool ends",
+        ),
         "child-unchecked": M("void Pool::check_process() const {\n  if (<|forked()|>)", "false"),
         "usable-though-closed": M("<|check_open();|>\n}", ""),
         "usable-in-a-child": M("void Pool::check_usable() const {\n  <|check_process();|>", ""),
@@ -286,7 +294,7 @@ MUTANTS: Mutants = {
             "while (<|try_reap(lock) && in_flight_slots_ && Clock::now() < deadline|>) {",
             "try_reap(lock) && in_flight_slots_",
         ),
-        "close-frees-nothing": M("~Finish() { <|pool.finish_if_closed(lock);|> }", ""),
+        "close-frees-nothing": M("if (<|lock.owns_lock()|>) pool.finish_if_closed(lock);", "false"),
         "close-leaves-orphans": M("      polling.look();\n    }\n  }\n  <|reap_orphans();|>", ""),
         "open-pools-freed": M("if (<|!closed_|>) return;", "false"),
         "no-orphans": M("if (<|in_flight_slots_ && !orphaned_|>) {", "false"),

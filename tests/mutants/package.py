@@ -52,7 +52,7 @@ MUTANTS: Mutants = {
             "if dtype is None or dtype is torch.int64<| or dtype is torch.int32|>:", ""
         ),
         "to-other-dtype-lost": M(
-            "return self._resolve(None, torch.int64, not non_blocking)<|.to(dtype)|>", ""
+            "return _there(self._resolve(None, torch.int64, False)<|.to(dtype)|>, non_blocking)", ""
         ),
         "to-blocking-inverted": M(
             "return self._resolve(None, dtype, <|not non_blocking|>)",
