@@ -2,7 +2,8 @@
 # Builds, tests and measures on a machine with a GPU, in one call, with the packages already there.
 #   bench/gpu.sh [build] [test] [stress] [sanitize] [bench] [suite] [demo]    default: all of them
 #   bench/gpu.sh sustained                     MINUTES (20) of a trace, in calls of AT_MOST (8) minutes:
-#                                              each goes on where the JSON in OUT ends
+#                                              each goes on where the JSON in OUT, or in
+#                                              bench/results, ends
 #   SGLANG_WHEELS=DIR bench/gpu.sh sglang      the plugin in SGLang, installed from the wheels in DIR
 # Results go to ${OUT:-bench/results}, with all that was printed in gpu.log. Give the commit as
 # PYSTAGE_COMMIT where git is not. The suite takes peers that are not installed from the folder PEERS.
@@ -29,8 +30,7 @@ for part in $parts; do
             tail -n 1 "$logs/stress.log" ;;
     sanitize)
       # Without backtraces: to make them it keeps Python's frames, and so every lease, alive.
-      # initcheck knows no writes but those of kernels and copies on the device; of the rest, what
-      # torch's allocator hands out uninitialised is read by torch's own tests of equality.
+      # All four take up to 4 x SANITIZE_S seconds: TOOLS='synccheck initcheck' runs some.
       for tool in ${TOOLS:-memcheck racecheck synccheck initcheck}; do
         PYSTAGE_TEST_HOLDS=0 PYSTAGE_TEST_SCALE=0.005 step "$tool" timeout ${SANITIZE_S:-170} \
           compute-sanitizer --tool $tool --error-exitcode 99 --show-backtrace no \
@@ -43,7 +43,10 @@ for part in $parts; do
     bench) step bench "$python" bench/staging.py --out "$out/staging.json"; cat "$logs/bench.log" ;;
     suite) step suite "$python" -m bench --no-plots --out "$out/suite.json" ${PEERS:+--peers "$PEERS"}
            tail -c 9000 "$logs/suite.log" ;;
-    sustained) step sustained "$python" bench/sustained.py --minutes "${MINUTES:-20}" \
+    sustained) if [ -e bench/results/sustained.json ] && [ ! -e "$out/sustained.json" ]; then
+                 cp bench/results/sustained.json "$out"
+               fi
+               step sustained "$python" bench/sustained.py --minutes "${MINUTES:-20}" \
                  --at-most "${AT_MOST:-8}" --resume --out "$out/sustained.json"
                tail -n 20 "$logs/sustained.log" ;;
     sglang) step sglang "$python" bench/sglang_plugin.py --sglang-wheels "${SGLANG_WHEELS:?}" \

@@ -35,4 +35,10 @@ TORCH_LIBRARY_IMPL(pystage, CUDA, m) {
   m.impl("transfer_out", &transfer_out);
 }
 
+// Torch's fallback for lazily negated tensors expects an op that mutates a tensor to return it, and
+// reads past what this one returns. Ours reads such tensors, and refuses to write them, itself.
+TORCH_LIBRARY_IMPL(pystage, Negative, m) {
+  m.impl("transfer_out", torch::CppFunction::makeFallthrough());
+}
+
 }  // namespace pystage

@@ -61,6 +61,8 @@ def _(
     wire: Tensor, *, dtype: torch.dtype = torch.int64, device: torch.device | None = None
 ) -> Tensor:
     _check(wire, dtype)
+    if wire.is_meta and device is not None and device.type != "meta":
+        raise NotImplementedError(f"a meta tensor has no data to transfer to {device}")
     return wire.new_empty(wire.shape, dtype=dtype, device=wire.device if device is None else device)
 
 

@@ -511,10 +511,6 @@ def op(source: Source, pool: pystage.StagingPool, reached: Counter[str]) -> None
     else:
         into, made = a_tensor(source, [0] * len(ids), wire.numel() + source.pick([0, 0, 1]))
         if (
-            into == "negated"
-        ):  # torch's fallback of that bit reads past its stack: no output is returned
-            return
-        if (
             attempt(
                 f"transfer into {into}",
                 lambda: (pystage.ops.transfer_out(wire, made), 1),

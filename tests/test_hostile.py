@@ -110,6 +110,19 @@ class TestNegativeViews:
     def test_in_the_op(self) -> None:
         view = torch._neg_view(torch.arange(4))
         assert torch.ops.pystage.transfer(view).tolist() == [0, -1, -2, -3]
+        out = torch.empty(4, dtype=torch.int64)
+        torch.ops.pystage.transfer_out(view, out)
+        assert out.tolist() == [0, -1, -2, -3]
+        for size in (3, 4):
+            with pytest.raises(ValueError, match=r"shape|lazily negated"):
+                torch.ops.pystage.transfer_out(view, torch._neg_view(torch.zeros(size).long()))
+
+
+def test_the_op_refuses_to_read_a_tensor_without_data() -> None:
+    with pytest.raises(NotImplementedError, match="no data"):
+        torch.ops.pystage.transfer(torch.arange(4, device="meta"), device="cpu")
+    made = torch.ops.pystage.transfer(torch.arange(4, device="meta"), dtype=torch.int32)
+    assert made.device.type == "meta" and made.dtype is torch.int32
 
 
 class TestChangesWhileRead:

@@ -208,7 +208,7 @@ class Forms:
 
     def the_array_itself(self: Any) -> Any:
         ids = self.full_untruncated_fill_ids
-        return ids if len(ids) == self.extend_end else ids[: self.extend_end]
+        return ids[: self.extend_end] if ids[self.extend_end :] else ids
 
     def all_of_them(self: Any) -> Any:
         return self.full_untruncated_fill_ids
@@ -240,9 +240,11 @@ def test_other_forms_of_get_fill_ids_are_not(name: str) -> None:
 def test_what_another_form_gives_is_told() -> None:
     with pytest.raises(sglang_code.OtherCodeError, match=r"with extend_end = 0, it gives .* of 1,"):
         sglang_code.end_of_fill_ids(Forms.one_more)
-    known = Forms.get_0_5_23
+    theirs = array  # may do anything later
     with pytest.raises(sglang_code.OtherCodeError):
-        sglang_code.end_of_fill_ids(lambda self: known(self))
+        sglang_code.end_of_fill_ids(
+            lambda self: theirs("q", self.full_untruncated_fill_ids[: self.extend_end])
+        )
     with pytest.raises(sglang_code.OtherCodeError):
         sglang_code.end_of_fill_ids(len)
 
@@ -429,7 +431,7 @@ def test_a_relay_that_is_checked_is_read_by_sglang(sglang: Small) -> None:
 
 
 @small
-@pytest.mark.parametrize("name", sorted({*OTHER} - {"as_a_list"}))  # SGLang cannot flatten lists
+@pytest.mark.parametrize("name", sorted({*OTHER} - {"as_a_list", "as_a_tuple_of_one"}))
 def test_another_get_fill_ids_is_left_alone(
     sglang: Small, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
@@ -839,6 +841,7 @@ def test_hooks_that_are_not_reached_are_named(
         "staging (utils.common:flatten_arrays_to_pinned_cpu is not hooked)",
         "sizer (this SGLang has no such symbols)",
     ]
+    assert status["left"] == ["history (staging is not active)"]
     assert "NOT active: staging (utils" in caplog.text and "guard" in status["active"]
     assert type(sglang.run()) is torch.Tensor
 
@@ -1041,6 +1044,8 @@ def test_schedulers_of_ray_load_plugins(sglang: Small) -> None:
     engine._create_scheduler_actor("group", {"model": "tiny"}, rank=3)
     engine._create_scheduler_actor(pg="group", server_args={"model": "tiny"}, rank=4)
     assert [rank for _, _, rank in engine.ACTORS] == [3, 4]
+    hooks = sglang.module("plugins.hook_registry").HookRegistry._hooks
+    assert len(hooks["sglang.srt.ray.engine._create_scheduler_actor"]) == 1
     for _, arguments, _ in engine.ACTORS:
         pickled = pickle.dumps(arguments)
         assert b"pystage" not in pickled

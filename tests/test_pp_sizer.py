@@ -196,13 +196,11 @@ def test_the_last_chunk_is_as_long_as_the_others_whatever_the_prompt() -> None:
         assert times[-1] == pytest.approx(times.mean(), rel=0.04)
 
 
-@pytest.mark.parametrize("prompt_len", range(60_000, 131_072, 5_003))
-def test_evening_the_last_chunk_keeps_to_the_smallest_and_the_largest(prompt_len: int) -> None:
-    """Late chunks stand at the smallest and are the slowest; the last one stands below the cap."""
-    floored = sizer_of(min_chunk=4096).plan(prompt_len)
-    assert sum(floored) == prompt_len and min(floored[:-1]) >= 4096
-    capped = sizer_of(max_chunk=2048).plan(prompt_len)
-    assert sum(capped) == prompt_len and max(capped) <= 2048
+def test_evening_the_last_chunk_takes_nothing_from_a_chunk_of_the_smallest_size() -> None:
+    sizer = sizer_of(min_chunk=4096, base_chunk=4096)
+    assert sizer.plan(6663) == [4096, 2567]
+    times, moved = times_of(LAW, [4096, 2567]), times_of(LAW, [4032, 2631])
+    assert np.ptp(moved) < np.ptp(times)  # evener, but below the smallest
 
 
 def test_a_little_more_than_a_chunk_is_one_chunk_and_a_half_more_is_two_halves() -> None:

@@ -22,8 +22,9 @@ mutant() {
   fi
   "${compile[@]}" -O0 -w -I"$here/.." -DPYSTAGE_SCHEDULED "$folder/mutant.cpp" \
     "$folder/../main.o" "$folder/schedule.o" "$folder/test_schedules.o" -o "$folder/mutant"
-  PYSTAGE_SCENARIO=$scenario timeout 60 "$folder/mutant" -tc='every schedule*' \
-    > "$folder/mutant.log" 2>&1 || status=$?
+  {
+    PYSTAGE_SCENARIO=$scenario timeout 300 "$folder/mutant" -tc='every schedule*'
+  } > "$folder/mutant.log" 2>&1 || status=$?
   case $status in
     0) echo "NOT CAUGHT      $what (in \"$scenario\")" && failed=1 ;;
     124) echo "NO END          $what (in \"$scenario\")" && failed=1 ;;

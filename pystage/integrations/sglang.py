@@ -840,12 +840,16 @@ def verify() -> None:
         if wanted and part not in parts:
             _state.broken.append(f"{part} (this SGLang has no such symbols)")
 
-    left = {"history": _state.no_history or _shared("staging", "history"), "mixed": _unknown()}
+    inactive = {part: f"{part} is not active" for part in found}
+    left = {
+        "history": _state.no_history or inactive.get("staging") or _shared("staging", "history"),
+        "mixed": inactive.get("resolve") or _unknown(),
+    }
     left = {part: why for part, why in left.items() if why and part not in found}
     _state.left = [f"{part} ({why})" for part, why in left.items()]
     _state.active = [part for part in parts if part not in found and part not in left]
-    _state.gives_views = {"staging", "history"} <= set(_state.active)
-    _state.preempts = "resolve" in _state.active and "mixed" not in left
+    _state.gives_views = "history" in _state.active
+    _state.preempts = "mixed" not in left
     if _state.preempts:
         _state.active.insert(_state.active.index("resolve") + 1, "mixed")
     if _state.broken or _state.left:

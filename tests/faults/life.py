@@ -209,8 +209,9 @@ def fail_once(faults: Faults, life: Life, nth: int, steps: list[Callable[[], Non
     assert raised or not hit or hit in SILENT, (nth, hit)
     # Looks at the slots of a pool that was closed when the query of a fence failed.
     pystage.StagingPool(DEVICE, 4096, reserve_bytes=0).close()
-    # A slot whose fence could not be recorded is never handed out again, nor freed.
-    allowed = 0 if not hit or (raised and hit != "cuEventRecord") else 1
+    # A slot whose fence could not be recorded is never handed out again, nor freed: the record
+    # failed, or the context could not be made current for it.
+    allowed = 0 if not hit or (raised and hit not in {"cuEventRecord", "cuCtxPushCurrent"}) else 1
     leaked = faults.live() - before
     assert 0 <= leaked <= allowed, (life.options, nth, hit, leaked)
     return hit
