@@ -1405,6 +1405,19 @@ TEST_CASE("a call that may not ask the device leaves what takes a look to anothe
   device.on_query = nullptr;
 }
 
+TEST_CASE("a closed pool hands out nothing of a segment that a lease keeps") {
+  CountingDevice& device = new_device();
+  Owner pool(device, whole(8192));
+  LeasePtr lease = pool->acquire(100);
+  pool->close();
+  CHECK(device.live_bytes() == 8192);
+  CHECK_THROWS_AS(pool->try_acquire(1), PoolClosedError);
+  CHECK_THROWS_AS(pool->try_acquire(1, false), PoolClosedError);
+  CHECK_THROWS_AS(pool->acquire(1), PoolClosedError);
+  lease.reset();
+  CHECK(device.live_bytes() == 0);
+}
+
 TEST_CASE("close does not wait for a device that is lost") {
   CountingDevice& device = new_device();
   Owner pool(device, whole(4096, AtCapacity::kWait, 30));

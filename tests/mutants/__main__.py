@@ -441,8 +441,8 @@ def test_site(runner: Runner, site: Site, baseline: Baseline) -> Result:
         if limit is None:
             if command == site.hint:
                 continue  # it is called otherwise now
-            log = runner.log.read_text(errors="replace")[-4000:]
-            raise MutantError(f"{command} fails without any fault:\n{log}")
+            tail = runner.log.read_text(errors="replace").splitlines()[-15:]
+            raise MutantError("\n".join([f"{command} fails without any fault:", *tail]))
         path = runner.trees["sglang" if command.startswith("sglang") else "pytest"] / site.file
         text = path.read_text(encoding="utf-8")
         try:
