@@ -54,6 +54,9 @@ def test_a_blocking_way_waits_for_the_stream(
         pool = pystage.StagingPool("cuda:0", 1 << 20)
         staged = pool.stage([run_of(7, 3000)])
     out = torch.zeros(3000, dtype=torch.int64, device="cuda:0")
+    WAYS[way](
+        staged, out, False
+    )  # kernels that are loaded at their first launch wait for the device
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     made: list[Tensor] = []
