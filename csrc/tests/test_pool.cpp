@@ -1405,6 +1405,17 @@ TEST_CASE("a call that may not ask the device leaves what takes a look to anothe
   device.on_query = nullptr;
 }
 
+TEST_CASE("slots that came back call for no look at the device") {
+  CountingDevice& device = new_device();
+  Owner pool(device, whole(size_t{1} << 16));
+  for (int i = 0; i < 8; ++i) {  // in sum more than what is worth a look
+    stage_and_launch(*pool->acquire(size_t{1} << 16), host_stream(1));
+    drain(host_stream(1));
+    REQUIRE(pool->stats().in_flight_slots == 0);
+  }
+  CHECK(pool->try_acquire(1, false));
+}
+
 TEST_CASE("a closed pool hands out nothing of a segment that a lease keeps") {
   CountingDevice& device = new_device();
   Owner pool(device, whole(8192));
