@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -363,3 +364,23 @@ def test_the_host_device_does_not_warn() -> None:
             assert pool.why_pageable == ""
             assert pool.stats().pageable_bytes == 0
             assert not pool.stage([[1]]).is_pinned()
+
+
+def test_no_timeout_is_no_wait(device: str) -> None:
+    with pystage.StagingPool(device, 4096, timeout_s=0) as pool:
+        held = pool.stage([run_of(0, 1000)])
+        with pytest.raises(pystage.PoolExhaustedError, match="no slot of 4000 bytes: "):
+            pool.stage([run_of(0, 1000)])
+        stats = pool.stats()
+        assert (stats.waits, stats.wait_seconds, stats.exhausted) == (0, 0, 1)
+        del held
+
+
+def test_weak_references_end_with_the_tokens() -> None:
+    ended: list[object] = []
+    with pystage.StagingPool("cpu", 4096) as pool:
+        staged = pool.stage([[1, 2]])
+        reference = weakref.ref(staged, ended.append)
+        assert reference() is staged
+        del staged
+        assert reference() is None and ended == [reference]

@@ -637,7 +637,11 @@ MUTANTS: Mutants = {
         "hold-current-only": M(
             "if (<|pool.options().eager|>) hold(pool, pool.eager_stream());", "false"
         ),
-        "hold-never-released": M("void release() { <|holds_.clear();|> }", ""),
+        "hold-never-released": M(
+            "void release() { <|holds_.clear();|> }",
+            "",
+            equivalent="the hold ends with the generator of hold_transfers, right after",
+        ),
         "synchronize-current-only": M("if (<|pool.options().eager|>) streams.push_back", "false"),
         "synchronize-does-not": M("<|device.synchronize(fence.get());|>", ""),
         "pool-not-held": M("<|Py_XINCREF(pool);|>", ""),
