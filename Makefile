@@ -67,7 +67,7 @@ coverage: build  ## the tests in both environments, and the lines they miss
 	cp -r pystage tests bench docs README.md pyproject.toml $(COVERAGE)/tree
 	rm -f $(COVERAGE)/tree/pystage/*.so
 	PYSTAGE_COVERAGE=1 $(PY) setup.py -q build_ext --build-temp $(COVERAGE)/objects --build-lib $(COVERAGE)/tree
-	cd $(COVERAGE)/tree && $(abspath $(PY)) -m pytest -q $(BINDINGS:%=tests/test_%.py)
+	cd $(COVERAGE)/tree && PYSTAGE_TEST_SCALE=0.05 $(abspath $(PY)) -m pytest -q $(BINDINGS:%=tests/test_%.py)
 	@set -e; without=--without-sglang; \
 	if $(MAKE) --no-print-directory sglang-env; then without=; \
 	  $(MAKE) --no-print-directory sglang-test COUNTED='-m coverage run'; \
