@@ -356,3 +356,10 @@ def test_a_pool_that_holds_its_tokens_is_collected() -> None:
     del pool
     gc.collect()
     assert gone() is None
+
+
+def test_the_array_protocol_gives_the_type_asked_for() -> None:
+    with pystage.StagingPool("cpu", 1 << 16) as pool:
+        staged = pool.stage([[1, 2]])
+        assert staged.__array__(np.int32).dtype == np.int32
+        assert staged.__array__().dtype == np.int64
