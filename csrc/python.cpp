@@ -141,7 +141,10 @@ StagedTokens stage(const std::shared_ptr<StagingPool>& self, py::handle token_id
     dst = lease->data();
   } else {
     ++pool.counters().fallbacks;
-    fallback = fallback_memory(self->device(), total);
+    {
+      const ReleaseGil release;  // this pins memory
+      fallback = fallback_memory(self->device(), total);
+    }
     dst = fallback.mutable_data_ptr();
   }
   if (fits_int32) {
@@ -382,7 +385,7 @@ void end_staged_tokens(PyObject* object) {
   if (self->weak_references) PyObject_ClearWeakRefs(object);
   PyTypeObject* type = Py_TYPE(object);
   {
-    const ReleaseGil release(self->tokens.pool().closing);  // only then memory may be unpinned
+    const ReleaseGil release(self->tokens.end_calls_device());
     self->tokens.~StagedTokens();
   }
   Py_XDECREF(self->pool);

@@ -126,7 +126,6 @@ Resolved gather_relay(const at::Tensor& relay, const at::Tensor& indices,
 // A tensor that is dropped without a call of torch's allocators where these would throw.
 class OwnedIds {
  public:
-  OwnedIds() = default;
   OwnedIds(std::shared_ptr<StagingPool> pool, at::Tensor ids)
       : pool_(std::move(pool)), ids_(std::move(ids)) {}
   ~OwnedIds();
@@ -169,6 +168,9 @@ class StagedTokens {
   IntType wire() const { return wire_; }
   bool is_pinned() const;
   StagingPool& pool() const { return *pool_; }
+  // Whether the end of these tokens may call the device: memory of torch's own goes back, or that
+  // of a pool that closes.
+  bool end_calls_device() const { return pool_->closing || fallback_ || eager_; }
 
   StagedTokens slice(size_t start, size_t stop) const;
   // int64 on the CPU, in memory of its own.
