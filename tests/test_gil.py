@@ -32,6 +32,7 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 INTERRUPTED = """
 import os, signal, sys, threading, pystage
 device, what = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
 pool = pystage.StagingPool(device, 1 << 16, timeout_s=1000)
 held = pool.stage([list(range(12000))])
 def interrupt():
