@@ -21,6 +21,7 @@ import pystage
 from pystage import _C
 from pystage.batch import (
     PrefillBatch,
+    _cut,
     ensure_resolved,
     filter,
     forgotten_resolves,
@@ -782,6 +783,15 @@ def test_a_slot_stays_while_a_filtered_batch_needs_it(device: str) -> None:
         assert pool.stats().leased_slots == 0
 
 
+def test_no_empty_piece_is_kept() -> None:
+    parts = (torch.arange(3), torch.arange(3, 5))
+    ranges = [(0, 0), (0, 3), (3, 3), (5, 5)]
+    assert [piece.tolist() for piece in _cut(parts, ranges)] == [[0, 1, 2]]
+    assert [piece.tolist() for piece in _cut(parts, [(1, 2), (4, 5)])] == [[1], [4]]
+    assert [piece.tolist() for piece in _cut(parts, [(3, 5)])] == [[3, 4]]
+    assert _cut(parts, [(1, 1)]) == ()
+
+
 def test_filter_refuses_what_is_not_there(pool: pystage.StagingPool, device: str) -> None:
     batch = staged(pool, [1, 2], [3])
     mix_with_running(batch, tensor([0], device))
@@ -792,8 +802,9 @@ def test_filter_refuses_what_is_not_there(pool: pystage.StagingPool, device: str
     with pytest.raises(TypeError):
         filter(batch, ["0"])  # type: ignore[list-item]
     assert all(vars(batch)[name] is value for name, value in before.items())
-    batch.extend_lens = [2, 1]
-    with pytest.raises(ValueError, match="extend_lens of PrefillBatch"):
-        filter(batch, [0])
+    for lens in ([2, 1], [2, 1, 2]):  # a request is missing; a running one has two ids
+        batch.extend_lens = lens
+        with pytest.raises(ValueError, match="extend_lens of PrefillBatch"):
+            filter(batch, [0])
     with pytest.raises(pystage.UnresolvedInputsError):
         filter(PrefillBatch(device, extend_lens=[1]), [0])

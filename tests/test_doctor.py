@@ -281,3 +281,7 @@ def test_json_needs_no_rich() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["checks"]["self-test"]["ok"]
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    assert doctor._number("10.2") > doctor._number("9.10") > doctor._number("9.9")

@@ -112,6 +112,10 @@ def test_bad_out() -> None:
     for out in (torch.empty(3, dtype=torch.int64), torch.empty(8, dtype=torch.int64)[::2]):
         with pytest.raises(ValueError, match=r"shape|contiguous"):
             pystage.ops.transfer_out(wire, out)
+    with torch._subclasses.FakeTensorMode() as mode, pytest.raises(ValueError, match="shape"):
+        pystage.ops.transfer_out(
+            mode.from_tensor(wire), mode.from_tensor(torch.empty(3, dtype=torch.int64))
+        )
 
 
 @pytest.mark.gpu

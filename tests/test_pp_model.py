@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import heapq
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -324,8 +325,9 @@ def test_samples_that_cannot_be_fitted_are_refused() -> None:
         LatencyModel.fit([Sample(0, 64, 1.0)] * 3)
     four = [Sample(0, 64 * n, float(n)) for n in range(1, 5)]
     assert LatencyModel.fit(four).report.reason == "4 samples left, 10 needed"
-    with pytest.raises(FitError, match="not a positive number"):
-        LatencyModel.fit([Sample(0, 64, 1.0)] * 5 + [Sample(0, 64, float("nan"))])
+    for latency in (math.nan, math.inf, 0.0, -1.0):
+        with pytest.raises(FitError, match="not a positive number"):
+            LatencyModel.fit([Sample(0, 64, 1.0)] * 5 + [Sample(0, 64, latency)])
     with pytest.raises(ValueError, match="unknown forms"):
         LatencyModel.fit(samples_of(law), forms=["cubic"])
 
@@ -368,6 +370,7 @@ def test_a_saved_model_predicts_the_same_without_scipy(
     again = LatencyModel.load(tmp_path / "model.json")
     assert again.report == model.report
     assert again.report.rejected
+    assert again.samples == model.samples == tuple(samples)
     grid = np.arange(64, 16_384, 64)
     assert (again.predict(50_000, grid) == model.predict(50_000, grid)).all()
     with pytest.raises(ImportError, match=r"pystage-h2d\[pp\]"):

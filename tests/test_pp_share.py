@@ -50,18 +50,24 @@ def share_from_the_last(rank: int, folder: str) -> None:
     Path(folder, f"{rank}.json").write_text(json.dumps(profile.to_json()))
 
 
-def fail_on_the_first(rank: int, folder: str) -> None:
+def fail_on_the_first(rank: int, folder: str, error: BaseException | None = None) -> None:
+    failure = error or LookupError("no state slot left after 17 forwards")
+
     def broken() -> Profile:
-        raise LookupError("no state slot left after 17 forwards")
+        raise failure
 
     try:
         share_profile(broken if rank == 0 else not_mine)
-    except (LookupError, RemoteProfileError) as error:
-        seen = f"{type(error).__name__}: {error}"
+    except (LookupError, KeyboardInterrupt, RemoteProfileError) as seen_error:
+        seen = f"{type(seen_error).__name__}: {seen_error}"
     # The group is still in step: nobody is left in a collective of the failed call.
     total = torch.ones(1)
     dist.all_reduce(total)
     Path(folder, f"{rank}.json").write_text(json.dumps([seen, total.item()]))
+
+
+def interrupt_the_first(rank: int, folder: str) -> None:
+    fail_on_the_first(rank, folder, KeyboardInterrupt("stopped by hand"))
 
 
 def in_group(rank: int, ranks: int, folder: str, body: Callable[[int, str], None]) -> None:
@@ -108,3 +114,10 @@ def test_a_failure_on_the_first_rank_is_seen_on_all_and_none_hangs(tmp_path: Pat
             "RemoteProfileError: rank 0 could not profile: LookupError: no state"
         )
         assert total == 3.0
+
+
+def test_an_interrupt_on_the_first_rank_ends_the_others_too(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, interrupt_the_first)
+    first, second = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2)]
+    assert first == ["KeyboardInterrupt: stopped by hand", 2.0]
+    assert second[0].startswith("RemoteProfileError: rank 0 could not profile: KeyboardInterrupt")

@@ -136,6 +136,7 @@ def test_reads_as_the_tensor_reads(staged: pystage.StagedTokens, read: Any) -> N
         lambda t: torch.add(PLAIN, 1, out=t),
         lambda t: torch.max(PLAIN, 0, out=(PLAIN.clone(), t)),
         lambda t: torch.relu_(t),
+        lambda t: torch.relu_(input=t),
         lambda t: torch.nn.init.zeros_(t),
         lambda t: torch.nn.functional.relu(t, inplace=True),
         lambda t: torch.nn.functional.relu(input=t, inplace=True),

@@ -98,7 +98,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "pystage/ops.py": ("pytest tests/test_ops.py", PYTHON_TESTS),
     "pystage/errors.py": (PYTHON_TESTS, BATCHES),
-    "pystage/testing.py": (PYTHON_TESTS, "pytest tests/test_races.py"),
+    "pystage/testing.py": (PYTHON_TESTS, "pytest tests/test_testing.py tests/test_races.py"),
     "pystage/_build.py": ("pytest tests/test_process.py tests/test_build.py tests/test_doctor.py",),
     "pystage/_replay.py": ("pytest tests/test_cli.py",),
     "pystage/_chunks.py": ("pytest tests/test_cli.py tests/test_pp_pipeline.py",),

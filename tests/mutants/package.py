@@ -249,7 +249,11 @@ MUTANTS: Mutants = {
             "if keep != sorted(keep, key=lambda i: i >= prefill):", "if False:"
         ),
         "filter-order-lost": M("if keep != sorted(keep<|, key=lambda i: i >= prefill|>):", ""),
-        "filter-first-running": M("for i in keep if i <|<|> prefill])\n", "<="),
+        "filter-first-running": M(
+            "for i in keep if i <|<|> prefill])\n",
+            "<=",
+            equivalent="its range begins where the ids of the prefill end",
+        ),
         "filter-indices-kept": M(
             "indices = _picked(indices, [i - prefill for i in keep if i >= prefill])", "pass"
         ),
@@ -339,7 +343,9 @@ MUTANTS: Mutants = {
         "too-large-apart": M("class RequestTooLargeError(<|PoolExhaustedError|>):", "PystageError"),
     },
     "pystage/testing.py": {
-        "hold-not-released": M("hold.release()", "pass"),
+        "hold-not-released": M(
+            "hold.release()", "pass", equivalent="a hold that is dropped releases itself"
+        ),
         "hold-released-on-success-only": M(
             "    try:\n        yield\n    finally:\n        hold.release()",
             "    yield\n    hold.release()",

@@ -166,7 +166,11 @@ MUTANTS: Mutants = {
             "chunks.append(<|min(self._equal_time(done, target_ms), prompt_len - done)|>)",
             "self._equal_time(done, target_ms)",
         ),
-        "tail-donor-last": M("donor = int(np.argmax(<|times[:-1]|>))", "times"),
+        "tail-donor-last": M(
+            "donor = int(np.argmax(<|times[:-1]|>))",
+            "times",
+            equivalent="pages moved to the slowest chunk, or to itself, do not even the times",
+        ),
         "tail-below-floor": M("if <|moved[donor] < self._floor or |>moved[-1] > self._cap:", ""),
         "tail-above-cap": M("if moved[donor] < self._floor<| or moved[-1] > self._cap|>:", ""),
         "tail-any-spread": M(

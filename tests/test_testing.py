@@ -1,0 +1,41 @@
+"""pystage.testing: what a block leaves behind, also when it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import pystage
+from pystage import _C
+from pystage.testing import hold_transfers, host_stream, synchronize
+
+
+@pytest.fixture
+def pool(device: str) -> Iterator[pystage.StagingPool]:
+    with pystage.StagingPool(device, 1 << 16) as pool:
+        yield pool
+
+
+def test_a_hold_ends_with_a_block_that_raises(pool: pystage.StagingPool) -> None:
+    pystage.resolve(pool.stage([[0]]))  # loads the kernel, which a held stream would wait for
+    synchronize(pool)
+    staged = pool.stage([[1, 2], [3]])
+    with pytest.raises(LookupError) as raised, hold_transfers(pool):
+        ids = pystage.resolve(staged)
+        raise LookupError("in the block")
+    assert raised.tb is not None  # the traceback keeps the block's frame alive
+    synchronize(pool)
+    assert ids.tolist() == [1, 2, 3]
+
+
+def test_the_stream_before_is_current_again() -> None:
+    before = _C.host_stream()
+    with host_stream(5):
+        with host_stream(7):
+            assert _C.host_stream() == 7
+        assert _C.host_stream() == 5
+        with pytest.raises(LookupError), host_stream(9):
+            raise LookupError("in the block")
+        assert _C.host_stream() == 5
+    assert _C.host_stream() == before
