@@ -18,6 +18,7 @@ PIPELINE = RESULTS / "pp_prefill-8b-2xnvidia-h100-80gb-hbm3.json"
 EARLIER = RESULTS / "earlier"
 PLOT = Path("docs/staging.svg")
 PIPELINE_PLOT = Path("docs/pp-profile.svg")
+FAULTS = RESULTS / "faults-nvidia-h200.json"
 SUSTAINED_PLOT = Path("docs/sustained.svg")
 SHAPES = ("1 x 128", "1 x 8192", "8 x 1024", "64 x 128", "1 x 16384", "1 x 131072")
 EVENER = "equal time, base x 2"
@@ -52,6 +53,7 @@ def sections(root: Path) -> dict[str, str]:
         "pp-plans": pipeline_plans(pipeline["results"]),
         "pp-targets": pipeline_targets(pipeline["results"]),
         "pp-source": source(pipeline, PIPELINE.name),
+        "faults": faults_text(root / FAULTS),
         "sustained": sustained_table(sustained(root)),
     }
 
@@ -224,6 +226,18 @@ def in_place_table(path: Path) -> str:
         tabulate(["the floor, us, p50 / p99", ""], below),
     ]
     return "\n\n".join([*tables, source(result, path.name)])
+
+
+# --- driver calls that fail ---------------------------------------------------------------------
+
+
+def faults_text(path: Path) -> str:
+    """At how many places a driver call was made to fail."""
+    result = load(path)
+    return (
+        f"Last run: {result['places']} places on an {result['device']}, driver "
+        f"{result['driver']}, commit `{result['commit'][:9]}`, `bench/results/{path.name}`."
+    )
 
 
 # --- sustained ------------------------------------------------------------------------------------

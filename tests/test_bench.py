@@ -414,7 +414,9 @@ def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
     """The pages and the results, to be changed."""
-    results = (figures.STAGING, figures.SGLANG, figures.PIPELINE)
+    results = [figures.STAGING, figures.SGLANG, figures.PIPELINE, figures.FAULTS]
+    if run := figures.sustained(ROOT):
+        results.append(run.relative_to(ROOT))
     pages_and_results = (*report.PAGES, *map(str, results))
     for name in pages_and_results:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,24 +51,18 @@ def share_from_the_last(rank: int, folder: str) -> None:
     Path(folder, f"{rank}.json").write_text(json.dumps(profile.to_json()))
 
 
-def fail_on_the_first(rank: int, folder: str, error: BaseException | None = None) -> None:
-    failure = error or LookupError("no state slot left after 17 forwards")
-
+def fail_on_the_first(failure: BaseException, rank: int, folder: str) -> None:
     def broken() -> Profile:
         raise failure
 
     try:
         share_profile(broken if rank == 0 else not_mine)
-    except (LookupError, KeyboardInterrupt, RemoteProfileError) as seen_error:
-        seen = f"{type(seen_error).__name__}: {seen_error}"
+    except (LookupError, KeyboardInterrupt, RemoteProfileError) as error:
+        seen = f"{type(error).__name__}: {error}"
     # The group is still in step: nobody is left in a collective of the failed call.
     total = torch.ones(1)
     dist.all_reduce(total)
     Path(folder, f"{rank}.json").write_text(json.dumps([seen, total.item()]))
-
-
-def interrupt_the_first(rank: int, folder: str) -> None:
-    fail_on_the_first(rank, folder, KeyboardInterrupt("stopped by hand"))
 
 
 def in_group(rank: int, ranks: int, folder: str, body: Callable[[int, str], None]) -> None:
@@ -106,7 +101,8 @@ def test_a_group_of_some_ranks_with_another_source(tmp_path: Path) -> None:
 
 
 def test_a_failure_on_the_first_rank_is_seen_on_all_and_none_hangs(tmp_path: Path) -> None:
-    on_ranks(3, tmp_path, fail_on_the_first)
+    failure = LookupError("no state slot left after 17 forwards")
+    on_ranks(3, tmp_path, partial(fail_on_the_first, failure))
     first, *others = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(3)]
     assert first == ["LookupError: no state slot left after 17 forwards", 3.0]
     for seen, total in others:
@@ -117,7 +113,7 @@ def test_a_failure_on_the_first_rank_is_seen_on_all_and_none_hangs(tmp_path: Pat
 
 
 def test_an_interrupt_on_the_first_rank_ends_the_others_too(tmp_path: Path) -> None:
-    on_ranks(2, tmp_path, interrupt_the_first)
+    on_ranks(2, tmp_path, partial(fail_on_the_first, KeyboardInterrupt("stopped by hand")))
     first, second = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2)]
     assert first == ["KeyboardInterrupt: stopped by hand", 2.0]
     assert second[0].startswith("RemoteProfileError: rank 0 could not profile: KeyboardInterrupt")

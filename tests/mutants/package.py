@@ -344,11 +344,14 @@ MUTANTS: Mutants = {
     },
     "pystage/testing.py": {
         "hold-not-released": M(
-            "hold.release()", "pass", equivalent="a hold that is dropped releases itself"
+            "hold.release()",
+            "pass",
+            equivalent="the hold ends with its last reference, right after",
         ),
         "hold-released-on-success-only": M(
             "    try:\n        yield\n    finally:\n        hold.release()",
             "    yield\n    hold.release()",
+            equivalent="the hold ends with its last reference, right after",
         ),
         "stream-not-restored": M("_C.set_host_stream(previous)", "pass"),
         "stream-restored-on-success-only": M(

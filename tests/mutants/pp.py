@@ -169,7 +169,7 @@ MUTANTS: Mutants = {
         "tail-donor-last": M(
             "donor = int(np.argmax(<|times[:-1]|>))",
             "times",
-            equivalent="pages moved to the slowest chunk, or to itself, do not even the times",
+            equivalent="a last chunk that is the slowest only gets slower: both stop",
         ),
         "tail-below-floor": M("if <|moved[donor] < self._floor or |>moved[-1] > self._cap:", ""),
         "tail-above-cap": M("if moved[donor] < self._floor<| or moved[-1] > self._cap|>:", ""),
