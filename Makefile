@@ -53,7 +53,7 @@ sglang-env:  ## install SGLang for the CPU into .venv-sglang
 sglang-test: sglang-env  ## the plugin in the real SGLang, on the CPU
 	PYSTAGE_CUDA=0 $(SGLANG_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	@rm -f build/.installed-*
-	PYSTAGE_TEST_SGLANG_OLD=$(SGLANG_VENV)/releases $(SGLANG_VENV)/bin/python $(COUNTED) -m pytest -q -W ignore tests/test_sglang.py
+	PYSTAGE_TEST_SGLANG_OLD=$(SGLANG_VENV)/releases $(SGLANG_VENV)/bin/python $(COUNTED) -m pytest -q -W ignore tests/test_sglang.py tests/test_engine.py
 
 # Both suites with the lines of Python that run counted, then the tests that drive the extension
 # once more, on a build that counts its own: beside a copy of the package, so that the extension in

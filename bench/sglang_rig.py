@@ -2,98 +2,24 @@
 cache, relay; on a CPU also a model with random weights. For tests/test_sglang.py and
 bench/sglang_plugin.py.
 
-Packages that are not installed (kernels, on most machines) are stood in for: they can be imported,
-and calling anything in them raises. So nothing here passes on a fake.
+Packages that are not installed (kernels, on most machines) are stood in for, by stand_ins.py.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import json
 import sys
 import tempfile
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
+from stand_ins import CUDA_KERNELS, KERNELS, stand_in
 
-# --- what is not installed -----------------------------------------------------------------------
-
-KERNELS = ("sgl_kernel", "vllm", "torchvision", "flashinfer", "deep_gemm")
-CUDA_KERNELS = ("sgl_kernel", "vllm", "torchvision")  # SGLang looks itself for the others there
-
-
-class StandIn:
-    """Any attribute of a module that is not there."""
-
-    def __init__(self, name: str) -> None:
-        self.__name__ = self.__qualname__ = name
-
-    def __getattr__(self, name: str) -> StandIn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return StandIn(f"{self.__name__}.{name}")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(f"{self.__name__} was called, but its package is not installed here")
-
-    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
-        return (object,)
-
-
-class _Module(ModuleType):
-    __path__: Sequence[str] = ()
-    __version__ = "0"
-
-    def __getattr__(self, name: str) -> StandIn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        value = StandIn(f"{self.__name__}.{name}")
-        setattr(self, name, value)
-        return value
-
-
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def __init__(self, packages: Iterable[str]) -> None:
-        self.packages = frozenset(packages)
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name.partition(".")[0] in self.packages:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        return _Module(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        return None
-
-
-def stand_in(packages: Sequence[str] = KERNELS) -> list[str]:
-    """Stands in for those of ``packages`` that are not installed, or broken; returns which."""
-    missing = [name for name in packages if not _imports(name)]
-    sys.meta_path.insert(0, _Finder(missing))
-    return missing
-
-
-def _imports(name: str) -> bool:
-    if importlib.util.find_spec(name) is None:
-        return False
-    if name != "torchvision":  # a build for another torch is found, and fails when imported
-        return True
-    try:
-        importlib.import_module(name)
-    except Exception:
-        for module in [m for m in sys.modules if m.partition(".")[0] == name]:
-            del sys.modules[module]
-        return False
-    return True
+__all__ = ["CUDA_KERNELS", "KERNELS", "Rig", "let_configs_be_replaced", "model_folder", "stand_in"]
 
 
 def let_configs_be_replaced() -> None:

@@ -1,0 +1,324 @@
+"""A plugin of SGLang that answers the experiment from inside the scheduler's process.
+
+While no trace is on, nothing of it is on the path of a request. A thread listens on the Unix socket
+``PYSTAGE_ENGINE_CONTROL``, one JSON object a line:
+
+``traffic``   copies beside the forwards, from a C loop that holds no GIL    {"on", "mib", ...}
+``bypass``    pystage's pool is taken away from its hooks, or given back     {"on"}
+``trace``     events around the parts of a prefill                           {"on"}
+``stats``     what runs here: versions, plugin, pools
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("pystage.engine")
+INIT_STD = 0.02
+
+
+def plugin() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for name, hook in (
+        ("sglang.srt.managers.scheduler.Scheduler.run_event_loop", _run_event_loop),
+        ("sglang.srt.model_loader.weight_utils.initialize_dummy_weights", _weights),
+    ):
+        HookRegistry.register(name, hook, HookType.AROUND)
+
+
+def _weights(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> None:
+    """Normal weights, the same in each process. SGLang's own dummy weights are so small that the
+    output hardly depends on the prompt, and a wrong id would go unseen."""
+    import torch
+
+    for name, parameter in model.state_dict().items():
+        if not torch.is_floating_point(parameter) or "cos_sin_cache" in name or "inv_freq" in name:
+            continue
+        if "norm" in name:
+            parameter.fill_(1.0)
+            continue
+        generator = torch.Generator(device=parameter.device)
+        generator.manual_seed(zlib.crc32(name.encode()))
+        parameter.normal_(0.0, INIT_STD, generator=generator)
+
+
+def _run_event_loop(
+    original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any
+) -> None:
+    control = Control(scheduler, os.environ["PYSTAGE_ENGINE_CONTROL"])
+    threading.Thread(target=control.serve, daemon=True).start()
+    original(scheduler, *args, **kwargs)
+
+
+class Control:
+    def __init__(self, scheduler: Any, path: str) -> None:
+        import torch
+
+        self.scheduler = scheduler
+        self.cuda = torch.device(scheduler.tp_worker.model_runner.device).type == "cuda"
+        self.device = torch.cuda.current_device() if self.cuda else -1
+        self.traffic = Copies(self.device)
+        self.trace = Trace(scheduler, self.cuda)
+        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._server.bind(path)
+        self._server.listen()
+
+    def serve(self) -> None:
+        if self.cuda:
+            import torch
+
+            torch.cuda.set_device(self.device)
+        while True:
+            connection, _ = self._server.accept()
+            with connection, connection.makefile("rw") as file:
+                for text in file:
+                    try:
+                        answer = self.answer(**json.loads(text))
+                    except Exception as error:
+                        logger.exception("pystage.engine: %s", text)
+                        answer = {"error": repr(error)}
+                    file.write(json.dumps(answer) + "\n")
+                    file.flush()
+
+    def answer(self, op: str, **given: Any) -> dict[str, Any]:
+        if op == "traffic":
+            return self.traffic.start(**given) if given.pop("on") else self.traffic.stop()
+        if op == "trace":
+            return self.trace.start() if given["on"] else self.trace.stop()
+        if op == "bypass":
+            return self.bypass(given["on"])
+        return self.stats()
+
+    def bypass(self, on: bool) -> dict[str, Any]:
+        """Without a pool the hooks leave a batch to SGLang: the same process, without pystage."""
+        module = sys.modules["pystage.integrations.sglang"]
+        if on:
+            module._pools.of = lambda device: None  # type: ignore[method-assign]
+        else:
+            vars(module._pools).pop("of", None)
+        return {"stages": sum(stats.stages for stats in module.pool_stats())}
+
+    def stats(self) -> dict[str, Any]:
+        import torch
+
+        versions = {}
+        for name in ("sglang", "torch", "transformers", "triton", "sglang-kernel"):
+            try:
+                versions[name] = version(name)
+            except PackageNotFoundError:
+                versions[name] = "not installed"
+        scheduler, runner = self.scheduler, self.scheduler.tp_worker.model_runner
+        told = {
+            "versions": versions,
+            "plugins": sorted(p.name for p in entry_points(group="sglang.srt.plugins")),
+            "device": torch.cuda.get_device_name() if self.cuda else "cpu",
+            "max_total_tokens": scheduler.max_total_num_tokens,
+            "attention": type(getattr(runner, "attn_backend", None)).__name__,
+            "tree_cache": type(scheduler.tree_cache).__name__,
+            "stand_ins": sys.modules["bench.stand_ins"].STOOD_IN,
+        }
+        module = sys.modules.get("pystage.integrations.sglang")
+        if module is not None:
+            told["pystage"] = module.status()
+        controller = getattr(scheduler.tree_cache, "cache_controller", None)
+        if controller is not None:
+            told["hicache"] = controller.io_backend
+        return told
+
+
+# --- traffic ------------------------------------------------------------------------------------
+
+_CALLS = (
+    "cudaSetDevice",
+    "cudaStreamCreateWithFlags",
+    "cudaStreamDestroy",
+    "cudaStreamSynchronize",
+    "cudaEventCreateWithFlags",
+    "cudaEventDestroy",
+    "cudaEventRecord",
+    "cudaEventSynchronize",
+    "cudaMemcpyAsync",
+)
+
+
+class Copies:
+    """The C loop of traffic.c in a thread."""
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._thread: threading.Thread | None = None
+        self._buffers: dict[int, tuple[Any, Any]] = {}
+        self._loop = ctypes.CDLL(os.environ["PYSTAGE_ENGINE_TRAFFIC"]).traffic
+        self._loop.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_int,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_int,
+            ctypes.c_uint,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+        ]
+        self._runtime = None
+        if device >= 0:
+            runtime = ctypes.CDLL(_loaded("libcudart"))
+            calls = [ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value for name in _CALLS]
+            self._runtime = (ctypes.c_void_p * len(calls))(*calls)
+
+    def start(self, mib: int, depth: int, pause_ms: float) -> dict[str, Any]:
+        import torch
+
+        if self._thread is not None:
+            raise RuntimeError("copies are running already")
+        size = mib << 20
+        if size not in self._buffers:
+            source = torch.ones(size, dtype=torch.uint8, pin_memory=self._device >= 0)
+            target = torch.empty(size, dtype=torch.uint8, device="cuda" if self._runtime else "cpu")
+            self._buffers[size] = source, target
+        source, target = self._buffers[size]
+        if self._runtime is not None:
+            torch.cuda.synchronize()
+        self._stop, self._count, self._error = ctypes.c_int(0), ctypes.c_uint64(0), 0
+        self._size, self._begun = size, time.perf_counter()
+
+        def run() -> None:
+            self._error = self._loop(
+                self._runtime,
+                self._device,
+                target.data_ptr(),
+                source.data_ptr(),
+                size,
+                depth,
+                round(pause_ms * 1000),
+                ctypes.byref(self._stop),
+                ctypes.byref(self._count),
+            )
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+        return {}
+
+    def stop(self) -> dict[str, Any]:
+        if self._thread is None:
+            return {"gb_per_s": None}  # stopped already, for a request that starved
+        self._stop.value = 1
+        self._thread.join()
+        self._thread = None
+        if self._error:
+            raise RuntimeError(f"copies beside the engine: the runtime's error {self._error}")
+        seconds = time.perf_counter() - self._begun
+        return {"gb_per_s": round(self._count.value * self._size / seconds / 1e9, 2)}
+
+
+def _loaded(library: str) -> str:
+    """The path of a library of this process."""
+    for text in Path("/proc/self/maps").read_text().splitlines():
+        path = text.split()[-1]
+        if Path(path).name.startswith(library):
+            return path
+    raise RuntimeError(f"{library} is not loaded in this process")
+
+
+# --- trace --------------------------------------------------------------------------------------
+
+
+class _HostEvent:
+    def __init__(self) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end: _HostEvent) -> float:
+        return 1e3 * (end.time - self.time)
+
+    def synchronize(self) -> None:
+        """It has happened."""
+
+
+class Trace:
+    """When a prefill's parts begin and end, on the host and on the stream that they run on:
+
+    ``prepare``, ``prepared``  schedule stream, around ``prepare_for_extend``
+    ``resolve``, ``ids``       forward stream, around ``resolve_forward_inputs``
+    ``forward``, ``end``       forward stream: the model's forward begins; the batch's work is done
+    """
+
+    def __init__(self, scheduler: Any, cuda: bool) -> None:
+        self._scheduler, self._cuda = scheduler, cuda
+        self._replaced: list[tuple[Any, str, Any]] = []
+        self._batches: list[dict[str, Any]] = []
+        self._current: dict[str, Any] | None = None
+
+    def _mark(self, name: str, stream: Any = None) -> None:
+        if self._current is None:
+            return
+        if self._cuda:
+            import torch
+
+            event: Any = torch.cuda.Event(enable_timing=True)
+            event.record(stream) if stream is not None else event.record()
+        else:
+            event = _HostEvent()
+        self._current[name] = event, time.perf_counter()
+
+    def _around(self, owner: Any, name: str, before: str | None, after: str | None) -> None:
+        original = getattr(owner, name)
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            if before == "prepare":
+                self._current = {}
+            if before is not None:
+                self._mark(before)
+            result = original(*args, **kwargs)
+            if after == "end" and self._current is not None:
+                self._mark("end", self._scheduler.forward_stream if self._cuda else None)
+                self._batches.append(self._current)
+                self._current = None
+            elif after is not None:
+                self._mark(after)
+            return result
+
+        self._replaced.append((owner, name, original))
+        setattr(owner, name, marked)
+
+    def start(self) -> dict[str, Any]:
+        from sglang.srt.managers import schedule_batch, scheduler
+        from sglang.srt.model_executor import model_runner
+
+        self._batches, self._current = [], None
+        self._around(schedule_batch.ScheduleBatch, "prepare_for_extend", "prepare", "prepared")
+        self._around(scheduler, "resolve_forward_inputs", "resolve", "ids")
+        self._around(model_runner.ModelRunner, "forward", "forward", None)
+        self._around(scheduler.Scheduler, "run_batch", None, "end")
+        return {}
+
+    def stop(self) -> dict[str, Any]:
+        while self._replaced:
+            owner, name, original = self._replaced.pop()
+            setattr(owner, name, original)
+        rows = []
+        for batch in self._batches:
+            if not {"prepare", "end"} <= batch.keys():
+                continue
+            batch["end"][0].synchronize()
+            first, at = batch["prepare"]
+            row: dict[str, float] = {}
+            for name in ("prepared", "resolve", "ids", "forward", "end"):
+                if name in batch:
+                    event, when = batch[name]
+                    row[f"device_{name}_ms"] = first.elapsed_time(event)
+                    row[f"host_{name}_ms"] = 1e3 * (when - at)
+            rows.append(row)
+        return {"batches": rows}

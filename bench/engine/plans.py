@@ -1,0 +1,202 @@
+"""Models, engines and workloads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+LLAMA_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+TINY: dict[str, Any] = {
+    **LLAMA_8B,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Host-to-device copies beside the engine: ``depth`` of ``mib`` MiB at a time, then a rest of
+    ``pause_ms`` (0: they are queued without a pause)."""
+
+    mib: int
+    depth: int
+    pause_ms: float = 0.0
+
+
+NONE = None
+STREAM = Traffic(256, 2)  # weights that are streamed, an RL weight update, another tenant's offload
+BURSTS = Traffic(64, 8, 100.0)  # a LoRA adapter, every tenth of a second
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests of one kind.
+
+    ``prompt``    ``new`` random ids, nothing cached
+    ``chat``      ``new`` ids behind a conversation that is in the prefix cache
+    ``loadback``  ``new`` ids behind a conversation that HiCache loads back from the host
+    ``beside``    a load-back and, 2 ms later, a fresh prompt of ``fresh`` ids; the latter is timed
+    ``open``      ``rate`` requests a second (Poisson) with a trace's lengths and ``tokens`` outputs
+
+    In a closed loop (all but ``open``) one request runs at a time and asks for one token, so its
+    latency is its time to the first token. ``blocks`` rounds of ``count`` requests of each variant;
+    ``traced`` more of two variants are traced. After ``patience_s`` a request counts as starved.
+    """
+
+    kind: str
+    new: int = 0
+    blocks: int = 4
+    count: int = 8
+    traffic: Traffic | None = None
+    fresh: int = 2048
+    rate: float = 0.0
+    tokens: int = 1
+    traced: int = 0
+    patience_s: float = 20.0
+
+    @property
+    def name(self) -> str:
+        size = f"{self.rate:g}/s" if self.kind == "open" else f"{self.new}"
+        beside = {NONE: "", STREAM: "+stream", BURSTS: "+bursts"}.get(self.traffic, "+copies")
+        return f"{self.kind}-{size}{beside}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pair of engines and what they are asked. ``history``: ids of a conversation; there are
+    ``conversations`` of them.
+
+    Workloads whose requests may starve stand last.
+    """
+
+    about: str
+    model: dict[str, Any]
+    engine: dict[str, Any]
+    workloads: tuple[Workload, ...]
+    history: int = 0
+    conversations: int = 8
+    gap_s: float = 0.035
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+GPU: dict[str, Any] = {
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "attention_backend": "triton",
+    "page_size": 64,
+    "max_running_requests": 16,
+    "chunked_prefill_size": 8192,
+    "context_length": 81920,
+    "max_total_tokens": 98304,
+    "mem_fraction_static": 0.4,
+}
+HICACHE = {  # the device holds fewer tokens than the conversations have: they go to the host
+    **GPU,
+    "context_length": 16384,
+    "max_total_tokens": 36864,
+    "enable_hierarchical_cache": True,
+    "hicache_write_policy": "write_through",
+    "hicache_size": 12,
+}
+LOADBACK = (
+    Workload("loadback", 256, 4, 8, traced=8),
+    Workload("loadback", 2048, 6, 8, traced=8),
+    Workload("beside", 256, 6, 8, traced=8),
+)
+
+PLANS = {
+    "main": Plan(
+        "an 8B model, nothing else on the GPU, then copies beside it",
+        LLAMA_8B,
+        GPU,
+        (
+            *(Workload("prompt", n, 6, 10) for n in (256, 1024)),
+            Workload("prompt", 2048, 6, 10, traced=8),
+            Workload("prompt", 4096, 6, 8, traced=8),
+            Workload("prompt", 8192, 4, 6),
+            Workload("prompt", 16384, 3, 4),
+            Workload("prompt", 65536, 2, 1),
+            Workload("chat", 200, 6, 10),
+            Workload("open", rate=2, blocks=2, count=24, tokens=32),
+            *(Workload("prompt", n, 4, 8, BURSTS) for n in (2048, 8192)),
+            Workload("chat", 200, 4, 8, STREAM),
+            Workload("prompt", 2048, 4, 8, STREAM, traced=6),
+            Workload("prompt", 4096, 4, 8, STREAM, traced=6),
+            Workload("prompt", 8192, 3, 6, STREAM),
+        ),
+        history=4096,
+    ),
+    "direct": Plan(
+        "HiCache that loads KV back by copies (--hicache-io-backend direct)",
+        LLAMA_8B,
+        {**HICACHE, "hicache_io_backend": "direct"},
+        LOADBACK,
+        history=6144,
+    ),
+    "kernel": Plan(
+        "HiCache that loads KV back by kernels (--hicache-io-backend kernel, the default)",
+        LLAMA_8B,
+        {**HICACHE, "hicache_io_backend": "kernel"},
+        LOADBACK,
+        history=6144,
+    ),
+    "offload": Plan(
+        "weights of 4 GiB that stay on the host (--cpu-offload-gb 4)",
+        LLAMA_8B,
+        {**GPU, "context_length": 16384, "max_total_tokens": 36864, "cpu_offload_gb": 4},
+        (Workload("prompt", 2048, 4, 6, traced=4), Workload("prompt", 8192, 3, 4)),
+    ),
+    "tiny": Plan(
+        "a tiny model on the CPU: a rehearsal, whose times say nothing about a GPU",
+        TINY,
+        {
+            "device": "cpu",
+            "dtype": "float32",
+            "attention_backend": "torch_native",
+            "page_size": 16,
+            "max_running_requests": 16,
+            "chunked_prefill_size": 512,
+            "context_length": 4096,
+            "max_total_tokens": 8192,
+            "mem_fraction_static": 0.1,
+        },
+        (
+            Workload("prompt", 300, 2, 3, traced=2),
+            Workload("prompt", 1200, 2, 2),
+            Workload("chat", 40, 2, 3),
+            Workload("open", rate=8, blocks=1, count=4, tokens=3),
+            Workload("prompt", 300, 2, 2, Traffic(16, 2)),
+        ),
+        history=256,
+        conversations=2,
+        gap_s=0.005,
+        environment={"PYSTAGE_SGLANG_CPU": "1"},
+    ),
+}

@@ -1,0 +1,193 @@
+"""What the samples say: quantiles with intervals, targets, a table."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+VARIANTS = ("off", "bypassed", "on")
+GATED_MS = 1.0  # ids that take longer to be on the device waited for somebody else's copy
+ROUNDS = 2000  # of the bootstrap
+
+
+def interval(statistic: Callable[[Any], Any], *samples: Sequence[float]) -> list[float]:
+    """95 % of ``statistic`` over resampled ``samples``, by bootstrap. It takes an array for each,
+    a row for each round."""
+    dice = np.random.default_rng(1)
+    drawn = [
+        np.asarray(values)[dice.integers(0, len(values), (ROUNDS, len(values)))]
+        for values in samples
+    ]
+    return [round(float(q), 3) for q in np.quantile(statistic(*drawn), [0.025, 0.975])]
+
+
+def quantiles(ms: Sequence[float]) -> dict[str, Any]:
+    """Milliseconds. p99 is told only where there are samples for it."""
+    told: dict[str, Any] = {"samples": len(ms), "mean": round(float(np.mean(ms)), 3)}
+    for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
+        told[name] = round(float(np.quantile(ms, q)), 3)
+        told[f"{name}_interval"] = interval(lambda x, q=q: np.quantile(x, q, axis=1), ms)
+    return {**told, "max": round(max(ms), 3)}
+
+
+def row_of(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """A workload's row from the samples of its variants (lists of what ``worker`` told)."""
+    row: dict[str, Any] = {"workload": name, "traffic_gb_per_s": found.get("traffic_gb_per_s")}
+    times: dict[str, list[float]] = {}
+    for variant in VARIANTS:
+        samples = found[variant]
+        starved = [s for s in samples if s.get("starved_s") is not None]
+        answered = [s for s in samples if s.get("starved_s") is None and s.get("ttft_ms")]
+        times[variant] = [s["ttft_ms"] for s in answered]
+        row[variant] = {
+            "answered": len(answered),
+            "starved": len(starved),
+            "given_up_after_s": max((s["starved_s"] for s in starved), default=None),
+            "ttft_ms": quantiles(times[variant]) if answered else None,
+            "samples_ms": [round(ms, 3) for ms in times[variant]],
+        }
+        between = [ms for s in answered for ms in s.get("itl_ms", ())]
+        if between:
+            row[variant]["itl_ms"] = quantiles(between)
+            row[variant]["output_tokens_per_s"] = round(
+                sum(len(s["out"]) for s in answered) / sum(found["seconds"][variant]), 3
+            )
+        row[variant]["cached"] = float(np.mean([s["cached"] or 0 for s in answered] or [0]))
+        row[variant]["staged_batches"] = found["stages"].get(variant)
+    pairs = [
+        (a, b)
+        for a, b in zip(found["off"], found["on"], strict=False)  # one may have ended early
+        if a.get("ttft_ms") and b.get("ttft_ms")
+    ]
+    if name.startswith("open"):  # batches form as they like, and other shapes round otherwise
+        pairs = []
+    row["compared"] = len(pairs)
+    row["different_outputs"] = sum(a["out"] != b["out"] for a, b in pairs)
+    if pairs:
+        gain = [a["ttft_ms"] - b["ttft_ms"] for a, b in pairs]
+        row["sooner_than_off_ms"] = round(float(np.median(gain)), 3)
+        row["sooner_than_off_interval"] = interval(lambda x: np.median(x, axis=1), gain)
+    if times["bypassed"] and times["on"]:
+        row["sooner_than_bypassed_ms"] = round(
+            float(np.median(times["bypassed"]) - np.median(times["on"])), 3
+        )
+        row["sooner_than_bypassed_interval"] = interval(
+            lambda x, y: np.median(x, axis=1) - np.median(y, axis=1),
+            times["bypassed"],
+            times["on"],
+        )
+    return row
+
+
+def trace_row(batches: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Medians of the parts of traced prefills, and the batches whose ids waited."""
+    if not batches:
+        return None
+    names = sorted({name for batch in batches for name in batch if name.endswith("_ms")})
+    row: dict[str, Any] = {
+        name: round(float(np.median([b[name] for b in batches if name in b])), 3) for name in names
+    }
+    ids = [b["device_ids_ms"] - b["device_resolve_ms"] for b in batches if "device_ids_ms" in b]
+    row["batches"] = len(batches)
+    row["ids_ms"] = round(float(np.median(ids)), 4) if ids else None
+    row["gated"] = sum(ms > GATED_MS for ms in ids)
+    return row
+
+
+def targets(rows: list[dict[str, Any]], traces: dict[str, Any]) -> list[dict[str, Any]]:
+    """Never slower; the same under copies as without; nothing starves, nothing waits behind a
+    load-back; equal outputs.
+
+    A ratio is that of the workload where it is worst, which is named. It counts as missed where
+    its 95 % interval is above the limit as a whole; else, above the limit, as within the noise.
+    """
+    calm = {row["workload"]: row for row in rows if "+" not in row["workload"]}
+    told = []
+    for q, name, limit in ((0.5, "p50", 1.01), (0.99, "p99", 1.03)):
+        for base in ("off", "bypassed"):
+            ratios = [_ratio(q, r["workload"], r["on"], r[base]) for r in rows]
+            told.append(_worst(f"TTFT {name}, with / {base}", limit, ratios))
+    beside = [
+        _ratio(0.99, row["workload"], row["on"], calm[alone]["on"])
+        for row in rows
+        if row["workload"].endswith("+stream")
+        and (alone := row["workload"].partition("+")[0]) in calm
+    ]
+    told.append(_worst("TTFT p99 with pystage, copies / none", 1.05, beside))
+    gated = [t["on"]["gated"] for t in traces.values() if t.get("on")]
+    for measure, counts in (
+        ("requests starved with pystage", [row["on"]["starved"] for row in rows]),
+        ("traced batches whose ids waited, with pystage", gated),
+        ("different outputs", [row["different_outputs"] for row in rows]),
+    ):
+        value = sum(counts) if counts else None
+        told.append(
+            {
+                "measure": measure,
+                "target": "0",
+                "value": value,
+                "unit": "",
+                "ok": None if value is None else value == 0,
+            }
+        )
+    return told
+
+
+def _ratio(q: float, where: str, on: dict[str, Any], other: dict[str, Any]) -> Any:
+    a, b = on["samples_ms"], other["samples_ms"]
+    if not a or not b:
+        return None
+    value = float(np.quantile(a, q) / np.quantile(b, q))
+    bounds = interval(lambda x, y: np.quantile(x, q, axis=1) / np.quantile(y, q, axis=1), a, b)
+    return bounds[0], value, bounds, where
+
+
+def _worst(measure: str, limit: float, ratios: list[Any]) -> dict[str, Any]:
+    """Of a list from ``_ratio``: the one that is above the limit most surely."""
+    told: dict[str, Any] = {"measure": measure, "target": f"<= {limit} x", "unit": "x"}
+    ratios = [ratio for ratio in ratios if ratio is not None]
+    if not ratios:
+        return {**told, "value": None, "ok": None}
+    above = [ratio for ratio in ratios if ratio[1] > limit]
+    low, value, bounds, where = max(above or ratios)
+    told |= {"value": round(value, 4), "interval": bounds, "where": where}
+    return {**told, "ok": value <= limit, "within_noise": low <= limit}
+
+
+def line(row: dict[str, Any]) -> str:
+    """A workload's row as text."""
+
+    def cell(variant: str) -> str:
+        ms, starved = row[variant]["ttft_ms"], row[variant]["starved"]
+        text = f"{ms['p50']:.1f} / {ms['p99']:.1f}" if ms else "-"
+        return f"{text} ({starved} starved)" if starved else text
+
+    gain = ""
+    if "sooner_than_off_ms" in row:
+        low, high = row["sooner_than_off_interval"]
+        gain = f"{row['sooner_than_off_ms']:+.2f} [{low:+.2f}, {high:+.2f}]"
+    cells = [cell(variant) for variant in VARIANTS]
+    counts = f"{row['on']['answered']:4d}"
+    return "  ".join([f"{row['workload']:20}", *(f"{c:>26}" for c in cells), f"{gain:>24}", counts])
+
+
+HEAD = "  ".join(
+    [
+        f"{'TTFT, ms, p50 / p99':20}",
+        *(f"{c:>26}" for c in ("without", "bypassed", "with pystage")),
+        f"{'sooner than without':>24}",
+        "   n",
+    ]
+)
+
+
+def poisson(rate: float, count: int, dice: random.Random) -> list[float]:
+    """Seconds after the start at which requests arrive."""
+    at, times = 0.0, []
+    for _ in range(count):
+        times.append(at)
+        at += dice.expovariate(rate)
+    return times

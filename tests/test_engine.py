@@ -1,0 +1,293 @@
+"""The engine benchmark: its copies, its figures, and a whole run of the real SGLang on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import random
+import shutil
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from bench.engine import __main__ as command
+from bench.engine import experiment, tables
+from bench.engine.inside import _CALLS
+from bench.engine.plans import BURSTS, PLANS, STREAM, Traffic, Workload
+
+# --- the copies beside ---------------------------------------------------------------------------
+
+SIZE = 4096
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    library = tmp_path_factory.mktemp("traffic") / "traffic.so"
+    source = Path(experiment.__file__).with_name("traffic.c")
+    flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    subprocess.run([compiler, *flags, "-o", library, source], check=True)
+    function = ctypes.CDLL(str(library)).traffic
+    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    function.argtypes = [pointer, number, pointer, pointer, size, number, number, pointer, pointer]
+    return function
+
+
+class Runtime:
+    """CUDA's calls as traffic.c sees them: noted, and stopped after some copies."""
+
+    def __init__(self, stop: ctypes.c_int, copies: int, fails: str = "") -> None:
+        self.calls: list[str] = []
+        self.queued = self.most = 0
+        self._stop, self._left, self._fails = stop, copies, fails
+        kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 5)
+        self._keep = [kind(self._call(name)) for name in _CALLS]
+        pointers = [ctypes.cast(f, ctypes.c_void_p).value for f in self._keep]
+        self.table = (ctypes.c_void_p * len(pointers))(*pointers)
+
+    def _call(self, name: str) -> Any:
+        def call(*_: Any) -> int:
+            self.calls.append(name)
+            if name == "cudaMemcpyAsync":
+                self.queued += 1
+                self.most = max(self.most, self.queued)
+                self._left -= 1
+                self._stop.value = self._left <= 0
+            elif name == "cudaEventSynchronize":
+                self.queued -= 1
+            elif name == "cudaStreamSynchronize":
+                self.queued = 0
+            return 700 if name == self._fails else 0
+
+        return call
+
+
+def copied(
+    loop: Any, runtime: Runtime, stop: ctypes.c_int, depth: int, pause: int
+) -> tuple[int, int]:
+    source, target = (ctypes.create_string_buffer(SIZE) for _ in range(2))
+    count = ctypes.c_uint64(0)
+    code = loop(
+        runtime.table, 0, target, source, SIZE, depth, pause, ctypes.byref(stop),
+        ctypes.byref(count),
+    )  # fmt: skip
+    return code, count.value
+
+
+def test_so_many_copies_stay_queued(loop: Any) -> None:
+    stop = ctypes.c_int(0)
+    runtime = Runtime(stop, copies=20)
+    assert copied(loop, runtime, stop, depth=3, pause=0) == (0, 20)
+    assert runtime.most == 3
+    assert runtime.calls.count("cudaMemcpyAsync") == 20
+    assert runtime.calls.count("cudaStreamSynchronize") == 1  # without a pause only at the end
+    assert runtime.calls.count("cudaEventCreateWithFlags") == 3
+    assert runtime.calls[-4:] == ["cudaEventDestroy"] * 3 + ["cudaStreamDestroy"]
+
+
+def test_bursts_end_before_the_next(loop: Any) -> None:
+    stop = ctypes.c_int(0)
+    runtime = Runtime(stop, copies=12)
+    assert copied(loop, runtime, stop, depth=4, pause=1) == (0, 12)
+    copies = [c for c in runtime.calls if c in ("cudaMemcpyAsync", "cudaStreamSynchronize")]
+    assert copies == ([*["cudaMemcpyAsync"] * 4, "cudaStreamSynchronize"]) * 3
+
+
+@pytest.mark.parametrize("name", [c for c in _CALLS if "Synchronize" not in c and "Event" not in c])
+def test_an_error_of_the_runtime_ends_the_copies(loop: Any, name: str) -> None:
+    stop = ctypes.c_int(0)
+    assert copied(loop, Runtime(stop, 5, fails=name), stop, depth=2, pause=0)[0] == 700
+    assert copied(loop, Runtime(stop, 5), stop, depth=65, pause=0)[0] == -1
+
+
+def test_on_the_host_they_are_copies_too(loop: Any) -> None:
+    source, target = (ctypes.create_string_buffer(text, SIZE) for text in (b"\7" * SIZE, b""))
+    stop, count = ctypes.c_int(0), ctypes.c_uint64(0)
+    given = None, -1, target, source, SIZE, 2, 0, ctypes.byref(stop), ctypes.byref(count)
+    thread = Thread(target=loop, args=given)
+    thread.start()
+    while count.value < 3:
+        time.sleep(0)
+    stop.value = 1
+    thread.join()
+    assert target.raw == source.raw
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def sample(ms: float, out: int = 1, **more: Any) -> dict[str, Any]:
+    return {"ttft_ms": ms, "itl_ms": [], "out": [out], "cached": 0, **more}
+
+
+def samples(off: list[Any], bypassed: list[Any], on: list[Any]) -> dict[str, Any]:
+    found = {"off": off, "bypassed": bypassed, "on": on}
+    return {**found, "seconds": {v: [1.0] for v in found}, "stages": {"on": len(on)}}
+
+
+def times(*ms: float) -> list[dict[str, Any]]:
+    return [sample(x) for x in ms]
+
+
+def test_a_row_has_quantiles_gains_and_intervals() -> None:
+    dice = random.Random(1)
+    off = [100 + dice.random() for _ in range(200)]
+    found = samples(times(*off), times(*off), times(*[ms - 2 for ms in off]))
+    row = tables.row_of("prompt-8", found)
+    assert row["off"]["ttft_ms"]["p50"] == pytest.approx(100.5, abs=0.2)
+    low, high = row["off"]["ttft_ms"]["p50_interval"]
+    assert 100.3 < low < row["off"]["ttft_ms"]["p50"] < high < 100.7
+    assert row["sooner_than_off_ms"] == 2.0 and row["sooner_than_off_interval"] == [2.0, 2.0]
+    low, high = row["sooner_than_bypassed_interval"]
+    assert low < 2.0 < high and high - low < 0.5
+    assert row["compared"] == 200 and row["different_outputs"] == 0
+    assert row["on"]["staged_batches"] == 200
+
+
+def test_a_starved_request_is_told_and_is_no_sample() -> None:
+    late = sample(61_000.0, starved_s=20.0, freed_after_s=61.0)
+    row = tables.row_of("prompt-8+stream", samples([*times(5.0), late], [late], times(5.0, 6.0)))
+    assert row["off"]["answered"] == 1 and row["off"]["starved"] == 1
+    assert row["off"]["given_up_after_s"] == 20.0 and row["off"]["ttft_ms"]["max"] == 5.0
+    assert row["bypassed"]["ttft_ms"] is None
+    assert "1 starved" in tables.line(row)
+    told = {t["measure"]: t for t in tables.targets([row], {})}
+    assert told["requests starved with pystage"]["ok"] is True
+    turned = tables.row_of("prompt-8+stream", samples(times(5.0), [], [late]))
+    told = {t["measure"]: t for t in tables.targets([turned], {})}
+    assert told["requests starved with pystage"]["ok"] is False
+
+
+def test_other_outputs_are_counted_where_batches_are_the_same() -> None:
+    found = samples([sample(1.0, 7), sample(1.0, 8)], times(1.0), [sample(1.0, 7), sample(1.0, 9)])
+    assert tables.row_of("prompt-8", found)["different_outputs"] == 1
+    assert tables.row_of("open-2/s", found)["compared"] == 0
+
+
+def test_targets_name_the_worst_workload_and_know_noise() -> None:
+    dice = random.Random(2)
+
+    def around(ms: float, spread: float) -> list[dict[str, Any]]:
+        return times(*[ms + spread * dice.random() for _ in range(60)])
+
+    rows = [
+        tables.row_of("prompt-1", samples(around(10, 5), around(10, 5), around(10.3, 5))),
+        tables.row_of("prompt-2", samples(around(10, 0.1), around(10, 0.1), around(11, 0.1))),
+        tables.row_of("prompt-2+stream", samples([], [], around(15, 0.1))),
+    ]
+    told = {t["measure"]: t for t in tables.targets(rows, {})}
+    worst = told["TTFT p50, with / off"]
+    assert worst["where"] == "prompt-2" and worst["value"] == pytest.approx(1.1, abs=0.01)
+    assert worst["ok"] is False and worst["within_noise"] is False
+    beside = told["TTFT p99 with pystage, copies / none"]
+    assert beside["value"] == pytest.approx(15 / 11, abs=0.02) and beside["ok"] is False
+    noisy = {t["measure"]: t for t in tables.targets(rows[:1], {})}["TTFT p99, with / off"]
+    assert noisy["ok"] or noisy["within_noise"]
+    assert all(t["ok"] is None for t in tables.targets([], {}))
+
+
+def test_a_trace_counts_the_batches_whose_ids_waited() -> None:
+    batches = [
+        {"device_resolve_ms": 1.0, "device_ids_ms": 1.0 + ids, "device_end_ms": 9.0}
+        for ids in (0.01, 0.02, 40.0)
+    ]
+    row = tables.trace_row(batches)
+    assert row is not None and row["gated"] == 1 and row["ids_ms"] == 0.02
+    assert tables.trace_row([]) is None
+    told = tables.targets([], {"w": {"on": row, "off": None}})
+    assert {t["measure"]: t for t in told}["traced batches whose ids waited, with pystage"][
+        "value"
+    ] == 1
+
+
+def test_arrivals_are_poisson() -> None:
+    at = tables.poisson(4.0, 4000, random.Random(3))
+    assert at[0] == 0.0 and at == sorted(at)
+    assert at[-1] / len(at) == pytest.approx(0.25, rel=0.1)
+
+
+# --- plans ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_prompts_fit_into_the_engine(plan: Any) -> None:
+    longest = plan.engine["context_length"]
+    for workload in plan.workloads:
+        behind = 0 if workload.kind in ("prompt", "open") else plan.history
+        assert behind + workload.new + workload.tokens < longest
+        assert workload.new < plan.engine["max_total_tokens"]
+    if plan.engine.get("enable_hierarchical_cache"):  # else nothing has to be loaded back
+        assert plan.history * plan.conversations > plan.engine["max_total_tokens"]
+    # Whoever may starve stands last: its copies change what comes after.
+    busy = [w.traffic not in (None, BURSTS) for w in plan.workloads]
+    assert busy == sorted(busy)
+    names = [w.name for w in plan.workloads]
+    assert len(set(names)) == len(names)
+
+
+def test_names_say_what_runs_beside() -> None:
+    assert Workload("prompt", 4096, traffic=STREAM).name == "prompt-4096+stream"
+    assert Workload("open", rate=2.5).name == "open-2.5/s"
+    assert Workload("chat", 200, traffic=Traffic(1, 1)).name == "chat-200+copies"
+
+
+def test_without_sglang_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"make sglang-env"):
+        experiment.other_models()
+
+
+# --- a whole run ---------------------------------------------------------------------------------
+
+
+@pytest.mark.sglang
+def test_the_real_engine_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sglang.srt")
+    tiny = PLANS["tiny"]
+    # No answer comes so soon: what is told when a request starves, with nothing that does.
+    starving = Workload("prompt", 400, 2, 2, Traffic(4, 1), patience_s=0.0005)
+    plan = replace(tiny, workloads=(*tiny.workloads, starving))
+    monkeypatch.setitem(PLANS, "tiny", plan)
+    out = tmp_path / "engine.json"
+    code = command.main(["--plan", "tiny", "--out", str(out), "--disclose", "a test"])
+    printed = capsys.readouterr().out
+    result = json.loads(out.read_text())
+    told = result["plans"]["tiny"]
+    assert code == 0, printed
+    assert told["cut"] == [] and result["disclosed"] == ["a test"]
+    assert told["logprobs"]["equal"] and told["logprobs"]["ids"] == 1400
+    engines = told["engines"]
+    assert "staging" in engines["on"]["pystage"]["active"]
+    assert engines["on"]["versions"]["sglang"] == "0.5.23"
+    rows = {row["workload"]: row for row in told["rows"]}
+    assert list(rows) == [w.name for w in plan.workloads]
+    for row in told["rows"]:
+        assert row["different_outputs"] == 0
+    for workload in tiny.workloads:
+        row = rows[workload.name]
+        for variant in tables.VARIANTS:
+            assert row[variant]["answered"] == workload.blocks * workload.count
+            assert row[variant]["starved"] == 0
+        # The pool was used where it is said to be, and only there.
+        assert row["on"]["staged_batches"] > 0 and row["bypassed"]["staged_batches"] == 0
+    assert rows["chat-40"]["on"]["cached"] >= plan.history - plan.engine["page_size"]
+    assert rows["prompt-300"]["on"]["cached"] == 0
+    assert rows["prompt-300+copies"]["traffic_gb_per_s"] > 0
+    assert rows["open-8/s"]["on"]["output_tokens_per_s"] > 0
+    assert rows["open-8/s"]["on"]["itl_ms"]["samples"] > 0
+    for side in ("off", "on"):
+        trace = told["traces"]["prompt-300"][side]
+        assert trace["batches"] >= 2 and trace["device_end_ms"] > trace["device_prepared_ms"] > 0
+    starved = rows["prompt-400+copies"]
+    for variant in tables.VARIANTS:
+        assert starved[variant]["starved"] == 1 and starved[variant]["answered"] == 0
+        assert starved[variant]["given_up_after_s"] == 0.0005
