@@ -111,7 +111,7 @@ fuzz-coverage:  ## lines and branches of the C++ files that build/fuzz/corpus co
 	$(PY) -m gcovr --root . --filter 'csrc/(requests|ids_view|python|staging|gather)' \
 	  --exclude-throw-branches build/fuzz/counts
 
-bench:  ## measure all peers in all regimes; results go to bench/results (ARGS='--quick --peers DIR')
+bench: build  ## measure all peers in all regimes; a whole run on a GPU goes to bench/results (ARGS='--quick --peers DIR')
 	$(PY) -m bench $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 report:  ## put the figures of bench/results into README and docs, and draw them

@@ -7,6 +7,7 @@ the same inputs. What was measured so far is written after every cell.
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 import traceback
 from pathlib import Path
@@ -16,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench.common import RESULTS, amount, cpu_cache_bytes, provenance, save
+from bench.common import BUILD, RESULTS, amount, collector_off, cpu_cache_bytes, provenance, save
 from bench.contenders import Contenders
-from bench.device import Absent, find, own_stream
+from bench.device import Absent, Host, find, own_stream
 from bench.peers import Sources
 from bench.regimes import REGIMES, Bench
 from bench.targets import targets
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "errors": bench.contenders.errors,
         "targets": [],
     }
-    path = args.out or RESULTS / f"suite-{device.name.lower().replace(' ', '-')}.json"
+    path = args.out or default_path(device, args)
     with own_stream(device):
         measure(bench, args.regimes, result, path, console)
     for name in args.regimes:
@@ -77,6 +78,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     plots = [] if args.no_plots else plot(result, path, console)
     console.print("written:", *map(str, [path, *plots]))
     return result
+
+
+def default_path(device: Host, args: argparse.Namespace) -> Path:
+    """The pages' source only for a whole run on a GPU; a look, or a part, goes to build/."""
+    whole = device.cuda and not (args.quick or args.rehearse or args.samples or args.trace_batches)
+    whole = whole and set(args.regimes) == set(REGIMES)
+    return (RESULTS if whole else BUILD) / f"suite-{device.name.lower().replace(' ', '-')}.json"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -94,7 +102,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--peers", type=Path, help="folder of wheels or unpacked packages of peers not installed"
     )
     parser.add_argument("--trace-batches", type=int, help="batches of the trace (default 12,000)")
-    parser.add_argument("--out", type=Path, help="JSON; default bench/results/suite-<device>.json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="JSON; default: bench/results for a whole run on a GPU, build/bench for all else",
+    )
     parser.add_argument("--no-plots", action="store_true", help="bench/report.py draws them too")
     parser.add_argument(
         "--rehearse", action="store_true", help="every cell on stand-ins for a GPU, to see it run"
@@ -131,8 +143,10 @@ def measure(
             for name, cell in cells.items():
                 progress.update(bar, description=f"{regime}: {name}")
                 start = time.perf_counter()
+                gc.collect()
                 try:
-                    measured[name] = cell()
+                    with collector_off():
+                        measured[name] = cell()
                 except Absent as why:
                     measured[name] = {"absent": str(why)}
                 except Exception:
@@ -175,6 +189,8 @@ def regime_table(regime: str, cells: dict[str, Any]) -> Table:
                 table.add_row(cell, name, *[""] * 5, remark)
             if "bytes_per_id" in row:
                 table.add_row(cell, name, *[""] * 5, f"{row['bytes_per_id']:g} bytes an id")
+            if "starved_after_s" in row and "ready" not in row:
+                table.add_row(cell, name, *[""] * 5, f"none within {row['starved_after_s']:g} s")
             if "error" in row or "absent" in row:
                 table.add_row(cell, name, *[""] * 5, "failed" if "error" in row else "absent")
         for name, times in measured.get("floor", {}).items():
@@ -195,6 +211,8 @@ def measures(row: dict[str, Any]) -> list[tuple[str, dict[str, float], str]]:
         remark = f"{row['pinned_bytes'] / 2**20:.1f} MiB, {row['allocations']} allocations"
     if "batches_per_second" in row:
         remark = f"{row['batches_per_second']:,.0f} batches/s"
+    if "starved_after_s" in row:
+        remark = f"starved: none within {row['starved_after_s']:g} s"
     if row.get("behind_traffic"):
         remark = f"{row['behind_traffic']:.0%} behind"
     for kind in ("total", "added", "ready"):

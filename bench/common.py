@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,12 +28,15 @@ import pystage
 from pystage.trace import Batch, Request, prefill_batches
 
 RESULTS = Path(__file__).resolve().parent / "results"
+BUILD = RESULTS.parents[1] / "build/bench"  # of looks and rehearsals, which no page shows
 VOCAB = 128_256
 
 
-def random_ids(count: int, rng: random.Random) -> array[int]:
-    """``count`` ids of the vocabulary; distinct int objects once made a list, as in a server."""
-    return array("q", np.random.default_rng(rng.getrandbits(64)).integers(0, VOCAB, count).tolist())
+def random_ids(length: int, rng: random.Random) -> array[int]:
+    """``length`` ids of the vocabulary; distinct int objects once made a list, as in a server."""
+    return array(
+        "q", np.random.default_rng(rng.getrandbits(64)).integers(0, VOCAB, length).tolist()
+    )
 
 
 def summary(samples_us: Sequence[float]) -> dict[str, float]:
@@ -72,20 +75,21 @@ def host_time(
     warmup: int,
     settle: Callable[[], None],
 ) -> dict[str, dict[str, float]]:
-    """Microseconds of host time a call takes; contenders in turn, call by call, paired.
+    """Microseconds of host time a call takes; contenders take turns, in an order drawn each round.
 
-    Each round gives every contender the same number, to rotate its inputs, and another goes first.
-    ``settle`` runs between calls, untimed, and drains the device: no call pays for the backlog of
-    another.
+    Each call gets a number of its own, to rotate its inputs: nobody reads what another has just
+    brought into the caches. ``settle`` runs between calls, untimed, and drains the device: no call
+    pays for the backlog of another.
     """
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
+    number, order = count(), random.Random(5)
     with collector_off():
         for i in range(-warmup, samples):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                call = contenders[name]
+            for name in order.sample(names, len(names)):
+                call, turn = contenders[name], next(number)
                 start = time.perf_counter_ns()
-                result = call(i)
+                result = call(turn)
                 stop = time.perf_counter_ns()
                 settle()
                 del result
@@ -164,11 +168,11 @@ def cpu_cache_bytes() -> int:
 def arriving(requests: list[Request]) -> Iterator[Batch]:
     """Batches of the one to four requests that are there at a time, so of all sizes."""
     first = 0
-    for count in cycle((1, 2, 3, 4)):
-        group = [requests[(first + i) % len(requests)] for i in range(count)]
+    for number in cycle((1, 2, 3, 4)):
+        group = [requests[(first + i) % len(requests)] for i in range(number)]
         for batch in prefill_batches(group):
             yield replace(batch, requests=[first + r for r in batch.requests])
-        first += count
+        first += number
 
 
 def _output(*command: str) -> str:

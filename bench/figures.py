@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def sections(root: Path) -> dict[str, str]:
         "floor": floor_table(staging),
         "stream": stream_table(staging),
         "latency": latency_table(staging),
-        "targets": target_table(staging),
+        "targets": target_table(staging, without=IN_THE_SUITE),
         "source": source(staging, STAGING.name),
         "others": other_machines(root / EARLIER),
         "sglang": sglang_tables(root / SGLANG),
@@ -107,7 +108,8 @@ def host_table(result: dict[str, Any]) -> str:
             ]
         )
     cell = result["host"]["1 x 8192 list"]
-    ours, theirs = cell["pystage"], cell["torch.tensor + pin + to"]
+    ours = cell["pystage"]
+    theirs = cell.get("np.fromiter + pin + to", cell["torch.tensor + pin + to"])
     rows.append(
         ["1 x 8,192 from `list`", pair(ours), pair(theirs), f"{theirs['p50'] / ours['p50']:.0f} x"]
     )
@@ -163,8 +165,17 @@ def latency_table(result: dict[str, Any]) -> str:
     )
 
 
-def target_table(result: dict[str, Any]) -> str:
-    targets = result["targets"]
+# Measures of earlier staging runs that the suite holds to a stricter target or against a quicker
+# peer: those count.
+IN_THE_SUITE = (
+    "stage + resolve, 1 x 8,192 list",
+    "  against torch.tensor(pin) + to",
+    "compute stream, eager, GPU busy",
+)
+
+
+def target_table(result: dict[str, Any], without: Sequence[str] = ()) -> str:
+    targets = [row for row in result["targets"] if row["measure"] not in without]
     limits = any(r.get("limit") is not None for r in targets)
     rows = [
         [

@@ -18,7 +18,10 @@ from bench.regimes import (
     PLAIN_MIXED,
     REGIMES,
     SHAPES,
+    UNPAUSED,
+    UNPAUSED_IDS,
     WAITED,
+    unpaused_name,
 )
 from bench.targets import Cells, Missing, targets
 
@@ -61,6 +64,7 @@ def sections(
         "suite-runs": lambda r: _runs(r, others),
         "suite-calls": _calls,
         "suite-traffic": _traffic,
+        "suite-unpaused": _unpaused,
         "suite-drift": _drift,
         "suite-new-sizes": _new_sizes,
         "suite-threads": _threads,
@@ -234,6 +238,28 @@ def _traffic(result: dict[str, Any]) -> str:
                 row += [_pair(cell.get(name, {}).get("ready")) for name in (READY, DEFERRED)]
             rows.append(row)
     return tabulate(head, rows)
+
+
+def _unpaused(result: dict[str, Any]) -> str:
+    """Contenders by cells; who starved in one is said so."""
+    cells, rows = _cells(result, "latency"), []
+    names: dict[str, None] = {}
+    for mib, depth in UNPAUSED:
+        for ids in UNPAUSED_IDS:
+            cell = cells.get(unpaused_name(mib, depth, ids), {}).get("contenders", {})
+            names |= dict.fromkeys(cell)
+            if cell:
+                rows.append((f"{depth} x {mib} MiB, {ids:,} ids", cell))
+    if not rows:
+        return NOT_YET
+
+    def shown(row: dict[str, Any]) -> str:
+        if "starved_after_s" in row:
+            return f"none within {row['starved_after_s']:g} s"
+        return _pair(row.get("ready"))
+
+    table = [[label, *(shown(cell.get(name, {})) for name in names)] for label, cell in rows]
+    return tabulate(["always queued; ready, us, p50 / p99", *names], table)
 
 
 def _drift(result: dict[str, Any]) -> str:

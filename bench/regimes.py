@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import random
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -18,8 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -53,11 +56,13 @@ from bench.contenders import (
     sglang_code,
     torch_array,
 )
+from bench.copies import Copies, compiled
 from bench.device import IN_STREAM_ORDER, Absent, Host
 from pystage.trace import draw_ids, sample_trace
 
 Cell: TypeAlias = "Callable[[], dict[str, Any]]"
 CallsOf: TypeAlias = "Callable[[], Sequence[Callable[[], Any]]]"
+T = TypeVar("T")
 MIB = 1 << 20
 LIST_ID_BYTES = 40  # the pointer and the int
 
@@ -73,6 +78,13 @@ class Bench:
     quick: bool
     trace_batches: int
     cache_bytes: int
+
+    def __post_init__(self) -> None:
+        self._order = random.Random(5)
+
+    def shuffled(self, contenders: list[T]) -> list[T]:
+        """In an order drawn anew: nobody always runs behind the same one."""
+        return self._order.sample(contenders, len(contenders))
 
     @property
     def few_samples(self) -> int:
@@ -383,8 +395,7 @@ def _stream_cell(bench: Bench, count: int, busy: bool) -> dict[str, Any]:
     samples = bench.few_samples if busy else bench.samples
     try:
         for i in range(-min(bench.warmup, 5), samples):
-            turn = i % len(everybody)
-            order = [c for c in everybody[turn:] + everybody[:turn] if c.name not in failed]
+            order = [c for c in bench.shuffled(everybody) if c.name not in failed]
             for name, value in timer.added([(c.name, partial(calls_of, c)) for c in order]):
                 if isinstance(value, str):
                     failed[name] = {"error": value}
@@ -440,7 +451,82 @@ def latency(bench: Bench) -> dict[str, Cell]:
                     _latency_cell, bench, few,
                     partial(Traffic, bench.device, direction, mover, piece, queued),
                 )  # fmt: skip
+    for mib, depth in UNPAUSED:
+        for ids in UNPAUSED_IDS:
+            name = unpaused_name(mib, depth, ids)
+            cells[name] = partial(_unpaused_cell, bench, mib, depth, ids)
     return cells
+
+
+# Copies that are queued without a pause: (MiB of each, how many are queued at any time).
+UNPAUSED = ((256, 2), (256, 1), (16, 2), (2, 4))
+UNPAUSED_IDS = (2048, 8192)
+STARVED_S = 2.0  # ids that are not there by then have starved
+
+
+def unpaused_name(mib: int, depth: int, ids: int) -> str:
+    return f"{depth} x {mib} MiB H2D without a pause, {ids} ids"
+
+
+def _unpaused_cell(bench: Bench, mib: int, depth: int, ids: int) -> dict[str, Any]:
+    """Ready beside copies on another stream that never stop, as when weights are streamed.
+
+    Whose ids are not there after ``STARVED_S`` is out of the turn: the copies are stopped, so that
+    its own can end, and started again.
+    """
+    device = bench.device
+    if not device.gpu_regimes:
+        raise Absent("on the host device ids are there when resolve returns: see host time")
+    everybody = bench.contenders.all((DEFERRED, SGLANG, BUFFER, UVA, READY), ids)
+    inputs, rotated = bench.inputs("array", [ids], False, bench.samples)
+    times: dict[str, list[float]] = {c.name: [] for c in everybody}
+    out: dict[str, Any] = {}
+    number, done = itertools.count(), device.event()
+    rates: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        index = torch.cuda.current_device() if device.cuda else -1
+        copies = Copies(index, compiled(Path(folder)))
+        size = mib if device.cuda else mib / 4096
+        try:
+            device.synchronize()
+            copies.start(size, depth)
+            while copies.count < depth:  # the link is busy from here on
+                time.sleep(0)
+            for i in range(-min(bench.warmup, 10), bench.few_samples):
+                for contender in bench.shuffled([c for c in everybody if c.name not in out]):
+                    name, batch = contender.name, inputs(next(number))
+                    try:
+                        start = time.perf_counter_ns()
+                        keep = contender.resolve(contender.stage(batch))
+                        done.record()
+                        late = False
+                        while not done.query() and not late:
+                            late = time.perf_counter_ns() - start > STARVED_S * 1e9
+                        took = (time.perf_counter_ns() - start) / 1e3
+                        if late:
+                            out[name] = {"starved_after_s": STARVED_S, "answered": len(times[name])}
+                            rates.append(copies.stop() or 0.0)
+                            device.synchronize()
+                            copies.start(size, depth)
+                        elif i >= 0:
+                            times[name].append(took)
+                        del keep
+                    except Exception:
+                        out[name] = {"error": traceback.format_exc()}
+        finally:
+            rates.append(copies.stop() or 0.0)
+            device.synchronize()
+            for contender in everybody:
+                contender.close()
+    for name, values in times.items():
+        if values and "error" not in out.get(name, {}):
+            out[name] = out.get(name, {}) | {"ready": summary(values)}
+    return {
+        "ids": ids,
+        "rotated_bytes": rotated,
+        "copied_gb_per_s": max(rates),
+        "contenders": out,
+    }
 
 
 def _queued_bytes(piece: int) -> int:
@@ -533,7 +619,7 @@ def _latency_cell(
     done = device.event()
     try:
         for i in range(-min(bench.warmup, 10), bench.few_samples if load else bench.samples):
-            for contender in everybody[i % len(everybody) :] + everybody[: i % len(everybody)]:
+            for contender in bench.shuffled(everybody):
                 name = contender.name
                 if name in failed:
                     continue
@@ -750,8 +836,7 @@ def _threads_cell(bench: Bench, count: int) -> dict[str, Any]:
 
     try:
         for block in range(-1, blocks):
-            turn = block % len(everybody)
-            for contender in everybody[turn:] + everybody[:turn]:
+            for contender in bench.shuffled(everybody):
                 name = contender.name
                 if name in failed:
                     continue
@@ -962,7 +1047,9 @@ def _mixed_stream(bench: Bench, calls: dict[str, Any], batch: Batch) -> dict[str
         return [partial(finish, stage(batch)) for _ in range(timer.repeats)]
 
     for i in range(-min(bench.warmup, 5), bench.samples):
-        for name, value in timer.added([(name, partial(calls_of, name)) for name in calls]):
+        for name, value in timer.added(
+            [(n, partial(calls_of, n)) for n in bench.shuffled([*calls])]
+        ):
             if isinstance(value, str):
                 raise RuntimeError(value)
             if i >= 0:

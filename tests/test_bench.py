@@ -9,15 +9,16 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from bench import figures, pages, report
-from bench.__main__ import main
-from bench.common import save, summary, two_calls_time
+from bench import figures, pages, regimes, report
+from bench.__main__ import default_path, main, parse
+from bench.common import host_time, save, summary, two_calls_time
 from bench.contenders import (
     BUFFER,
     BUFFERS,
@@ -27,6 +28,7 @@ from bench.contenders import (
     EAGER,
     EMPTY,
     FLOOR,
+    KINDS,
     POOLS,
     RAGGED,
     READY,
@@ -34,10 +36,12 @@ from bench.contenders import (
     TORCH,
     UVA,
     Contenders,
+    gather,
+    ready,
 )
-from bench.device import DURING_CALL, IN_STREAM_ORDER, Absent, Cuda, Host
+from bench.device import DURING_CALL, IN_STREAM_ORDER, Absent, Cuda, Host, HostEvent
 from bench.peers import Sources
-from bench.regimes import BULK, FUSED, KERNELS, PLAIN_MIXED, REGIMES, WAITED, Bench
+from bench.regimes import BULK, FUSED, KERNELS, PLAIN_MIXED, REGIMES, WAITED, Bench, unpaused_name
 from bench.targets import targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,8 +128,8 @@ def test_every_cell_of_a_gpu_run_runs_on_stand_ins(tmp_path: Path, package: Path
     assert result["errors"] == {}
     assert set(result["absent"]) == {BUFFER, UVA, CUPY}
     assert "0.5.23" in result["notes"][SGLANG]
-    regimes = result["regimes"]
-    for regime, cells in regimes.items():
+    measured = result["regimes"]
+    for regime, cells in measured.items():
         for name, cell in cells.items():
             assert "contenders" in cell or name.endswith((BUFFER, UVA, CUPY)), (regime, name, cell)
     for regime, name in (
@@ -135,10 +139,13 @@ def test_every_cell_of_a_gpu_run_runs_on_stand_ins(tmp_path: Path, package: Path
         ("threads", "4 threads, 8 x 1024 array"),
         ("history", "8192 behind 131072"),
     ):
-        assert {DEFERRED, SGLANG} <= set(regimes[regime][name]["contenders"]), regime
-    assert len(regimes["latency"]) == 3 + 3 * 3 * 4
+        assert {DEFERRED, SGLANG} <= set(measured[regime][name]["contenders"]), regime
+    assert len(measured["latency"]) == 3 + 3 * 3 * 4 + 4 * 2
+    beside = measured["latency"][unpaused_name(256, 2, 8192)]
+    assert beside["contenders"][DEFERRED]["ready"]["samples"] == 1
+    assert beside["copied_gb_per_s"] > 0
     for name, samples in (("idle, 8192 ids", 2), ("busy, 8192 ids", 1)):  # a quick one's, if slow
-        assert regimes["stream"][name]["contenders"][DEFERRED]["added"]["samples"] == samples
+        assert measured["stream"][name]["contenders"][DEFERRED]["added"]["samples"] == samples
     missing = [row["where"] for row in targets(result) if row["value"] is None]
     assert [where for where in missing if "no ratio" not in where] == [
         f"host, 1 x 8192 array: {BUFFER} has no total"
@@ -148,6 +155,69 @@ def test_every_cell_of_a_gpu_run_runs_on_stand_ins(tmp_path: Path, package: Path
 @pytest.mark.parametrize("quick, few", [(True, 5), (False, 20)])
 def test_only_a_quick_run_has_fewer_samples_of_slow_cells(quick: bool, few: int) -> None:
     assert Bench(Host(), Contenders(Host(), Sources(None)), 20, 3, quick, 10, 1).few_samples == few
+
+
+def test_ids_that_never_come_have_starved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regimes, "STARVED_S", 0.001)
+    late = iter([True, True, False])  # READY comes in time twice, and then no more
+
+    class Event(HostEvent):
+        def query(self) -> bool:
+            return next(late, False)
+
+    device = Host(gpu_regimes=True)
+    monkeypatch.setattr(device, "event", lambda timing=False: Event())
+    monkeypatch.setattr(Contenders, "all", lambda self, names, room: [ready(device, READY, room)])
+    bench = Bench(device, Contenders(device, Sources(None)), 6, 0, False, 1 << 20, 1)
+    cell = regimes.latency(bench)[unpaused_name(16, 2, 2048)]()
+    row = cell["contenders"][READY]
+    assert row["starved_after_s"] == 0.001 and row["answered"] == 2
+    assert row["ready"]["samples"] == 2
+    text = pages.sections(
+        made_up() | {"targets": [], "regimes": {"latency": {unpaused_name(16, 2, 2048): cell}}}
+    )["suite-unpaused"]
+    assert "none within 0.001 s" in text and "2 x 16 MiB, 2,048 ids" in text
+
+
+def test_turns_are_drawn_anew() -> None:
+    bench = Bench(Host(), Contenders(Host(), Sources(None)), 20, 3, True, 10, 1)
+    orders = {tuple(bench.shuffled(["a", "b", "c"])) for _ in range(100)}
+    assert len(orders) == 6
+
+
+def test_no_contender_gets_an_input_of_another() -> None:
+    seen: dict[str, list[int]] = {"a": [], "b": []}
+    host_time({name: into.append for name, into in seen.items()}, 50, 5, lambda: None)
+    assert sorted([*seen["a"], *seen["b"]]) == list(range(110))
+    first = [a < b for a, b in zip(seen["a"], seen["b"], strict=True)]
+    assert 10 < sum(first) < 45  # either goes first
+
+
+@pytest.mark.parametrize("requests", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_gathered_right(kind: str, requests: int) -> None:
+    bench = Bench(Host(), Contenders(Host(), Sources(None)), 20, 3, True, 10, 1)
+    batch = bench.requests(kind, [7 + r for r in range(requests)], 5)
+    into = np.zeros(sum(map(len, batch)), np.int64)
+    gather(batch, into)
+    assert into.tolist() == [int(i) for request in batch for i in request]
+
+
+@pytest.mark.parametrize(
+    "arguments, folder",
+    [
+        ([], "results"),
+        (["--quick"], "bench"),
+        (["--rehearse"], "bench"),
+        (["--samples", "600"], "bench"),
+        (["--regimes", "host"], "bench"),
+    ],
+)
+def test_only_a_whole_run_on_a_gpu_goes_to_the_pages(arguments: list[str], folder: str) -> None:
+    gpu, host = SimpleNamespace(cuda=True, name="NVIDIA X"), Host()
+    path = default_path(gpu, parse(arguments))
+    assert path.parent.name == folder and path.name == "suite-nvidia-x.json"
+    assert default_path(host, parse(arguments)).parent.name == "bench"
 
 
 def test_options_that_are_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

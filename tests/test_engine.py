@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import random
-import shutil
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from bench.copies import CALLS, Copies, compiled, loop_of
 from bench.engine import __main__ as command
 from bench.engine import experiment, tables
-from bench.engine.inside import _CALLS
 from bench.engine.plans import BURSTS, PLANS, STREAM, Traffic, Workload
 
 # --- the copies beside ---------------------------------------------------------------------------
@@ -27,28 +25,18 @@ SIZE = 4096
 
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    library = tmp_path_factory.mktemp("traffic") / "traffic.so"
-    source = Path(experiment.__file__).with_name("traffic.c")
-    flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run([compiler, *flags, "-o", library, source], check=True)
-    function = ctypes.CDLL(str(library)).traffic
-    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    function.argtypes = [pointer, number, pointer, pointer, size, number, number, pointer, pointer]
-    return function
+    return loop_of(compiled(tmp_path_factory.mktemp("copies")))
 
 
 class Runtime:
-    """CUDA's calls as traffic.c sees them: noted, and stopped after some copies."""
+    """CUDA's calls as copies.c sees them: noted, and stopped after some copies."""
 
     def __init__(self, stop: ctypes.c_int, copies: int, fails: str = "") -> None:
         self.calls: list[str] = []
         self.queued = self.most = 0
         self._stop, self._left, self._fails = stop, copies, fails
         kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 5)
-        self._keep = [kind(self._call(name)) for name in _CALLS]
+        self._keep = [kind(self._call(name)) for name in CALLS]
         pointers = [ctypes.cast(f, ctypes.c_void_p).value for f in self._keep]
         self.table = (ctypes.c_void_p * len(pointers))(*pointers)
 
@@ -100,7 +88,7 @@ def test_bursts_end_before_the_next(loop: Any) -> None:
     assert copies == ([*["cudaMemcpyAsync"] * 4, "cudaStreamSynchronize"]) * 3
 
 
-@pytest.mark.parametrize("name", [c for c in _CALLS if "Synchronize" not in c and "Event" not in c])
+@pytest.mark.parametrize("name", [c for c in CALLS if "Synchronize" not in c and "Event" not in c])
 def test_an_error_of_the_runtime_ends_the_copies(loop: Any, name: str) -> None:
     stop = ctypes.c_int(0)
     assert copied(loop, Runtime(stop, 5, fails=name), stop, depth=2, pause=0)[0] == 700
@@ -118,6 +106,26 @@ def test_on_the_host_they_are_copies_too(loop: Any) -> None:
     stop.value = 1
     thread.join()
     assert target.raw == source.raw
+
+
+def test_copies_start_and_stop(tmp_path: Path) -> None:
+    copies = Copies(-1, compiled(tmp_path))
+    assert copies.stop() is None
+    for _ in range(2):
+        copies.start(0.5, 2)
+        with pytest.raises(RuntimeError, match="running already"):
+            copies.start(0.5, 2)
+        while copies.count < 2:
+            time.sleep(0)
+        rate = copies.stop()
+        assert rate is not None and rate > 0
+        assert copies.count >= 2
+
+
+def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="install one, or set CC"):
+        compiled(tmp_path)
 
 
 # --- figures -------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
+from bench.copies import compiled
 from bench.engine.plans import Plan, Workload
 from bench.engine.tables import VARIANTS, line, poisson, row_of, trace_row
 from pystage.trace import sample_trace
@@ -44,8 +44,8 @@ class OutOfTime(Exception):
 
 
 def prepare(folder: Path, plan: Plan) -> Path:
-    """Into ``folder``: the model's configuration, the traffic loop, and a package that makes SGLang
-    load ``inside`` as a plugin and stands in for kernels that are not installed."""
+    """Into ``folder``: the model's configuration, the loop of the copies, and a package that makes
+    SGLang load ``inside`` as a plugin and stands in for kernels that are not installed."""
     site = folder / "site"
     metadata = site / "pystage_engine_bench-0.dist-info"
     metadata.mkdir(parents=True)
@@ -61,12 +61,7 @@ def prepare(folder: Path, plan: Plan) -> Path:
     )
     (folder / "model").mkdir()
     (folder / "model/config.json").write_text(json.dumps(plan.model))
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
-    if compiler is None:
-        raise SystemExit("no C compiler: the copies beside the engine are a C loop; set CC")
-    source = Path(__file__).with_name("traffic.c")
-    library = folder / "traffic.so"
-    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
+    compiled(folder)
     return site
 
 
@@ -96,7 +91,7 @@ class Side:
             "PYTHONPATH": os.pathsep.join(p for p in path if p),
             "PYSTAGE_SGLANG": "1" if name == "on" else "0",
             "PYSTAGE_ENGINE_CONTROL": str(folder / f"{name}.control"),
-            "PYSTAGE_ENGINE_TRAFFIC": str(folder / "traffic.so"),
+            "PYSTAGE_ENGINE_TRAFFIC": str(folder / "copies.so"),
             "SGLANG_DISABLED_MODEL_ARCHS": other_models(),
             "PYTHONUNBUFFERED": "1",
             **plan.environment,

@@ -11,7 +11,6 @@ While no trace is on, nothing of it is on the path of a request. A thread listen
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -24,6 +23,8 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
+
+from bench.copies import Copies
 
 logger = logging.getLogger("pystage.engine")
 INIT_STD = 0.02
@@ -70,7 +71,7 @@ class Control:
         self.scheduler = scheduler
         self.cuda = torch.device(scheduler.tp_worker.model_runner.device).type == "cuda"
         self.device = torch.cuda.current_device() if self.cuda else -1
-        self.traffic = Copies(self.device)
+        self.traffic = Copies(self.device, Path(os.environ["PYSTAGE_ENGINE_TRAFFIC"]))
         self.trace = Trace(scheduler, self.cuda)
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._server.bind(path)
@@ -95,7 +96,10 @@ class Control:
 
     def answer(self, op: str, **given: Any) -> dict[str, Any]:
         if op == "traffic":
-            return self.traffic.start(**given) if given.pop("on") else self.traffic.stop()
+            if given.pop("on"):
+                self.traffic.start(**given)
+                return {}
+            return {"gb_per_s": self.traffic.stop()}
         if op == "trace":
             return self.trace.start() if given["on"] else self.trace.stop()
         if op == "bypass":
@@ -137,100 +141,6 @@ class Control:
         if controller is not None:
             told["hicache"] = controller.io_backend
         return told
-
-
-# --- traffic ------------------------------------------------------------------------------------
-
-_CALLS = (
-    "cudaSetDevice",
-    "cudaStreamCreateWithFlags",
-    "cudaStreamDestroy",
-    "cudaStreamSynchronize",
-    "cudaEventCreateWithFlags",
-    "cudaEventDestroy",
-    "cudaEventRecord",
-    "cudaEventSynchronize",
-    "cudaMemcpyAsync",
-)
-
-
-class Copies:
-    """The C loop of traffic.c in a thread."""
-
-    def __init__(self, device: int) -> None:
-        self._device = device
-        self._thread: threading.Thread | None = None
-        self._buffers: dict[int, tuple[Any, Any]] = {}
-        self._loop = ctypes.CDLL(os.environ["PYSTAGE_ENGINE_TRAFFIC"]).traffic
-        self._loop.argtypes = [
-            ctypes.c_void_p,
-            ctypes.c_int,
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_size_t,
-            ctypes.c_int,
-            ctypes.c_uint,
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-        ]
-        self._runtime = None
-        if device >= 0:
-            runtime = ctypes.CDLL(_loaded("libcudart"))
-            calls = [ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value for name in _CALLS]
-            self._runtime = (ctypes.c_void_p * len(calls))(*calls)
-
-    def start(self, mib: int, depth: int, pause_ms: float) -> dict[str, Any]:
-        import torch
-
-        if self._thread is not None:
-            raise RuntimeError("copies are running already")
-        size = mib << 20
-        if size not in self._buffers:
-            source = torch.ones(size, dtype=torch.uint8, pin_memory=self._device >= 0)
-            target = torch.empty(size, dtype=torch.uint8, device="cuda" if self._runtime else "cpu")
-            self._buffers[size] = source, target
-        source, target = self._buffers[size]
-        if self._runtime is not None:
-            torch.cuda.synchronize()
-        self._stop, self._count, self._error = ctypes.c_int(0), ctypes.c_uint64(0), 0
-        self._size, self._begun = size, time.perf_counter()
-
-        def run() -> None:
-            self._error = self._loop(
-                self._runtime,
-                self._device,
-                target.data_ptr(),
-                source.data_ptr(),
-                size,
-                depth,
-                round(pause_ms * 1000),
-                ctypes.byref(self._stop),
-                ctypes.byref(self._count),
-            )
-
-        self._thread = threading.Thread(target=run, daemon=True)
-        self._thread.start()
-        return {}
-
-    def stop(self) -> dict[str, Any]:
-        if self._thread is None:
-            return {"gb_per_s": None}  # stopped already, for a request that starved
-        self._stop.value = 1
-        self._thread.join()
-        self._thread = None
-        if self._error:
-            raise RuntimeError(f"copies beside the engine: the runtime's error {self._error}")
-        seconds = time.perf_counter() - self._begun
-        return {"gb_per_s": round(self._count.value * self._size / seconds / 1e9, 2)}
-
-
-def _loaded(library: str) -> str:
-    """The path of a library of this process."""
-    for text in Path("/proc/self/maps").read_text().splitlines():
-        path = text.split()[-1]
-        if Path(path).name.startswith(library):
-            return path
-    raise RuntimeError(f"{library} is not loaded in this process")
 
 
 # --- trace --------------------------------------------------------------------------------------

@@ -35,13 +35,13 @@ static void rest(unsigned microseconds) {
 /* Keeps `depth` copies of `bytes` queued until *stop. With `pause_us`, it waits for them and rests
  * so long before it queues the next `depth`. Counts finished copies. Returns 0, or the error of the
  * runtime's first call that failed. */
-int traffic(const struct runtime* cuda, int device, void* dst, const void* src, size_t bytes,
-            int depth, unsigned pause_us, volatile int* stop, volatile uint64_t* copies) {
+int copies(const struct runtime* cuda, int device, void* dst, const void* src, size_t bytes,
+           int depth, unsigned pause_us, volatile int* stop, volatile uint64_t* done) {
   if (depth < 1 || depth > MOST) return -1;
   if (!cuda) {
-    for (; !*stop; ++*copies) {
+    for (; !*stop; ++*done) {
       memcpy(dst, src, bytes);
-      if (pause_us && *copies % depth == 0) rest(pause_us);
+      if (pause_us && *done % depth == 0) rest(pause_us);
     }
     return 0;
   }
@@ -56,7 +56,7 @@ int traffic(const struct runtime* cuda, int device, void* dst, const void* src, 
     void* event = events[n % depth];
     if (n >= (uint64_t)depth) {
       TRY(cuda->event_synchronize(event));
-      *copies = n - depth + 1;
+      *done = n - depth + 1;
     }
     if (pause_us && n && n % depth == 0) {
       TRY(cuda->stream_synchronize(stream));
@@ -66,7 +66,7 @@ int traffic(const struct runtime* cuda, int device, void* dst, const void* src, 
     TRY(cuda->event_record(event, stream));
   }
   TRY(cuda->stream_synchronize(stream));
-  *copies = n;
+  *done = n;
   for (int i = 0; i < depth; ++i) TRY(cuda->event_destroy(events[i]));
   return cuda->stream_destroy(stream);
 }

@@ -1,0 +1,131 @@
+"""Host-to-device copies beside other work, from a C loop (copies.c) that holds no GIL."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CALLS = (  # in the order of copies.c
+    "cudaSetDevice",
+    "cudaStreamCreateWithFlags",
+    "cudaStreamDestroy",
+    "cudaStreamSynchronize",
+    "cudaEventCreateWithFlags",
+    "cudaEventDestroy",
+    "cudaEventRecord",
+    "cudaEventSynchronize",
+    "cudaMemcpyAsync",
+)
+
+
+def compiled(folder: Path) -> Path:
+    """The loop, compiled into ``folder``.
+
+    Raises:
+        FileNotFoundError: there is no C compiler.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    if compiler is None:
+        raise FileNotFoundError("no C compiler for bench/copies.c: install one, or set CC")
+    library = folder / "copies.so"
+    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    source = Path(__file__).with_name("copies.c")
+    subprocess.run([compiler, *flags, "-o", library, source], check=True)
+    return library
+
+
+def loop_of(library: Path) -> Any:
+    """The function of a compiled ``library``."""
+    loop = ctypes.CDLL(str(library)).copies
+    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    loop.argtypes = [pointer, number, pointer, pointer, size, number, number, pointer, pointer]
+    return loop
+
+
+class Copies:
+    """Copies from pinned memory to a GPU (``device`` >= 0), or within the host's memory (-1)."""
+
+    def __init__(self, device: int, library: Path) -> None:
+        self._device, self._loop = device, loop_of(library)
+        self._thread: threading.Thread | None = None
+        self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._runtime = None
+        if device >= 0:
+            runtime = ctypes.CDLL(_loaded("libcudart"))
+            calls = [ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value for name in CALLS]
+            self._runtime = (ctypes.c_void_p * len(calls))(*calls)
+
+    def start(self, mib: float, depth: int, pause_ms: float = 0.0) -> None:
+        """``depth`` copies of ``mib`` MiB stay queued; with a pause, they end before it."""
+        if self._thread is not None:
+            raise RuntimeError("copies are running already")
+        size = int(mib * 2**20)
+        if size not in self._buffers:
+            cuda = self._device >= 0
+            where = f"cuda:{self._device}" if cuda else "cpu"
+            self._buffers[size] = (
+                torch.ones(size, dtype=torch.uint8, pin_memory=cuda),
+                torch.empty(size, dtype=torch.uint8, device=where),
+            )
+            if cuda:
+                torch.cuda.synchronize(self._device)
+        source, target = self._buffers[size]
+        self._stop, self._count, self._error = ctypes.c_int(0), ctypes.c_uint64(0), 0
+        self._size, self._begun = size, time.perf_counter()
+
+        def run() -> None:
+            self._error = self._loop(
+                self._runtime,
+                self._device,
+                target.data_ptr(),
+                source.data_ptr(),
+                size,
+                depth,
+                round(pause_ms * 1000),
+                ctypes.byref(self._stop),
+                ctypes.byref(self._count),
+            )
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    @property
+    def count(self) -> int:
+        """Copies done since the start."""
+        return int(self._count.value)
+
+    def stop(self) -> float | None:
+        """Ends them, and waits for those that are queued.
+
+        Returns:
+            GB/s; None if none were running.
+
+        Raises:
+            RuntimeError: a call of the CUDA runtime failed; with its number.
+        """
+        if self._thread is None:
+            return None
+        self._stop.value = 1
+        self._thread.join()
+        self._thread = None
+        if self._error:
+            raise RuntimeError(f"copies beside: error {self._error} of the CUDA runtime")
+        seconds = time.perf_counter() - self._begun
+        return round(self.count * self._size / seconds / 1e9, 2)
+
+
+def _loaded(library: str) -> str:
+    """The path of a library of this process."""
+    for text in Path("/proc/self/maps").read_text().splitlines():
+        path = text.split()[-1]
+        if Path(path).name.startswith(library):
+            return path
+    raise RuntimeError(f"{library} is not loaded in this process")
