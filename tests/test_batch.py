@@ -808,3 +808,61 @@ def test_filter_refuses_what_is_not_there(pool: pystage.StagingPool, device: str
             filter(batch, [0])
     with pytest.raises(pystage.UnresolvedInputsError):
         filter(PrefillBatch(device, extend_lens=[1]), [0])
+
+
+# --- what counts as resolved, empty, or a prefill ------------------------------------------------
+
+
+def test_ids_of_the_batch_before_do_not_count_as_resolved(
+    pool: pystage.StagingPool, device: str
+) -> None:
+    """An engine that stages a batch's next ids itself may leave the old ones standing."""
+    batch = staged(pool, [5, 6])
+    batch.input_ids = tensor([1, 2], device)
+    assert resolved_ids(batch) == [5, 6]
+
+
+def test_ids_with_running_requests_behind_are_not_resolved(device: str) -> None:
+    batch = PrefillBatch(
+        device, input_ids=tensor([5], device), mix_running_indices=tensor([1], device)
+    )
+    assert resolved_ids(batch, tensor([7, 8], device)) == [5, 8]
+
+
+@dataclass
+class Mode:
+    extend: bool
+
+    def is_extend(self) -> bool:
+        return self.extend
+
+
+def test_only_an_extend_needs_ids_of_its_own(device: str) -> None:
+    relay = tensor([7, 8, 9], device)
+    for extend in (False, True):
+        batch: Any = PrefillBatch(device, req_pool_indices=tensor([2, 0], device))
+        batch.forward_mode = Mode(extend)
+        if extend:
+            with pytest.raises(pystage.UnresolvedInputsError, match="has neither input_ids nor"):
+                resolve_forward_inputs(batch, relay)
+        else:
+            assert resolved_ids(batch, relay) == [9, 7]
+
+
+def test_an_empty_batch_leaves_a_resolved_one_resolved(device: str) -> None:
+    ids = tensor([5, 6], device)
+    for left_out in (PrefillBatch(device), PrefillBatch(device, input_ids=ids[:0])):
+        batch = PrefillBatch(device, input_ids=ids, extend_lens=[2])
+        merge(batch, left_out)
+        assert batch.input_ids is ids and batch.prefill_input_ids_cpu is None
+        merge(left_out, batch)
+        assert left_out.input_ids is ids and left_out.prefill_input_ids_cpu is None
+
+
+def test_running_requests_leave_nothing_resolved(device: str) -> None:
+    """A batch without prefill ids is not empty when it has running requests."""
+    batch = PrefillBatch(device, input_ids=tensor([5], device), extend_lens=[1])
+    running = PrefillBatch(device, mix_running_indices=tensor([1], device), extend_lens=[1])
+    merge(batch, running)
+    assert batch.input_ids is None
+    assert resolved_ids(batch, tensor([7, 8], device)) == [5, 8]

@@ -173,15 +173,15 @@ def test_a_missing_id_fails(
 
 
 def test_a_difference_is_traced_to_its_request() -> None:
-    batch = trace.Batch(requests=[4, 7], starts=[0, 512], stops=[3, 520])
+    batch = trace.Batch(requests=[4, 7], starts=[2, 512], stops=[5, 520])
     plain = torch.arange(11)
     ours = plain.clone()
     ours[5] = 99
     text = _replay._describe_difference(batch, ours, plain)
     assert text.startswith("id 5 (request 7, position 514) is 99 through the pool and 5 by")
     assert [_replay._request_of(batch, at) for at in (0, 2, 3, 10)] == [
-        (4, 0),
         (4, 2),
+        (4, 4),
         (7, 512),
         (7, 519),
     ]
@@ -234,10 +234,10 @@ def test_paths_take_turns_and_see_the_chunks(
 
 
 def test_warm_up_is_in_no_figure(mooncake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed: list[int] = []
+    timed: list[list[int]] = []
 
     def count(nanoseconds: Any) -> _replay.HostTime:
-        timed.append(len(nanoseconds))
+        timed.append([int(ns) for ns in nanoseconds])
         return _replay.HostTime(1.0, 1.0, 1.0)
 
     monkeypatch.setattr(_replay, "_host_time", count)
@@ -245,7 +245,8 @@ def test_warm_up_is_in_no_figure(mooncake: Path, monkeypatch: pytest.MonkeyPatch
     with pystage.StagingPool("cpu") as pool:
         report = _replay.replay(pool, work, "deferred", lambda: None)
         assert pool.stats().stages == 11
-    assert timed == [7] * 4  # stage, resolve, both, plain
+    assert [len(times) for times in timed] == [7] * 4  # stage, resolve, both, plain
+    assert timed[2] == [a + b for a, b in zip(timed[0], timed[1], strict=True)]
     assert report.tokens == 7 * 30
     assert report.pool.wire_bytes == 7 * 30 * 4
 

@@ -221,6 +221,49 @@ def test_a_pool_that_leaves_its_memory_is_not_well(monkeypatch: pytest.MonkeyPat
     assert check.figures["batches"] == check.figures["fallbacks"] == 128
 
 
+def test_a_pool_that_allocates_again_is_not_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forgets(pystage.StagingPool):
+        staged = 0
+
+        def stage(self, *args: Any, **kwargs: Any) -> Any:
+            self.staged += 1
+            if self.staged == 100:  # after the warm-up
+                self.trim()
+            return super().stage(*args, **kwargs)
+
+    monkeypatch.setattr(doctor, "StagingPool", Forgets)
+    check = doctor._self_test(CPU, 0.0)
+    assert check.figures["allocations_after_warm_up"] > 0 and check.figures["fallbacks"] == 0
+    assert not check.ok
+
+
+@pytest.mark.parametrize(
+    ("active", "broken", "enabled", "off", "ok"),
+    [
+        (["staging"], [], True, "", True),
+        (["staging"], ["resolve"], True, "", False),
+        ([], [], True, "not as expected", False),
+        ([], [], False, "PYSTAGE_SGLANG=0", True),
+        ([], [], True, "SGLANG_PLUGINS leaves it out", True),
+    ],
+)
+def test_a_plugin_is_well_or_off_on_purpose(
+    active: list[str],
+    broken: list[str],
+    enabled: bool,
+    off: str,
+    ok: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    status = {"active": active, "broken": broken, "settings": {"enabled": enabled}, "off": off}
+    answer = json.dumps({**status, "line": "the line", "ray": ""})
+    done = subprocess.CompletedProcess([], 0, stdout=f"a log line\n{answer}\n", stderr="")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **kwargs: done)
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "9.9")
+    check = doctor._sglang()
+    assert check.ok is ok and check.found == "9.9; the line"
+
+
 def test_what_cannot_be_looked_at_is_not_well(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(device: torch.device) -> doctor.Check:
         raise pystage.DeviceError("cudaGetDeviceProperties: no such device")

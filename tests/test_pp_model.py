@@ -475,3 +475,29 @@ def test_a_usable_fit_is_logged_with_its_error(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.INFO, logger="pystage.pp.model"):
         LatencyModel.fit(samples_of(law))
     assert "law form, hold-out error median" in caplog.text
+
+
+def test_an_error_is_of_the_measured_against_the_predicted() -> None:
+    model = LatencyModel.fit(samples_of(law, noise=0.02))
+    slow = Sample(8192, 4096, 2 * model.predict(8192, 4096))
+    assert model.errors([slow])[0] == pytest.approx(math.log(2))
+
+
+def test_a_refit_that_is_as_good_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LatencyModel.fit(samples_of(law, noise=0.02))
+    form = model.form
+    monkeypatch.setattr(
+        "pystage.pp.model._fit_form", lambda *_: (dataclasses.replace(form), None, None)
+    )
+    assert not model.update(chunks_run(law, 2 * model.REFIT_EVERY, seed=3))
+    assert model.form is form
+
+
+def test_the_report_is_of_the_form_that_was_refitted() -> None:
+    model = LatencyModel.fit(samples_of(law, noise=0.02))
+    before = model.report
+    slower = lambda history, chunk: 1.3 * law(history, chunk)  # noqa: E731
+    assert model.update(chunks_run(slower, 256, seed=5))
+    coefficients = dict(zip(model.form.terms(), model.form.coefficients, strict=True))
+    assert model.report.coefficients == coefficients != before.coefficients
+    assert model.report.floor_ms == model.form.floor_ms
