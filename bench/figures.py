@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import amount
+from bench.engine import page as engine
 from bench.pages import indented, source, tabulate
 
 RESULTS = Path("bench/results")  # below the repository's root, as all that follow
@@ -21,6 +22,7 @@ PLOT = Path("docs/staging.svg")
 PIPELINE_PLOT = Path("docs/pp-profile.svg")
 FAULTS = RESULTS / "faults-nvidia-h200.json"
 SUSTAINED_PLOT = Path("docs/sustained.svg")
+ENGINE_PLOT = Path("docs/engine.svg")
 SHAPES = ("1 x 128", "1 x 8192", "8 x 1024", "64 x 128", "1 x 16384", "1 x 131072")
 EVENER = "equal time, base x 2"
 
@@ -56,6 +58,7 @@ def sections(root: Path) -> dict[str, str]:
         "pp-source": source(pipeline, PIPELINE.name),
         "faults": faults_text(root / FAULTS),
         "sustained": sustained_table(sustained(root)),
+        "engine": engine.table(engine.newest(root / RESULTS)),
     }
 
 
@@ -67,6 +70,9 @@ def draw(root: Path) -> list[Path]:
     if run := sustained(root):
         plots.append(root / SUSTAINED_PLOT)
         draw_sustained(load(run), plots[-1])
+    if found := engine.newest(root / RESULTS):
+        plots.append(root / ENGINE_PLOT)
+        engine.draw(load(found), plots[-1])
     return plots
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from bench.copies import CALLS, Copies, compiled, loop_of
 from bench.engine import __main__ as command
-from bench.engine import experiment, tables
+from bench.engine import experiment, page, tables
 from bench.engine.plans import BURSTS, PLANS, STREAM, Traffic, Workload
 
 # --- the copies beside ---------------------------------------------------------------------------
@@ -219,6 +219,50 @@ def test_arrivals_are_poisson() -> None:
     at = tables.poisson(4.0, 4000, random.Random(3))
     assert at[0] == 0.0 and at == sorted(at)
     assert at[-1] / len(at) == pytest.approx(0.25, rel=0.1)
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def made_up_run(**changes: Any) -> dict[str, Any]:
+    late = sample(61_000.0, starved_s=20.0, freed_after_s=61.0)
+    rows = [
+        tables.row_of("prompt-4096", samples(times(119, 120), times(118, 121), times(117, 119))),
+        tables.row_of("prompt-4096+stream", samples([late], [late], times(119, 121))),
+        tables.row_of("loadback-256", samples(times(50), [], times(49))),
+    ]
+    plan = {"about": "an 8B model", "rows": rows, "cut": ["the run's time was over"]}
+    made = {"devices": 1, "date": "2026-01-01T00:00:00+00:00", "device": "GPU", "cores": 2}
+    made |= {"cpu": "CPU", "driver": "1", "torch": "2", "commit": "a" * 40, "command": "python x"}
+    made |= {"plans": {"main": plan}, "targets": tables.targets(rows, {}), "disclosed": ["that"]}
+    return json.loads(json.dumps({**made, **changes}))
+
+
+def test_the_page_is_that_of_the_newest_run_on_a_gpu(tmp_path: Path) -> None:
+    assert page.newest(tmp_path) is None and page.table(None) == "Not measured yet."
+    for name, date, devices in (("", "2026-01", 1), ("-b", "2026-02", 1), ("-cpu", "2026-03", 0)):
+        run = made_up_run(date=f"{date}-01T00:00:00+00:00", devices=devices)
+        (tmp_path / f"engine{name}.json").write_text(json.dumps(run))
+    newest = page.newest(tmp_path)
+    assert newest is not None and newest.name == "engine-b.json"
+    text = page.table(newest)
+    assert "a prompt of 4,096 ids, weights streamed beside" in text
+    assert "1 not within 20 s" in text and "not run" in text
+    assert "Not whole: the run's time was over." in text and "To disclose: that." in text
+    assert "1.5 (1.0 to 2.0)" in text  # of pairs 119 - 117 and 120 - 119
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_every_workload_has_a_name_for_people(plan: Any) -> None:
+    labels = [page.label(w.name) for w in plan.workloads]
+    assert all(labels) and len(set(labels)) == len(labels)
+
+
+def test_the_plot_says_who_starved(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    page.draw(made_up_run(), tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text()
+    assert "1 not within 20 s" in text and text.count("4,096 ids") == 2
 
 
 # --- plans ---------------------------------------------------------------------------------------
