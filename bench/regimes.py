@@ -157,7 +157,10 @@ SHAPES = {
     "8 x 1024": (1024,) * 8,
     "64 x 128": (128,) * 64,
     "256 x 64": (64,) * 256,
+    "1000 x 8": (8,) * 1000,
+    "4000 x 2": (2,) * 4000,
 }
+IN_FLIGHT = 8
 COLD_SHAPES = ("1 x 128", "1 x 8192", "8 x 1024", "64 x 128", "256 x 64", "1 x 131072")
 
 
@@ -172,12 +175,18 @@ def host(bench: Bench) -> dict[str, Cell]:
         for kind in ("list", "numpy", "tensor"):
             cells[f"{shape} {kind}"] = partial(_host_cell, bench, kind, SHAPES[shape], False)
     cells["1 x 8192 list, cold"] = partial(_host_cell, bench, "list", SHAPES["1 x 8192"], True)
+    for shape in ("1 x 8192", "64 x 128"):
+        name = f"{shape} array, {IN_FLIGHT} in flight"
+        cells[name] = partial(_host_cell, bench, "array", SHAPES[shape], False, IN_FLIGHT)
     cells["trace array, cold"] = partial(_trace_cell, bench)
     cells["bytes over the link"] = partial(_link_cell, bench)
     return cells
 
 
-def _host_cell(bench: Bench, kind: str, lengths: Sequence[int], cold: bool) -> dict[str, Any]:
+def _host_cell(
+    bench: Bench, kind: str, lengths: Sequence[int], cold: bool, in_flight: int = 1
+) -> dict[str, Any]:
+    """``in_flight``: so many calls of all are made before the device is drained."""
     count = sum(lengths)
     samples, warmup = budget(bench, count)
     everybody = [c for c in bench.contenders.all(EVERYBODY, count) if kind in c.takes]
@@ -187,7 +196,14 @@ def _host_cell(bench: Bench, kind: str, lengths: Sequence[int], cold: bool) -> d
     length = count * LIST_ID_BYTES // 8 if kind == "list" else count
     whole, _ = bench.inputs("array", [length], cold, number)
     ragged, _ = bench.inputs("array", lengths, cold, number)
-    return _two_calls(bench, everybody, whole, ragged, inputs, samples, warmup) | {
+    calls = itertools.count(1)
+
+    def settle() -> None:
+        if next(calls) % in_flight == 0:
+            bench.device.synchronize()
+
+    rows = _two_calls(bench, everybody, whole, ragged, inputs, samples, warmup, settle)
+    return rows | {
         "ids": count,
         "rotated_bytes": rotated,
     }
@@ -233,6 +249,7 @@ def _two_calls(
     inputs: Callable[[int], Batch],
     samples: int,
     warmup: int,
+    settle: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """All contenders and the floor, in turn. ``whole`` gives the floor's n-th array, ``ragged`` the
     same in parts."""
@@ -249,7 +266,7 @@ def _two_calls(
             inputs,
             samples,
             warmup,
-            bench.device.synchronize,
+            settle or bench.device.synchronize,
             {"floor": once},
         )
     finally:
@@ -803,6 +820,9 @@ def threads(bench: Bench) -> dict[str, Cell]:
     }
     for shape in ("1 x 8192", "8 x 1024", "64 x 128"):
         cells[f"CPU under load, {shape} array"] = partial(_loaded_cell, bench, SHAPES[shape])
+    for shape in ("1 x 8192", "64 x 128"):
+        name = f"Python thread beside, {shape} array"
+        cells[name] = partial(_python_beside_cell, bench, SHAPES[shape])
     return cells
 
 
@@ -909,6 +929,47 @@ def _loaded_cell(bench: Bench, lengths: Sequence[int]) -> dict[str, Any]:
     with cpu_load(processes):
         result = _host_cell(bench, "array", lengths, False)
     return result | {"load_processes": processes}
+
+
+@contextlib.contextmanager
+def python_beside() -> Iterator[None]:
+    """A thread of this process that computes in Python: it wants the GIL all the time, and whoever
+    lets go of it waits up to a switch interval (5 ms) to have it back."""
+    stop = threading.Event()
+
+    def work() -> None:
+        number = 0
+        while not stop.is_set():
+            for _ in range(1000):
+                number = (number * 31 + 7) % 1_000_003
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _python_beside_cell(bench: Bench, lengths: Sequence[int]) -> dict[str, Any]:
+    """No floor: it would wait for the GIL in places where no contender does."""
+    everybody = bench.contenders.all((DEFERRED, EAGER, TORCH, SGLANG, BUFFER, UVA), sum(lengths))
+    samples = bench.few_samples
+    inputs, rotated = bench.inputs("array", lengths, False, samples * len(everybody))
+    try:
+        with python_beside():
+            rows = two_calls_time(
+                {c.name: (c.stage, c.resolve) for c in everybody},
+                inputs,
+                samples,
+                min(bench.warmup, 10),
+                bench.device.synchronize,
+            )
+    finally:
+        for contender in everybody:
+            contender.close()
+    return {"ids": sum(lengths), "rotated_bytes": rotated, "contenders": rows}
 
 
 # --- 6: long history ---------------------------------------------------------------------------
