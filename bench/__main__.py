@@ -189,7 +189,7 @@ def regime_table(regime: str, cells: dict[str, Any]) -> Table:
                 table.add_row(cell, name, *[""] * 5, remark)
             if "bytes_per_id" in row:
                 table.add_row(cell, name, *[""] * 5, f"{row['bytes_per_id']:g} bytes an id")
-            if "starved_after_s" in row and "ready" not in row:
+            if "starved_after_s" in row:
                 table.add_row(cell, name, *[""] * 5, f"none within {row['starved_after_s']:g} s")
             if "error" in row or "absent" in row:
                 table.add_row(cell, name, *[""] * 5, "failed" if "error" in row else "absent")
@@ -211,8 +211,6 @@ def measures(row: dict[str, Any]) -> list[tuple[str, dict[str, float], str]]:
         remark = f"{row['pinned_bytes'] / 2**20:.1f} MiB, {row['allocations']} allocations"
     if "batches_per_second" in row:
         remark = f"{row['batches_per_second']:,.0f} batches/s"
-    if "starved_after_s" in row:
-        remark = f"starved: none within {row['starved_after_s']:g} s"
     if row.get("behind_traffic"):
         remark = f"{row['behind_traffic']:.0%} behind"
     for kind in ("total", "added", "ready"):

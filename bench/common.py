@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import itertools
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count, cycle
+from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,11 +33,9 @@ BUILD = RESULTS.parents[1] / "build/bench"  # of looks and rehearsals, which no 
 VOCAB = 128_256
 
 
-def random_ids(length: int, rng: random.Random) -> array[int]:
-    """``length`` ids of the vocabulary; distinct int objects once made a list, as in a server."""
-    return array(
-        "q", np.random.default_rng(rng.getrandbits(64)).integers(0, VOCAB, length).tolist()
-    )
+def random_ids(count: int, rng: random.Random) -> array[int]:
+    """``count`` ids of the vocabulary; distinct int objects once made a list, as in a server."""
+    return array("q", np.random.default_rng(rng.getrandbits(64)).integers(0, VOCAB, count).tolist())
 
 
 def summary(samples_us: Sequence[float]) -> dict[str, float]:
@@ -83,7 +82,7 @@ def host_time(
     """
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
-    number, order = count(), random.Random(5)
+    number, order = itertools.count(), random.Random(5)
     with collector_off():
         for i in range(-warmup, samples):
             for name in order.sample(names, len(names)):
@@ -168,11 +167,11 @@ def cpu_cache_bytes() -> int:
 def arriving(requests: list[Request]) -> Iterator[Batch]:
     """Batches of the one to four requests that are there at a time, so of all sizes."""
     first = 0
-    for number in cycle((1, 2, 3, 4)):
-        group = [requests[(first + i) % len(requests)] for i in range(number)]
+    for count in cycle((1, 2, 3, 4)):
+        group = [requests[(first + i) % len(requests)] for i in range(count)]
         for batch in prefill_batches(group):
             yield replace(batch, requests=[first + r for r in batch.requests])
-        first += number
+        first += count
 
 
 def _output(*command: str) -> str:
@@ -232,6 +231,19 @@ def save(path: Path, result: dict[str, Any]) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result that was saved."""
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def newest_on_gpu(folder: Path, benchmark: str) -> Path | None:
+    """The newest result of ``benchmark`` that a GPU gave, if there is one."""
+    runs = {path: load(path) for path in folder.glob(f"{benchmark}*.json")}
+    on_gpu = [path for path, run in runs.items() if run["devices"]]
+    return max(on_gpu, key=lambda path: str(runs[path]["date"]), default=None)
 
 
 def write_result(name: str, result: dict[str, Any], out: str | Path | None) -> Path:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from bench.device import cuda_runtime
+
 CALLS = (  # in the order of copies.c
     "cudaSetDevice",
     "cudaStreamCreateWithFlags",
@@ -59,7 +61,7 @@ class Copies:
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._runtime = None
         if device >= 0:
-            runtime = ctypes.CDLL(_loaded("libcudart"))
+            runtime = cuda_runtime()
             calls = [ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value for name in CALLS]
             self._runtime = (ctypes.c_void_p * len(calls))(*calls)
 
@@ -120,12 +122,3 @@ class Copies:
             raise RuntimeError(f"copies beside: error {self._error} of the CUDA runtime")
         seconds = time.perf_counter() - self._begun
         return round(self.count * self._size / seconds / 1e9, 2)
-
-
-def _loaded(library: str) -> str:
-    """The path of a library of this process."""
-    for text in Path("/proc/self/maps").read_text().splitlines():
-        path = text.split()[-1]
-        if Path(path).name.startswith(library):
-            return path
-    raise RuntimeError(f"{library} is not loaded in this process")

@@ -123,7 +123,7 @@ class _Attributes(ctypes.Structure):
     )
 
 
-def _cuda_runtime() -> ctypes.CDLL:
+def cuda_runtime() -> ctypes.CDLL:
     """The CUDA runtime that torch has loaded."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         if "libcudart" in line:
@@ -155,7 +155,7 @@ class Cuda(Host):
         torch.cuda.set_device(device)
         torch.cuda.init()
         self.name = torch.cuda.get_device_name(device)
-        self._runtime = _cuda_runtime()
+        self._runtime = cuda_runtime()
         version = ctypes.c_int()
         self._check("cudaRuntimeGetVersion", ctypes.byref(version))
         self.runtime = version.value

@@ -3,13 +3,13 @@ pipeline (pp_prefill.py), from their results. Those of the whole benchmark are i
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import amount
+from bench import svg
+from bench.common import amount, load, newest_on_gpu
 from bench.engine import page as engine
 from bench.pages import indented, source, tabulate
 
@@ -25,18 +25,6 @@ SUSTAINED_PLOT = Path("docs/sustained.svg")
 ENGINE_PLOT = Path("docs/engine.svg")
 SHAPES = ("1 x 128", "1 x 8192", "8 x 1024", "64 x 128", "1 x 16384", "1 x 131072")
 EVENER = "equal time, base x 2"
-
-
-def load(path: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(path.read_text())
-    return result
-
-
-def sustained(root: Path) -> Path | None:
-    """The newest sustained run on a GPU, if there is one."""
-    runs = {path: load(path) for path in (root / RESULTS).glob("sustained*.json")}
-    on_gpu = [path for path, run in runs.items() if run["devices"]]
-    return max(on_gpu, key=lambda path: str(runs[path]["date"]), default=None)
 
 
 def sections(root: Path) -> dict[str, str]:
@@ -57,8 +45,8 @@ def sections(root: Path) -> dict[str, str]:
         "pp-targets": pipeline_targets(pipeline["results"]),
         "pp-source": source(pipeline, PIPELINE.name),
         "faults": faults_text(root / FAULTS),
-        "sustained": sustained_table(sustained(root)),
-        "engine": engine.table(engine.newest(root / RESULTS)),
+        "sustained": sustained_table(newest_on_gpu(root / RESULTS, "sustained")),
+        "engine": engine.table(newest_on_gpu(root / RESULTS, "engine")),
     }
 
 
@@ -67,10 +55,10 @@ def draw(root: Path) -> list[Path]:
     plots = [root / PLOT, root / PIPELINE_PLOT]
     draw_staging(load(root / STAGING), plots[0])
     draw_pipeline(load(root / PIPELINE), plots[1])
-    if run := sustained(root):
+    if run := newest_on_gpu(root / RESULTS, "sustained"):
         plots.append(root / SUSTAINED_PLOT)
         draw_sustained(load(run), plots[-1])
-    if found := engine.newest(root / RESULTS):
+    if found := newest_on_gpu(root / RESULTS, "engine"):
         plots.append(root / ENGINE_PLOT)
         engine.draw(load(found), plots[-1])
     return plots
@@ -377,12 +365,7 @@ def pipeline_targets(measured: dict[str, Any]) -> str:
 
 
 def draw_staging(result: dict[str, Any], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "pystage"  # the same figures give the same file
-    from matplotlib import pyplot as plt
-
+    plt = svg.pyplot()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     grey, blue = "#9a9a9a", "#1f6fb4"
     cells = [result["host"][f"{s} array"] for s in SHAPES]
@@ -446,35 +429,25 @@ def draw_staging(result: dict[str, Any], path: Path) -> None:
     right.set(title="8,192 ids: call to device, us", yscale="log")
     right.legend(fontsize=7, frameon=False, loc="upper left")
     for axis in (left, middle, right):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.title.set_fontsize(9)
-        axis.tick_params(labelsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+        svg.plain(axis)
+    svg.save(figure, path)
 
 
 def draw_pipeline(result: dict[str, Any], path: Path) -> None:
     """The profile's samples, its fit and the plan, from the figures of the run."""
-    import matplotlib as mpl
-
     from pystage.pp import ChunkSizer, LatencyModel
     from pystage.pp.plot import plot_profile
 
-    mpl.rcParams["svg.hashsalt"] = "pystage"  # the same figures give the same file
+    svg.pyplot()
     ours = result["results"]["profile ours"]
     model = LatencyModel.from_json({"version": 1, **ours})
     sizer = ChunkSizer(model, base_chunk=8192, context_len=131072, context_margin=0)
-    plot_profile(sizer, 131072).savefig(path, metadata={"Date": None})
+    svg.save(plot_profile(sizer, 131072), path)
 
 
 def draw_sustained(result: dict[str, Any], path: Path) -> None:
     """Times and holdings of every minute."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "pystage"  # the same figures give the same file
-    from matplotlib import pyplot as plt
-
+    plt = svg.pyplot()
     rows = result["rows"]
     minutes = [row["minute"] for row in rows]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
@@ -506,9 +479,5 @@ def draw_sustained(result: dict[str, Any], path: Path) -> None:
     right.set(title="counts", xlabel="minute", ylim=(0, None))
     for axis in (left, middle, right):
         axis.legend(fontsize=6, frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.title.set_fontsize(9)
-        axis.tick_params(labelsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+        svg.plain(axis)
+    svg.save(figure, path)

@@ -59,19 +59,11 @@ from pystage.pp import (
 from pystage.pp.profile import cuda_timer, host_timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+from bench.llama import SHAPES as MODELS
 from bench.peers import Sources
 
 logger = logging.getLogger("pp_prefill")
 
-# The published shapes of Llama 3.2 1B and Llama 3.1 8B, and one for tests.
-MODELS: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
-    | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
-    | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
-}
 PARTS = ("profile", "heldout", "ttft", "trace")
 IN_FLIGHT = 2  # chunks enqueued ahead of the device, as an engine's overlap would
 

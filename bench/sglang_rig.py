@@ -8,7 +8,6 @@ Packages that are not installed (kernels, on most machines) are stood in for, by
 from __future__ import annotations
 
 import functools
-import json
 import sys
 import tempfile
 from array import array
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llama import TINY_LLAMA, write_config
 from stand_ins import CUDA_KERNELS, KERNELS, stand_in
 
 __all__ = ["CUDA_KERNELS", "KERNELS", "Rig", "let_configs_be_replaced", "model_folder", "stand_in"]
@@ -40,32 +40,10 @@ def let_configs_be_replaced() -> None:
 
 # --- a model's configuration ---------------------------------------------------------------------
 
-TINY_LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 512,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "torch_dtype": "float32",
-    "tie_word_embeddings": False,
-}
-
 
 def model_folder(**changes: Any) -> str:
     """A folder with the configuration of a tiny Llama; weights are made up when it is loaded."""
-    folder = Path(tempfile.mkdtemp(prefix="tiny-llama-"))
-    (folder / "config.json").write_text(json.dumps({**TINY_LLAMA, **changes}))
-    return str(folder)
+    return write_config(Path(tempfile.mkdtemp(prefix="tiny-llama-")), {**TINY_LLAMA, **changes})
 
 
 # --- the scheduler's parts -----------------------------------------------------------------------

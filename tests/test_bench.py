@@ -18,7 +18,7 @@ import torch
 
 from bench import figures, pages, regimes, report
 from bench.__main__ import default_path, main, parse
-from bench.common import host_time, save, summary, two_calls_time
+from bench.common import host_time, newest_on_gpu, save, summary, two_calls_time
 from bench.contenders import (
     BUFFER,
     BUFFERS,
@@ -485,7 +485,7 @@ def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
 def site(tmp_path: Path) -> Path:
     """The pages and the results, to be changed."""
     results = [figures.STAGING, figures.SGLANG, figures.PIPELINE, figures.FAULTS]
-    if run := figures.sustained(ROOT):
+    if run := newest_on_gpu(ROOT / figures.RESULTS, "sustained"):
         results.append(run.relative_to(ROOT))
     pages_and_results = (*report.PAGES, *map(str, results))
     for name in pages_and_results:

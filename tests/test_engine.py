@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from bench.common import newest_on_gpu
 from bench.copies import CALLS, Copies, compiled, loop_of
 from bench.engine import __main__ as command
-from bench.engine import experiment, page, tables
+from bench.engine import experiment, page, plans, tables
 from bench.engine.plans import BURSTS, PLANS, STREAM, Traffic, Workload
 
 # --- the copies beside ---------------------------------------------------------------------------
@@ -165,7 +166,7 @@ def test_a_starved_request_is_told_and_is_no_sample() -> None:
     assert row["off"]["answered"] == 1 and row["off"]["starved"] == 1
     assert row["off"]["given_up_after_s"] == 20.0 and row["off"]["ttft_ms"]["max"] == 5.0
     assert row["bypassed"]["ttft_ms"] is None
-    assert "1 starved" in tables.line(row)
+    assert "1 not within 20 s" in tables.line(row)
     told = {t["measure"]: t for t in tables.targets([row], {})}
     assert told["requests starved with pystage"]["ok"] is True
     turned = tables.row_of("prompt-8+stream", samples(times(5.0), [], [late]))
@@ -216,7 +217,7 @@ def test_a_trace_counts_the_batches_whose_ids_waited() -> None:
 
 
 def test_arrivals_are_poisson() -> None:
-    at = tables.poisson(4.0, 4000, random.Random(3))
+    at = plans.poisson(4.0, 4000, random.Random(3))
     assert at[0] == 0.0 and at == sorted(at)
     assert at[-1] / len(at) == pytest.approx(0.25, rel=0.1)
 
@@ -239,17 +240,17 @@ def made_up_run(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_page_is_that_of_the_newest_run_on_a_gpu(tmp_path: Path) -> None:
-    assert page.newest(tmp_path) is None and page.table(None) == "Not measured yet."
+    assert newest_on_gpu(tmp_path, "engine") is None and page.table(None) == "Not measured yet."
     for name, date, devices in (("", "2026-01", 1), ("-b", "2026-02", 1), ("-cpu", "2026-03", 0)):
         run = made_up_run(date=f"{date}-01T00:00:00+00:00", devices=devices)
         (tmp_path / f"engine{name}.json").write_text(json.dumps(run))
-    newest = page.newest(tmp_path)
+    newest = newest_on_gpu(tmp_path, "engine")
     assert newest is not None and newest.name == "engine-b.json"
     text = page.table(newest)
     assert "a prompt of 4,096 ids, weights streamed beside" in text
     assert "1 not within 20 s" in text and "not run" in text
     assert "Not whole: the run's time was over." in text and "To disclose: that." in text
-    assert "1.5 (1.0 to 2.0)" in text  # of pairs 119 - 117 and 120 - 119
+    assert "1.50 (1.00 to 2.00)" in text  # of pairs 119 - 117 and 120 - 119
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)

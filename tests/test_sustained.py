@@ -12,6 +12,7 @@ import torch
 
 import pystage
 from bench import figures, sustained
+from bench.common import newest_on_gpu
 
 SHORT = ("--device", "cpu", "--every", "0.4", "--traffic", "1")
 HELD = ("resident_bytes", "pool_bytes", "fds", "threads", "device_bytes", "contexts")
@@ -94,7 +95,7 @@ def test_a_minute_unlike_the_others_is_noticed() -> None:
 
 
 def test_the_page_and_the_plot_are_those_of_the_newest_run_on_a_gpu(tmp_path: Path) -> None:
-    assert figures.sustained(tmp_path) is None
+    assert newest_on_gpu(tmp_path / figures.RESULTS, "sustained") is None
     assert figures.sustained_table(None) == "Not measured yet."
     folder = tmp_path / figures.RESULTS
     folder.mkdir(parents=True)
@@ -109,7 +110,7 @@ def test_the_page_and_the_plot_are_those_of_the_newest_run_on_a_gpu(tmp_path: Pa
         ("sustained-c.json", {"date": "2026-03-01T00:00:00+00:00", "devices": 0}),
     ):
         (folder / name).write_text(json.dumps(copy.deepcopy(made) | changes))
-    newest = figures.sustained(tmp_path)
+    newest = newest_on_gpu(tmp_path / figures.RESULTS, "sustained")
     assert newest is not None and newest.name == "sustained-b.json"
     text = figures.sustained_table(newest)
     assert "20 minutes, 20,210 batches, 180 ids, 4 streams, beside copies of 512 MiB" in text

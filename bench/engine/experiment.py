@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import random
 import signal
@@ -23,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.copies import compiled
-from bench.engine.plans import Plan, Workload
-from bench.engine.tables import VARIANTS, line, poisson, row_of, trace_row
+from bench.engine.plans import Plan, Workload, poisson
+from bench.engine.tables import VARIANTS, line, row_of, trace_row
+from bench.llama import write_config
 from pystage.trace import sample_trace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +43,7 @@ class OutOfTime(Exception):
 # --- what both engines need -----------------------------------------------------------------------
 
 
-def prepare(folder: Path, plan: Plan) -> Path:
+def prepare(folder: Path, plan: Plan) -> None:
     """Into ``folder``: the model's configuration, the loop of the copies, and a package that makes
     SGLang load ``inside`` as a plugin and stands in for kernels that are not installed."""
     site = folder / "site"
@@ -59,10 +59,8 @@ def prepare(folder: Path, plan: Plan) -> Path:
     (site / "sitecustomize.py").write_text(
         f"from bench.stand_ins import stand_in\nstand_in({packages!r})\n"
     )
-    (folder / "model").mkdir()
-    (folder / "model/config.json").write_text(json.dumps(plan.model))
+    write_config(folder / "model", plan.model)
     compiled(folder)
-    return site
 
 
 def other_models() -> str:
@@ -182,7 +180,6 @@ class Experiment:
         self._span = (300, vocabulary - 300) if vocabulary > 10_000 else (3, vocabulary)
         self._turn = 0
         self._settled: str | None = None
-        self._traffic_stopped: dict[str, Any] = {}
         self.result: dict[str, Any] = {"about": plan.about, "rows": [], "traces": {}, "cut": []}
 
     def run(self) -> None:

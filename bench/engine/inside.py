@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.copies import Copies
+from bench.device import HostEvent
 
 logger = logging.getLogger("pystage.engine")
 INIT_STD = 0.02
@@ -146,17 +147,6 @@ class Control:
 # --- trace --------------------------------------------------------------------------------------
 
 
-class _HostEvent:
-    def __init__(self) -> None:
-        self.time = time.perf_counter()
-
-    def elapsed_time(self, end: _HostEvent) -> float:
-        return 1e3 * (end.time - self.time)
-
-    def synchronize(self) -> None:
-        """It has happened."""
-
-
 class Trace:
     """When a prefill's parts begin and end, on the host and on the stream that they run on:
 
@@ -178,9 +168,9 @@ class Trace:
             import torch
 
             event: Any = torch.cuda.Event(enable_timing=True)
-            event.record(stream) if stream is not None else event.record()
         else:
-            event = _HostEvent()
+            event = HostEvent()
+        event.record(*([] if stream is None else [stream]))
         self._current[name] = event, time.perf_counter()
 
     def _around(self, owner: Any, name: str, before: str | None, after: str | None) -> None:

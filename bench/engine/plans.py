@@ -1,43 +1,12 @@
-"""Models, engines and workloads."""
+"""Engines and workloads."""
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
-LLAMA_8B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "hidden_act": "silu",
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "torch_dtype": "bfloat16",
-    "tie_word_embeddings": False,
-}
-TINY: dict[str, Any] = {
-    **LLAMA_8B,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 512,
-    "max_position_embeddings": 4096,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "torch_dtype": "float32",
-}
+from bench.llama import LLAMA_8B, TINY_LLAMA
 
 
 @dataclass(frozen=True)
@@ -125,11 +94,21 @@ HICACHE = {  # the device holds fewer tokens than the conversations have: they g
     "hicache_write_policy": "write_through",
     "hicache_size": 12,
 }
-LOADBACK = (
-    Workload("loadback", 256, 4, 8, traced=8),
-    Workload("loadback", 2048, 6, 8, traced=8),
-    Workload("beside", 256, 6, 8, traced=8),
-)
+
+
+def loadback(backend: str, how: str) -> Plan:
+    return Plan(
+        f"HiCache that loads KV back by {how} (--hicache-io-backend {backend})",
+        LLAMA_8B,
+        {**HICACHE, "hicache_io_backend": backend},
+        (
+            Workload("loadback", 256, 4, 8, traced=8),
+            Workload("loadback", 2048, 6, 8, traced=8),
+            Workload("beside", 256, 6, 8, traced=8),
+        ),
+        history=6144,
+    )
+
 
 PLANS = {
     "main": Plan(
@@ -153,20 +132,8 @@ PLANS = {
         ),
         history=4096,
     ),
-    "direct": Plan(
-        "HiCache that loads KV back by copies (--hicache-io-backend direct)",
-        LLAMA_8B,
-        {**HICACHE, "hicache_io_backend": "direct"},
-        LOADBACK,
-        history=6144,
-    ),
-    "kernel": Plan(
-        "HiCache that loads KV back by kernels (--hicache-io-backend kernel, the default)",
-        LLAMA_8B,
-        {**HICACHE, "hicache_io_backend": "kernel"},
-        LOADBACK,
-        history=6144,
-    ),
+    "direct": loadback("direct", "copies"),
+    "kernel": loadback("kernel", "kernels, as is the default"),
     "offload": Plan(
         "weights of 4 GiB that stay on the host (--cpu-offload-gb 4)",
         LLAMA_8B,
@@ -175,7 +142,7 @@ PLANS = {
     ),
     "tiny": Plan(
         "a tiny model on the CPU: a rehearsal, whose times say nothing about a GPU",
-        TINY,
+        TINY_LLAMA,
         {
             "device": "cpu",
             "dtype": "float32",
@@ -200,3 +167,12 @@ PLANS = {
         environment={"PYSTAGE_SGLANG_CPU": "1"},
     ),
 }
+
+
+def poisson(rate: float, count: int, dice: random.Random) -> list[float]:
+    """Seconds after the start at which requests arrive."""
+    at, times = 0.0, []
+    for _ in range(count):
+        times.append(at)
+        at += dice.expovariate(rate)
+    return times

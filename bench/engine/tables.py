@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ def interval(statistic: Callable[[Any], Any], *samples: Sequence[float]) -> list
 
 
 def quantiles(ms: Sequence[float]) -> dict[str, Any]:
-    """Milliseconds. p99 is told only where there are samples for it."""
+    """Milliseconds, with 95 % intervals: of few samples a p99's is wide."""
     told: dict[str, Any] = {"samples": len(ms), "mean": round(float(np.mean(ms)), 3)}
     for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
         told[name] = round(float(np.quantile(ms, q)), 3)
@@ -157,37 +156,33 @@ def _worst(measure: str, limit: float, ratios: list[Any]) -> dict[str, Any]:
     return {**told, "ok": value <= limit, "within_noise": low <= limit}
 
 
-def line(row: dict[str, Any]) -> str:
-    """A workload's row as text."""
-
-    def cell(variant: str) -> str:
+def cells(row: dict[str, Any]) -> list[str]:
+    """A workload's row as text: each variant, then what pystage gains."""
+    told = []
+    for variant in VARIANTS:
         ms, starved = row[variant]["ttft_ms"], row[variant]["starved"]
-        text = f"{ms['p50']:.1f} / {ms['p99']:.1f}" if ms else "-"
-        return f"{text} ({starved} starved)" if starved else text
-
+        parts = [f"{ms['p50']:,.1f} / {ms['p99']:,.1f}"] if ms else []
+        if starved:
+            parts.append(f"{starved} not within {row[variant]['given_up_after_s']:g} s")
+        told.append("; ".join(parts) or "not run")
     gain = ""
     if "sooner_than_off_ms" in row:
         low, high = row["sooner_than_off_interval"]
-        gain = f"{row['sooner_than_off_ms']:+.2f} [{low:+.2f}, {high:+.2f}]"
-    cells = [cell(variant) for variant in VARIANTS]
-    counts = f"{row['on']['answered']:4d}"
-    return "  ".join([f"{row['workload']:20}", *(f"{c:>26}" for c in cells), f"{gain:>24}", counts])
+        gain = f"{row['sooner_than_off_ms']:.2f} ({low:.2f} to {high:.2f})"
+    return [*told, gain]
 
 
-HEAD = "  ".join(
-    [
-        f"{'TTFT, ms, p50 / p99':20}",
-        *(f"{c:>26}" for c in ("without", "bypassed", "with pystage")),
-        f"{'sooner than without':>24}",
-        "   n",
-    ]
-)
+def line(row: dict[str, Any]) -> str:
+    """The same, padded, for a terminal."""
+    padded = "  ".join(f"{cell:>26}" for cell in cells(row))
+    return f"{row['workload']:20}  {padded}  {row['on']['answered']:4d}"
 
 
-def poisson(rate: float, count: int, dice: random.Random) -> list[float]:
-    """Seconds after the start at which requests arrive."""
-    at, times = 0.0, []
-    for _ in range(count):
-        times.append(at)
-        at += dice.expovariate(rate)
-    return times
+def verdict(target: dict[str, Any]) -> str:
+    if target["ok"] is False and target.get("within_noise"):
+        return "within the noise"
+    return {True: "yes", False: "no", None: "not measured"}[target["ok"]]
+
+
+HEADS = ("without", "bypassed", "with pystage", "sooner than without, ms")
+HEAD = f"{'TTFT, ms, p50 / p99':20}  " + "  ".join(f"{head:>26}" for head in HEADS) + "     n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import itertools
 import json
@@ -146,7 +145,7 @@ def main(address: str) -> None:
         channel.send({"seconds": time.perf_counter() - begun})
         gc.collect()
         gc.freeze()
-        with contextlib.closing(_Shutdown(worker)):
+        try:
             while (command := channel.recv()) is not None:
                 gc.disable()  # the same for all variants: it runs between blocks
                 try:
@@ -156,14 +155,8 @@ def main(address: str) -> None:
                 gc.enable()
                 gc.collect()
                 channel.send(answer)
-
-
-class _Shutdown:
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-
-    def close(self) -> None:
-        self._worker.engine.shutdown()
+        finally:
+            worker.engine.shutdown()
 
 
 if __name__ == "__main__":
