@@ -136,8 +136,12 @@ def sample(ms: float, out: int = 1, **more: Any) -> dict[str, Any]:
     return {"ttft_ms": ms, "itl_ms": [], "out": [out], "cached": 0, **more}
 
 
-def samples(off: list[Any], bypassed: list[Any], on: list[Any]) -> dict[str, Any]:
-    found = {"off": off, "bypassed": bypassed, "on": on}
+def samples(off: list[Any], bypassed: list[Any], on: list[Any], count: int = 1) -> dict[str, Any]:
+    """In blocks of ``count``."""
+    found = {
+        name: [told[i : i + count] for i in range(0, len(told), count)]
+        for name, told in (("off", off), ("bypassed", bypassed), ("on", on))
+    }
     return {**found, "seconds": {v: [1.0] for v in found}, "stages": {"on": len(on)}}
 
 
@@ -155,14 +159,36 @@ def test_a_row_has_quantiles_gains_and_intervals() -> None:
     assert 100.3 < low < row["off"]["ttft_ms"]["p50"] < high < 100.7
     assert row["sooner_than_off_ms"] == 2.0 and row["sooner_than_off_interval"] == [2.0, 2.0]
     low, high = row["sooner_than_bypassed_interval"]
-    assert low < 2.0 < high and high - low < 0.5
+    assert low == high == 2.0  # of the same blocks
     assert row["compared"] == 200 and row["different_outputs"] == 0
     assert row["on"]["staged_batches"] == 200
+
+
+def test_an_interval_knows_that_a_block_has_one_pace() -> None:
+    dice = random.Random(4)
+    paces = [dice.choice((30.0, 44.0)) for _ in range(24)]
+    ms = [pace + dice.random() for pace in paces for _ in range(8)]
+    blocks = [ms[i : i + 8] for i in range(0, len(ms), 8)]
+
+    def width(blocks: Any) -> float:
+        low, high = tables.interval(lambda x: x.mean(axis=1), blocks)
+        return high - low
+
+    assert width(blocks) > 2 * width([[x] for x in ms])
+    # The same blocks are drawn for both: what they share is no difference.
+    other = [[x + 1 for x in block] for block in blocks]
+    low, high = tables.interval(lambda x, y: (y - x).mean(axis=1), blocks, other)
+    assert low == pytest.approx(1.0) and high == pytest.approx(1.0)
+    # One that ended early, within a block, has fewer.
+    cut = [*other[:5], other[5][:3]]
+    low, high = tables.interval(lambda x, y: x.mean(axis=1) - y.mean(axis=1), blocks, cut)
+    assert low < high
 
 
 def test_a_starved_request_is_told_and_is_no_sample() -> None:
     late = sample(61_000.0, starved_s=20.0, freed_after_s=61.0)
     row = tables.row_of("prompt-8+stream", samples([*times(5.0), late], [late], times(5.0, 6.0)))
+    assert row["off"]["blocks_ms"] == [[5.0]]
     assert row["off"]["answered"] == 1 and row["off"]["starved"] == 1
     assert row["off"]["given_up_after_s"] == 20.0 and row["off"]["ttft_ms"]["max"] == 5.0
     assert row["bypassed"]["ttft_ms"] is None

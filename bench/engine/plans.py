@@ -37,18 +37,20 @@ class Workload:
     In a closed loop (all but ``open``) one request runs at a time and asks for one token, so its
     latency is its time to the first token. ``blocks`` rounds of ``count`` requests of each variant;
     ``traced`` more of two variants are traced. After ``patience_s`` a request counts as starved.
+
+    A block is short: the host changes its pace every few seconds, by more than what is compared.
     """
 
     kind: str
     new: int = 0
-    blocks: int = 4
-    count: int = 8
+    blocks: int = 16
+    count: int = 3
     traffic: Traffic | None = None
     fresh: int = 2048
     rate: float = 0.0
     tokens: int = 1
     traced: int = 0
-    patience_s: float = 20.0
+    patience_s: float = 10.0
 
     @property
     def name(self) -> str:
@@ -102,9 +104,9 @@ def loadback(backend: str, how: str) -> Plan:
         LLAMA_8B,
         {**HICACHE, "hicache_io_backend": backend},
         (
-            Workload("loadback", 256, 4, 8, traced=8),
-            Workload("loadback", 2048, 6, 8, traced=8),
-            Workload("beside", 256, 6, 8, traced=8),
+            Workload("loadback", 256, 20, 3, traced=8),
+            Workload("loadback", 2048, traced=8),
+            Workload("beside", 256, 24, 3, traced=8),
         ),
         history=6144,
     )
@@ -116,19 +118,19 @@ PLANS = {
         LLAMA_8B,
         GPU,
         (
-            *(Workload("prompt", n, 6, 10) for n in (256, 1024)),
-            Workload("prompt", 2048, 6, 10, traced=8),
-            Workload("prompt", 4096, 6, 8, traced=8),
-            Workload("prompt", 8192, 4, 6),
-            Workload("prompt", 16384, 3, 4),
-            Workload("prompt", 65536, 2, 1),
-            Workload("chat", 200, 6, 10),
-            Workload("open", rate=2, blocks=2, count=24, tokens=32),
-            *(Workload("prompt", n, 4, 8, BURSTS) for n in (2048, 8192)),
-            Workload("chat", 200, 4, 8, STREAM),
-            Workload("prompt", 2048, 4, 8, STREAM, traced=6),
-            Workload("prompt", 4096, 4, 8, STREAM, traced=6),
-            Workload("prompt", 8192, 3, 6, STREAM),
+            *(Workload("prompt", n, 32, 3) for n in (256, 1024)),
+            Workload("prompt", 2048, 20, 3, traced=8),
+            Workload("prompt", 4096, traced=8),
+            Workload("prompt", 8192, 10, 3),
+            Workload("prompt", 16384, 6, 2),
+            Workload("prompt", 65536, 3, 1),
+            Workload("chat", 200, 32, 3),
+            Workload("open", rate=3, blocks=6, count=12, tokens=32),
+            *(Workload("prompt", n, 12, 3, BURSTS) for n in (2048, 8192)),
+            Workload("chat", 200, 32, 3, STREAM),
+            Workload("prompt", 2048, 20, 3, STREAM, traced=6),
+            Workload("prompt", 4096, traffic=STREAM, traced=6),
+            Workload("prompt", 8192, 8, 3, STREAM),
         ),
         history=4096,
     ),
@@ -138,7 +140,7 @@ PLANS = {
         "weights of 4 GiB that stay on the host (--cpu-offload-gb 4)",
         LLAMA_8B,
         {**GPU, "context_length": 16384, "max_total_tokens": 36864, "cpu_offload_gb": 4},
-        (Workload("prompt", 2048, 4, 6, traced=4), Workload("prompt", 8192, 3, 4)),
+        (Workload("prompt", 2048, 10, 3, traced=4), Workload("prompt", 8192, 6, 3)),
     ),
     "tiny": Plan(
         "a tiny model on the CPU: a rehearsal, whose times say nothing about a GPU",

@@ -12,44 +12,64 @@ GATED_MS = 1.0  # ids that take longer to be on the device waited for somebody e
 ROUNDS = 2000  # of the bootstrap
 
 
-def interval(statistic: Callable[[Any], Any], *samples: Sequence[float]) -> list[float]:
-    """95 % of ``statistic`` over resampled ``samples``, by bootstrap. It takes an array for each,
-    a row for each round."""
+Blocks = Sequence[Sequence[float]]  # samples, as they were taken: so many in a row
+
+
+def _whole(blocks: Blocks) -> Any:
+    """As an array, without the last one where it ended early."""
+    ended_early = len({len(block) for block in blocks}) > 1
+    return np.asarray(blocks[:-1] if ended_early else blocks)
+
+
+def interval(statistic: Callable[..., Any], *variants: Blocks) -> list[float]:
+    """95 % of ``statistic`` by bootstrap over blocks. It takes an array for each variant, a row for
+    each round.
+
+    Samples of a block share the pace that the machine had then, so a block is drawn as a whole, and
+    the same blocks for all variants where they have the same number of them.
+    """
     dice = np.random.default_rng(1)
-    drawn = [
-        np.asarray(values)[dice.integers(0, len(values), (ROUNDS, len(values)))]
-        for values in samples
-    ]
+    whole = [_whole(blocks) for blocks in variants]
+    shared = len({len(blocks) for blocks in whole}) == 1
+    rows = [dice.integers(0, len(blocks), (ROUNDS, len(blocks))) for blocks in whole]
+    drawn = [blocks[rows[0 if shared else i]].reshape(ROUNDS, -1) for i, blocks in enumerate(whole)]
     return [round(float(q), 3) for q in np.quantile(statistic(*drawn), [0.025, 0.975])]
 
 
-def quantiles(ms: Sequence[float]) -> dict[str, Any]:
+def flat(blocks: Blocks) -> list[float]:
+    return [sample for block in blocks for sample in block]
+
+
+def quantiles(blocks: Blocks) -> dict[str, Any]:
     """Milliseconds, with 95 % intervals: of few samples a p99's is wide."""
+    ms = flat(blocks)
     told: dict[str, Any] = {"samples": len(ms), "mean": round(float(np.mean(ms)), 3)}
     for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
         told[name] = round(float(np.quantile(ms, q)), 3)
-        told[f"{name}_interval"] = interval(lambda x, q=q: np.quantile(x, q, axis=1), ms)
+        told[f"{name}_interval"] = interval(lambda x, q=q: np.quantile(x, q, axis=1), blocks)
     return {**told, "max": round(max(ms), 3)}
 
 
 def row_of(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    """A workload's row from the samples of its variants (lists of what ``worker`` told)."""
+    """A workload's row from the blocks of its variants (lists of what ``worker`` told)."""
     row: dict[str, Any] = {"workload": name, "traffic_gb_per_s": found.get("traffic_gb_per_s")}
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[list[float]]] = {}
     for variant in VARIANTS:
-        samples = found[variant]
-        starved = [s for s in samples if s.get("starved_s") is not None]
-        answered = [s for s in samples if s.get("starved_s") is None and s.get("ttft_ms")]
-        times[variant] = [s["ttft_ms"] for s in answered]
+        blocks = found[variant]
+        starved = [s for block in blocks for s in block if s.get("starved_s") is not None]
+        blocks = [[s for s in block if s.get("starved_s") is None] for block in blocks]
+        blocks = [block for block in blocks if block]
+        answered = [s for block in blocks for s in block]
+        times[variant] = [[round(s["ttft_ms"], 3) for s in block] for block in blocks]
         row[variant] = {
             "answered": len(answered),
             "starved": len(starved),
             "given_up_after_s": max((s["starved_s"] for s in starved), default=None),
             "ttft_ms": quantiles(times[variant]) if answered else None,
-            "samples_ms": [round(ms, 3) for ms in times[variant]],
+            "blocks_ms": times[variant],
         }
-        between = [ms for s in answered for ms in s.get("itl_ms", ())]
-        if between:
+        between = [flat([s["itl_ms"] for s in block]) for block in blocks]
+        if any(between):
             row[variant]["itl_ms"] = quantiles(between)
             row[variant]["output_tokens_per_s"] = round(
                 sum(len(s["out"]) for s in answered) / sum(found["seconds"][variant]), 3
@@ -57,21 +77,21 @@ def row_of(name: str, found: dict[str, Any]) -> dict[str, Any]:
         row[variant]["cached"] = float(np.mean([s["cached"] or 0 for s in answered] or [0]))
         row[variant]["staged_batches"] = found["stages"].get(variant)
     pairs = [
-        (a, b)
-        for a, b in zip(found["off"], found["on"], strict=False)  # one may have ended early
-        if a.get("ttft_ms") and b.get("ttft_ms")
+        [(a, b) for a, b in zip(*blocks, strict=False) if "starved_s" not in a | b]
+        for blocks in zip(found["off"], found["on"], strict=False)  # one may have ended early
     ]
+    pairs = [block for block in pairs if block]
     if name.startswith("open"):  # batches form as they like, and other shapes round otherwise
         pairs = []
-    row["compared"] = len(pairs)
-    row["different_outputs"] = sum(a["out"] != b["out"] for a, b in pairs)
+    row["compared"] = sum(map(len, pairs))
+    row["different_outputs"] = sum(a["out"] != b["out"] for block in pairs for a, b in block)
     if pairs:
-        gain = [a["ttft_ms"] - b["ttft_ms"] for a, b in pairs]
-        row["sooner_than_off_ms"] = round(float(np.median(gain)), 3)
+        gain = [[a["ttft_ms"] - b["ttft_ms"] for a, b in block] for block in pairs]
+        row["sooner_than_off_ms"] = round(float(np.median(flat(gain))), 3)
         row["sooner_than_off_interval"] = interval(lambda x: np.median(x, axis=1), gain)
     if times["bypassed"] and times["on"]:
         row["sooner_than_bypassed_ms"] = round(
-            float(np.median(times["bypassed"]) - np.median(times["on"])), 3
+            float(np.median(flat(times["bypassed"])) - np.median(flat(times["on"]))), 3
         )
         row["sooner_than_bypassed_interval"] = interval(
             lambda x, y: np.median(x, axis=1) - np.median(y, axis=1),
@@ -136,10 +156,10 @@ def targets(rows: list[dict[str, Any]], traces: dict[str, Any]) -> list[dict[str
 
 
 def _ratio(q: float, where: str, on: dict[str, Any], other: dict[str, Any]) -> Any:
-    a, b = on["samples_ms"], other["samples_ms"]
+    a, b = on["blocks_ms"], other["blocks_ms"]
     if not a or not b:
         return None
-    value = float(np.quantile(a, q) / np.quantile(b, q))
+    value = float(np.quantile(flat(a), q) / np.quantile(flat(b), q))
     bounds = interval(lambda x, y: np.quantile(x, q, axis=1) / np.quantile(y, q, axis=1), a, b)
     return bounds[0], value, bounds, where
 

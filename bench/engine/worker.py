@@ -93,17 +93,15 @@ class Worker:
             for task in tasks
         ]
 
-    def closed(
-        self, groups: list[list[list[int]]], gap: float, patience: float, timed: int
-    ) -> dict[str, Any]:
-        """A group of requests at a time; of each the request ``timed`` is told. It ends when one
-        has starved."""
+    def closed(self, groups: list[list[list[int]]], gap: float, patience: float) -> dict[str, Any]:
+        """A group of requests at a time; of each the last request is told. It ends when one has
+        starved."""
         told, begun = [], time.perf_counter()
         for group in groups:
             time.sleep(gap)
             requests = [self._one(ids, 1, i * BESIDE_S) for i, ids in enumerate(group)]
             answers = self.engine.loop.run_until_complete(self._patiently(requests, patience))
-            told.append(answers[timed])
+            told.append(answers[-1])
             if any("starved_s" in answer for answer in answers):
                 break
         return {"samples": told, "seconds": time.perf_counter() - begun}
