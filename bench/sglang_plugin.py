@@ -40,6 +40,7 @@ from rich.table import Table
 from pystage.trace import Request, draw_ids, sample_trace
 
 CHUNK, HISTORY = 8192, 122_880
+PAGED = (64, 128, 64)  # requests, ids of each, tokens a page of KV memory
 WITH, WITHOUT = "with pystage", "without"
 
 
@@ -136,22 +137,24 @@ class Bench:
     # --- ids are equal
 
     def equal_ids(self, batches: int, mixed: bool) -> dict[str, Any]:
-        """Trace batches through both, ids compared on the forward stream, which is kept busy so
-        that it lags behind: slots and host memory are used again while transfers are pending."""
+        """Trace batches through both, ids and small tensors compared on the forward stream, which
+        is kept busy so that it lags behind: slots and host memory are used again while transfers
+        are pending. Some requests have a logit bias, penalties or want logprobs."""
         sides = (WITH, WITHOUT)
         live: dict[tuple[str, int], Any] = {}
         running = {side: self._running(side) for side in sides} if mixed else {}
         recorder = {
             s: SimpleNamespace(batch_record_ct=0, batch_record_buf=[None] * 2) for s in sides
         }
-        wrong = torch.zeros((), dtype=torch.int64, device=self.rig.device)
+        wrong = torch.zeros(2, dtype=torch.int64, device=self.rig.device)
         requests = sample_trace()
         tokens = mixed_batches = 0
         done: deque[Any] = deque(maxlen=4)
         start = time.monotonic()
         work = islice(arriving(requests), batches)
         for number, shape in zip(self.track(batches, "ids"), work, strict=True):
-            out = {}
+            out: dict[str, torch.Tensor] = {}
+            small: dict[str, list[torch.Tensor]] = {}
             with_running = mixed and number % 5 == 4
             for side in sides:
                 self.switch(side)
@@ -160,6 +163,7 @@ class Bench:
                     req.prefix_len, req.extend_end = first, last
                 batch = self.rig.batch(reqs)
                 batch.prepare_for_extend()
+                small[side] = small_tensors_of(batch)
                 if with_running:
                     running[side].prepare_for_decode()
                     batch.mix_with_running(running[side])
@@ -172,7 +176,9 @@ class Bench:
                 done.append(batch)
             with self.streams.on_forward():
                 a, b = out[WITH], out[WITHOUT]
-                wrong += (a != b).any() if a.shape == b.shape else 1
+                wrong[0] += (a != b).any() if a.shape == b.shape else 1
+                for x, y in zip(small[WITH], small[WITHOUT], strict=True):
+                    wrong[1] += (x != y).any() if x.shape == y.shape else 1
             tokens += shape.tokens
             mixed_batches += with_running
             for r, stop in zip(shape.requests, shape.stops, strict=True):
@@ -180,14 +186,15 @@ class Bench:
                     self.rig.release(*(live.pop((side, r)) for side in sides))
             if number % 200 == 199:
                 self.streams.settle()
-                if int(wrong):
+                if int(wrong.sum()):
                     break
         self.streams.settle()
         return {
             "batches": batches,
             "mixed": mixed_batches,
             "tokens": tokens,
-            "different": int(wrong),
+            "different": int(wrong[0]),
+            "small different": int(wrong[1]),
             "seconds": round(time.monotonic() - start, 1),
             "pool": [s.__dict__ for s in self.plugin.pool_stats()],
         }
@@ -197,7 +204,9 @@ class Bench:
     ) -> Any:
         if (side, r) not in live:
             ids = draw_ids(requests[r % len(requests)].length, VOCAB, r)
-            live[side, r] = self.rig.request(ids, max_new_tokens=1)
+            live[side, r] = self.rig.request(ids, max_new_tokens=1, **sampling_of(r))
+            if r % 7 == 3:
+                live[side, r].return_logprob, live[side, r].logprob_start_len = True, 0
         return live[side, r]
 
     def _running(self, side: str) -> Any:
@@ -221,14 +230,17 @@ class Bench:
         """Calls of a batch in turn, with and without; each part in its place, microseconds."""
         result: dict[str, Any] = {}
         rng = random.Random(1)
-        for count, length in ((1, 128), (1, CHUNK), (8, 1024), (64, 128), (1, 16384)):
+        shapes = ((1, 128, 1), (1, CHUNK, 1), (8, 1024, 1), (64, 128, 1), (1, 16384, 1), PAGED)
+        for count, length, page in shapes:
+            rig = self.rig if page == 1 else self.rig.paged(page)
             inputs = [[random_ids(length, rng) for _ in range(count)] for _ in range(16)]
             times: dict[str, dict[str, list[float]]] = {WITH: {}, WITHOUT: {}}
             below: dict[str, list[float]] = {part: [] for part in (*PARTS, "sum")}
             rounds = samples if count == 1 else max(samples // 4, 20)  # their set-up takes longest
-            for i in self.track(rounds + 50, f"{count} x {length}"):
+            name = shape_name(count, length, page)
+            for i in self.track(rounds + 50, name):
                 for side in (WITH, WITHOUT) if i % 2 else (WITHOUT, WITH):
-                    took = self._timed_batch(side, inputs[i % len(inputs)])
+                    took = self._timed_batch(side, inputs[i % len(inputs)], rig)
                     if (count, length) == (1, CHUNK):
                         took["resolve, nothing to do"] = self._idle_resolve(side, inputs[0])
                     if i >= 50:
@@ -239,25 +251,26 @@ class Bench:
                     if i >= 50:
                         for name, value in took.items():
                             below[name].append(value)
-            result[f"{count} x {length}"] = _summaries(times)
+            result[name] = _summaries(times)
             if below["sum"]:
                 self.floors["8,192"] = {name: summary(values) for name, values in below.items()}
         return result
 
     @contextlib.contextmanager
-    def _batch(self, side: str, lists: list[array[int]]) -> Iterator[Any]:
+    def _batch(self, side: str, lists: list[array[int]], rig: Any = None) -> Iterator[Any]:
         """A batch of one request for each list, not prepared yet; released behind."""
+        rig = rig or self.rig
         self.switch(side)
-        reqs = [self.rig.request(ids, max_new_tokens=1) for ids in lists]
-        batch = self.rig.batch(reqs)
+        reqs = [rig.request(ids, max_new_tokens=1) for ids in lists]
+        batch = rig.batch(reqs)
         self.streams.settle()
         yield batch
         self.streams.settle()
-        self.rig.release(*reqs)
+        rig.release(*reqs)
 
-    def _timed_batch(self, side: str, lists: list[array[int]]) -> dict[str, float]:
+    def _timed_batch(self, side: str, lists: list[array[int]], rig: Any) -> dict[str, float]:
         took: dict[str, float] = {}
-        with self._batch(side, lists) as batch:
+        with self._batch(side, lists, rig) as batch:
             module = self.schedule_batch
             names = ("flatten_arrays_to_pinned_cpu", "alloc_for_extend")
             timed = {name: _timed(getattr(module, name), name, took) for name in names}
@@ -269,7 +282,7 @@ class Bench:
                 t1 = time.perf_counter_ns()
                 with self.streams.on_forward():
                     t2 = time.perf_counter_ns()
-                    self.rig.resolve(batch)
+                    rig.resolve(batch)
                     t3 = time.perf_counter_ns()
         took["prepare_for_extend"] = (t1 - t0) / 1e3
         took["resolve_forward_inputs"] = (t3 - t2) / 1e3
@@ -372,6 +385,30 @@ class Bench:
         counts = {e.key: int(e.count) for e in profile.key_averages() if e.key.startswith("aten::")}
         return dict(sorted(counts.items(), key=lambda item: -item[1])[:16])
 
+    def launches(self) -> dict[str, Any]:
+        """What one prepare_for_extend gives the device, in order: kernels and copies."""
+        rng = random.Random(4)
+        kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        result: dict[str, Any] = {}
+        for count, length, page in ((1, CHUNK, 1), PAGED):
+            rig = self.rig if page == 1 else self.rig.paged(page)
+            lists = [random_ids(length, rng) for _ in range(count)]
+            told = result[shape_name(count, length, page)] = {}
+            for side in (WITH, WITHOUT):
+                for _ in range(2):  # the second time all kernels are loaded
+                    with (
+                        self._batch(side, lists, rig) as batch,
+                        torch.profiler.profile(activities=kinds) as profile,
+                    ):
+                        batch.prepare_for_extend()
+                        self.streams.settle()
+                device = [
+                    e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA
+                ]
+                device.sort(key=lambda e: e.time_range.start)
+                told[side] = [e.name[:60] for e in device]
+        return result
+
     # --- until the ids are there
 
     def behind_copies(self, samples: int) -> dict[str, Any]:
@@ -425,6 +462,39 @@ def _recorder(console: Console) -> Callable[[Any, Any], None]:
     return record_batch
 
 
+def sampling_of(r: int) -> dict[str, Any]:
+    """Parameters of a trace's request: most are plain."""
+    if r % 10 == 1:
+        return {"logit_bias": {str(r % 500): 2.5, "7": -1.0}}
+    if r % 10 == 4:
+        return {"frequency_penalty": 0.5, "presence_penalty": 0.25, "repetition_penalty": 1.5}
+    if r % 10 == 6:
+        return {"temperature": 0.5 + r % 3, "top_p": 0.75, "top_k": 1 + r % 50, "min_p": 0.125}
+    return {}
+
+
+def small_tensors_of(batch: Any) -> list[torch.Tensor]:
+    """What prepare_for_extend makes beside ids, copied on the schedule stream: the same with and
+    without. KV indices are not: whether its row has those of each request is."""
+    info = batch.sampling_info
+    made = [batch.seq_lens, batch.orig_seq_lens, info.temperatures, info.top_ps, info.top_ks]
+    made += [info.min_ps, *([] if info.logit_bias is None else [info.logit_bias])]
+    if batch.extend_input_logprob_token_ids is not None:
+        made.append(batch.extend_input_logprob_token_ids)
+    lens = torch.tensor(batch.extend_lens)
+    first = torch.tensor(batch.prefix_lens) - lens.cumsum(0) + lens
+    columns = torch.arange(int(lens.sum())) + first.repeat_interleave(lens)
+    device = batch.out_cache_loc.device
+    rows = batch.req_pool_indices.repeat_interleave(lens.to(device))
+    table = batch.req_to_token_pool.req_to_token
+    made.append(table[rows, columns.to(device)].long() - batch.out_cache_loc)
+    return [tensor.to(device, copy=True) for tensor in made]
+
+
+def shape_name(count: int, length: int, page: int) -> str:
+    return f"{count} x {length}" + (f", pages of {page}" if page > 1 else "")
+
+
 def _timed(function: Callable[..., Any], name: str, took: dict[str, float]) -> Callable[..., Any]:
     def timed(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter_ns()
@@ -476,8 +546,13 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
         row("8,192 behind 122,880: slice + flatten", ">= 15 x less", ratio, ratio >= 15, "x", limit)
     if "host" in result:
         saved = result["host"][f"1 x {CHUNK}"]["prepare + resolve"]["saved_us"]["p50"]
-        row("prepare_for_extend + resolve, 8,192", ">= 100 us less", saved, saved >= 100, "us",
-            both[WITHOUT]["p50"] - least)  # fmt: skip
+        row("prepare_for_extend + resolve, 8,192", ">= 120 us less", saved, saved >= 120, "us")
+        name = shape_name(*PAGED)
+        saved = result["host"][name]["prepare + resolve"]["saved_us"]["p50"]
+        row(f"prepare_for_extend + resolve, {name}", ">= 600 us less", saved, saved >= 600, "us")
+    if "launches" in result:
+        count = len(result["launches"][f"1 x {CHUNK}"][WITH])
+        row("launches and copies of prepare_for_extend, 8,192", "<= 4", count, count <= 4, "")
     if "latency" in result:
         ratio = result["latency"]["behind 2 x 256 MiB H2D"]["us"]["ratio"]["p50"]
         row("ids ready behind 2 x 256 MiB H2D", ">= 100 x sooner", ratio, ratio >= 100, "x")
@@ -485,6 +560,8 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     if ids:
         row(f"ids different, {ids['batches']:,} trace batches", "0", ids["different"],
             ids["different"] == 0, "")  # fmt: skip
+        row("of them, small tensors or KV rows different", "0", ids["small different"],
+            ids["small different"] == 0, "")  # fmt: skip
     return rows
 
 
@@ -529,7 +606,9 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=1000, help="of each host time")
     parser.add_argument("--batches", type=int, default=10_000, help="trace batches to compare")
     parser.add_argument("--quick", action="store_true", help="few of each, a look only")
-    parser.add_argument("--parts", default="host,history,remains,latency,ids", help="some of these")
+    parser.add_argument(
+        "--parts", default="host,history,remains,launches,latency,ids", help="some of these"
+    )
     parser.add_argument("--sglang-wheels", type=Path, metavar="DIR", help="install these first")
     parser.add_argument("--out", help="JSON file; default bench/results/sglang-<device>.json")
     args = parser.parse_args()
@@ -555,6 +634,7 @@ def main() -> int:
             ("remains", lambda b: b.what_remains()),
         ]
         if cuda:
+            steps.append(("launches", lambda b: b.launches()))
             steps.append(("latency", lambda b: b.behind_copies(max(20, samples // 10))))
         steps += [
             ("ids", lambda b: b.equal_ids(batches, mixed=True)),

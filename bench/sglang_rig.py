@@ -7,6 +7,7 @@ Packages that are not installed (kernels, on most machines) are stood in for, by
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import tempfile
@@ -141,12 +142,33 @@ class Rig:
         self.rows = ReqToTokenPool(rows, row_tokens, self.device, False)
         self.kv = TokenToKVPoolAllocator(kv_tokens, torch.float16, self.device, None, False)
 
-    def request(self, ids: Iterable[int], max_new_tokens: int = 4) -> Any:
+    def paged(self, page_size: int) -> Rig:
+        """The same with KV memory of its own, in pages of so many tokens. No model."""
+        from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+        from sglang.srt.mem_cache.radix_cache import RadixCache
+
+        rig = copy.copy(self)
+        tokens = self.kv.available_size() // page_size * page_size
+        rig.kv = PagedTokenToKVPoolAllocator(
+            tokens, page_size, torch.float16, self.device, None, False
+        )
+        rig.tree = RadixCache(
+            CacheInitParams(
+                disable=False,
+                req_to_token_pool=self.rows,
+                token_to_kv_pool_allocator=rig.kv,
+                page_size=page_size,
+            )
+        )
+        return rig
+
+    def request(self, ids: Iterable[int], max_new_tokens: int = 4, **sampling: Any) -> Any:
         """A request as the scheduler makes it, matched and locked in the radix cache."""
         from sglang.srt.managers.schedule_batch import Req
         from sglang.srt.sampling.sampling_params import SamplingParams
 
-        params = SamplingParams(temperature=0, max_new_tokens=max_new_tokens)
+        params = SamplingParams(**{"temperature": 0, "max_new_tokens": max_new_tokens, **sampling})
         params.normalize(None)
         self._count += 1
         req = Req(

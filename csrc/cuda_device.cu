@@ -30,6 +30,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -153,6 +154,47 @@ __global__ void __launch_bounds__(kThreads)
   dst[count + i] = read_int(tail.relay, tail.wide_relay, static_cast<size_t>(index));
 }
 
+// Values that are the kernel's own parameters. The sizes are classes: a launch copies the whole
+// parameter. What is beyond 4 KiB takes a driver of CUDA 12.1.
+constexpr size_t kValueBytes[] = {1008, 4064, 32736};
+constexpr size_t kRowCounts[] = {40, 168, 1360};
+constexpr size_t kClasses = std::size(kValueBytes);
+constexpr int kLargeParameterDriver = 12010;
+
+template <size_t kBytes>
+struct alignas(16) Values {  // the pieces, then what they are pieces of
+  int4 v[kBytes / sizeof(int4)];
+};
+static_assert(sizeof(ValuesPiece) == sizeof(int4));
+template <size_t kCount>
+struct Rows {
+  RowWrite v[kCount];
+};
+
+// A piece for each blockIdx.x; the blocks of a piece share it.
+template <size_t kBytes>
+__global__ void __launch_bounds__(kThreads)
+    write_values(const __grid_constant__ Values<kBytes> values) {
+  ValuesPiece piece;
+  memcpy(&piece, &values.v[blockIdx.x], sizeof piece);
+  auto* const dst = static_cast<int4*>(piece.dst);
+  for (unsigned i = blockIdx.y * kThreads + threadIdx.x; i < piece.count; i += gridDim.y * kThreads)
+    dst[i] = values.v[gridDim.x + piece.first + i];
+}
+
+// A row for each blockIdx.x; the blocks of a row share its entries.
+template <size_t kCount>
+__global__ void __launch_bounds__(kThreads)
+    write_rows(const __grid_constant__ Rows<kCount> rows, int32_t* __restrict__ table,
+               size_t row_stride, const int64_t* __restrict__ rest) {
+  const RowWrite& w = rows.v[blockIdx.x];
+  int32_t* const out = table + static_cast<size_t>(w.row) * row_stride;
+  const int entries = w.prefix_count + w.count;
+  for (int i = blockIdx.y * kThreads + threadIdx.x; i < entries; i += gridDim.y * kThreads)
+    out[i] = static_cast<int32_t>(i < w.prefix_count ? w.prefix[i]
+                                                     : rest[w.rest_at + i - w.prefix_count]);
+}
+
 bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 unsigned blocks_for(size_t work, size_t per_block) {
@@ -185,6 +227,16 @@ Addresses mixed_kernels() {
   return {address(transfer_mixed<In, false>), address(transfer_mixed<In, true>)};
 }
 
+// By class.
+std::array<const void*, kClasses> values_kernels() {
+  return {address(write_values<kValueBytes[0]>), address(write_values<kValueBytes[1]>),
+          address(write_values<kValueBytes[2]>)};
+}
+std::array<const void*, kClasses> rows_kernels() {
+  return {address(write_rows<kRowCounts[0]>), address(write_rows<kRowCounts[1]>),
+          address(write_rows<kRowCounts[2]>)};
+}
+
 // Read by the probe for stale mapped memory, see CudaDevice::sees_writes().
 constexpr size_t kProbeIds = 512;
 __device__ int4 probe_ids[kProbeIds * sizeof(int64_t) / sizeof(int4)];
@@ -193,6 +245,7 @@ __device__ int4 probe_ids[kProbeIds * sizeof(int64_t) / sizeof(int4)];
 
 #define PYSTAGE_DRIVER_CALLS(X)        \
   X(cuInit)                            \
+  X(cuDriverGetVersion)                \
   X(cuDeviceGet)                       \
   X(cuDeviceGetAttribute)              \
   X(cuDevicePrimaryCtxRetain)          \
@@ -394,6 +447,13 @@ class CudaDevice final : public Device {
     transfers_[1][1] = load(transfer_kernels<int64_t, int64_t>());
     mixed_[0] = load(mixed_kernels<int32_t>());
     mixed_[1] = load(mixed_kernels<int64_t>());
+    int driver_version = 0;
+    PYSTAGE_CHECK(driver_, cuDriverGetVersion, &driver_version);
+    classes_ = driver_version < kLargeParameterDriver ? kClasses - 1 : kClasses;
+    for (size_t i = 0; i < classes_; ++i) {
+      values_[i] = load(values_kernels()[i]);
+      rows_[i] = load(rows_kernels()[i]);
+    }
     driver_.check(cudaGetSymbolAddress(&probe_out_, probe_ids), "cudaGetSymbolAddress");
     // What was compiled for an older device does not wait, whatever it runs on.
     int compiled_for = 0;
@@ -489,6 +549,46 @@ class CudaDevice final : public Device {
         grid.blocks + blocks_for(tail.count, kThreads), s, t.src_is_complete, args);
   }
 
+  size_t most_values() override { return kValueBytes[classes_ - 1]; }
+  size_t most_rows() override { return kRowCounts[classes_ - 1]; }
+
+  void launch_values(const void* values, size_t bytes, const ValuesPiece* pieces, size_t count,
+                     StreamHandle stream) override {
+    if (!count) return;
+    const size_t head = count * sizeof *pieces;
+    if (head + bytes > most_values() || bytes % kValuesAlignment)
+      throw DeviceError(std::to_string(bytes) + " bytes of values in " + std::to_string(count) +
+                        " pieces cannot be parameters [" + name_ + "]");
+    Values<kValueBytes[kClasses - 1]> parameter;  // the driver reads as much as the class has
+    std::memcpy(&parameter, pieces, head);
+    std::memcpy(reinterpret_cast<char*>(&parameter) + head, values, bytes);
+    unsigned longest = 0;
+    for (size_t i = 0; i < count; ++i) longest = std::max(longest, pieces[i].count);
+    void* args[] = {&parameter};
+    const InContext context(driver_);
+    run(values_[class_of(head + bytes, kValueBytes)], "cuLaunchKernelEx(write_values)",
+        static_cast<unsigned>(count), static_cast<CUstream>(stream), false, args,
+        blocks_for(longest, kThreads));
+  }
+
+  void launch_rows(int32_t* table, size_t row_stride, const RowWrite* rows, size_t count,
+                   const int64_t* rest, StreamHandle stream) override {
+    if (!count) return;
+    if (count > most_rows())
+      throw DeviceError(std::to_string(count) + " rows cannot be parameters [" + name_ + "]");
+    const size_t size_class = class_of(count, kRowCounts);
+    Rows<kRowCounts[kClasses - 1]> parameter;
+    std::copy(rows, rows + count, parameter.v);
+    int32_t longest = 0;
+    for (size_t i = 0; i < count; ++i)
+      longest = std::max(longest, rows[i].prefix_count + rows[i].count);
+    const unsigned shares = std::min(blocks_for(static_cast<size_t>(longest), 4 * kThreads), 64u);
+    void* args[] = {&parameter, &table, &row_stride, &rest};
+    const InContext context(driver_);
+    run(rows_[size_class], "cuLaunchKernelEx(write_rows)", static_cast<unsigned>(count),
+        static_cast<CUstream>(stream), false, args, shares);
+  }
+
   FenceHandle create_fence() override {
     const InContext context(driver_);
     const RelaxedCapture relaxed(driver_);
@@ -581,11 +681,18 @@ class CudaDevice final : public Device {
     return value;
   }
 
-  Kernels load(const Addresses& addresses) {
-    Kernels kernels;
-    for (size_t i = 0; i < kernels.size(); ++i)
-      driver_.check(cudaGetFuncBySymbol(&kernels[i], addresses[i]), "cudaGetFuncBySymbol");
-    return kernels;
+  CUfunction load(const void* address) {
+    CUfunction kernel;
+    driver_.check(cudaGetFuncBySymbol(&kernel, address), "cudaGetFuncBySymbol");
+    return kernel;
+  }
+  Kernels load(const Addresses& addresses) { return {load(addresses[0]), load(addresses[1])}; }
+
+  // The smallest class that takes so many; there is one.
+  static size_t class_of(size_t amount, const size_t (&classes)[kClasses]) {
+    return static_cast<size_t>(
+        std::find_if(classes, classes + kClasses - 1, [&](size_t most) { return amount <= most; }) -
+        classes);
   }
 
   // Gives something back to the driver. Nothing may be thrown on the way, and nothing is left to do
@@ -651,7 +758,7 @@ class CudaDevice final : public Device {
   // ends (a programmatic dependent launch); it waits for that one before it writes. This hides 1 us
   // of the way to the host. After anything but a kernel it changes nothing.
   void run(CUfunction kernel, const char* call, unsigned blocks, CUstream stream, bool early,
-           void** args) {
+           void** args, unsigned blocks_y = 1) {
     static CUlaunchAttribute serialization = [] {
       CUlaunchAttribute attribute{};
       attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
@@ -660,7 +767,8 @@ class CudaDevice final : public Device {
     }();
     CUlaunchConfig config{};
     config.gridDimX = blocks;
-    config.gridDimY = config.gridDimZ = 1;
+    config.gridDimY = blocks_y;
+    config.gridDimZ = 1;
     config.blockDimX = kThreads;
     config.blockDimY = config.blockDimZ = 1;
     config.hStream = stream;
@@ -675,6 +783,8 @@ class CudaDevice final : public Device {
   bool can_launch_early_ = false;
   Kernels transfers_[2][2];  // by int64 wire, int64 output
   Kernels mixed_[2];         // by int64 wire
+  std::array<CUfunction, kClasses> values_{}, rows_{};
+  size_t classes_ = 0;  // of them, those that the driver takes
   void* probe_out_ = nullptr;
 
   std::mutex pin_mutex_;  // guards why_pageable_, and one probe at a time

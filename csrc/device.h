@@ -15,6 +15,8 @@
 #include <string>
 #include <vector>
 
+#include "errors.h"
+
 namespace pystage {
 
 // Width of an id, in a slot (the "wire") and in the output. The value is its size in bytes.
@@ -77,6 +79,23 @@ struct Transfer {
   std::shared_ptr<RelayTail> tail;  // or null; by a kernel only, and to int64 only
 };
 
+// One row of an int32 table: `prefix_count` entries of `prefix`, then `count` of those that all
+// rows share, from `rest_at` on.
+struct RowWrite {
+  const int64_t* prefix;
+  int32_t row;
+  int32_t prefix_count;
+  int32_t rest_at;
+  int32_t count;
+};
+
+// Where a part of some values goes, in units of kValuesAlignment bytes.
+struct ValuesPiece {
+  void* dst;
+  uint32_t first;
+  uint32_t count;
+};
+
 class Device {
  public:
   virtual ~Device() = default;
@@ -91,6 +110,18 @@ class Device {
   virtual bool kernels_read_pinned() { return true; }
 
   virtual void launch(const Transfer& transfer, StreamHandle stream) = 0;
+
+  // Values and rows travel as a kernel's parameters: no memory of the host has to outlive the call,
+  // and no copy engine is in the way. So many bytes, 16 for each piece included, and so many rows
+  // fit into one launch.
+  virtual size_t most_values() { return 0; }
+  virtual size_t most_rows() { return 0; }
+  // `bytes` is a multiple of kValuesAlignment, and so is the address that a piece goes to.
+  virtual void launch_values(const void* values, size_t bytes, const ValuesPiece* pieces,
+                             size_t count, StreamHandle stream);
+  virtual void launch_rows(int32_t* table, size_t row_stride, const RowWrite* rows, size_t count,
+                           const int64_t* rest, StreamHandle stream);
+  static constexpr size_t kValuesAlignment = 16;
 
   // A fence is done once all work that its stream held at record() is done. Recording again
   // forgets the earlier point.
@@ -118,5 +149,13 @@ class Device {
   virtual void release(void* hold) noexcept = 0;
   static constexpr int kHoldLimitSeconds = 60;
 };
+
+inline void Device::launch_values(const void*, size_t, const ValuesPiece*, size_t, StreamHandle) {
+  throw DeviceError("values cannot travel as parameters [" + name() + "]");
+}
+inline void Device::launch_rows(int32_t*, size_t, const RowWrite*, size_t, const int64_t*,
+                                StreamHandle) {
+  throw DeviceError("rows cannot travel as parameters [" + name() + "]");
+}
 
 }  // namespace pystage

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "small_tensors.h"
 #include "staging.h"
 
 namespace pystage {
@@ -18,16 +19,22 @@ at::Tensor transfer(const at::Tensor& wire, at::ScalarType dtype,
 
 void transfer_out(const at::Tensor& wire, at::Tensor& out) { transfer_tensor(wire, out); }
 
+std::vector<at::Tensor> small_tensors_op(at::TensorList values, at::Device device) {
+  return small_tensors(values, device);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(pystage, m) {
   m.def("transfer(Tensor wire, *, ScalarType dtype=long, Device? device=None) -> Tensor");
   m.def("transfer_out(Tensor wire, Tensor(a!) out) -> ()");
+  m.def("small_tensors(Tensor[] values, *, Device device) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(pystage, CPU, m) {
   m.impl("transfer", &transfer);
   m.impl("transfer_out", &transfer_out);
+  m.impl("small_tensors", &small_tensors_op);
 }
 
 TORCH_LIBRARY_IMPL(pystage, CUDA, m) {

@@ -5,7 +5,6 @@
 #include <pybind11/stl.h>
 #include <structmember.h>
 #include <torch/csrc/Dtype.h>
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cstddef>
@@ -14,9 +13,11 @@
 #include <optional>
 #include <vector>
 
+#include "fast_calls.h"
 #include "gil.h"
 #include "host_device.h"
 #include "ids_view.h"
+#include "python_small.h"
 #include "requests.h"
 #include "staging.h"
 #ifdef PYSTAGE_WITH_CUDA
@@ -321,6 +322,8 @@ void raise_as(const char* name, const E& error) {
   PyErr_SetString(py::module_::import("pystage.errors").attr(name).ptr(), error.what());
 }
 
+}  // namespace
+
 void translate(std::exception_ptr pointer) {
   if (!pointer) return;
   try {
@@ -349,6 +352,8 @@ void translate(std::exception_ptr pointer) {
     PyErr_SetString(PyExc_ValueError, e.what_without_backtrace());
   }
 }
+
+namespace {
 
 // --- staged tokens as a Python type --------------------------------------------------------------
 
@@ -404,47 +409,23 @@ int clear_staged_tokens(PyObject* object) {
   return 0;
 }
 
-// Runs `body`, which returns a new reference, with every exception made Python's.
-template <typename Body>
-PyObject* guarded(Body body) noexcept {
-  try {
-    try {
-      return body();
-    } catch (py::error_already_set& e) {
-      e.restore();
-    } catch (const py::builtin_exception& e) {
-      e.set_error();
-    } catch (const Interrupted&) {
-      // the error is set
-    } catch (...) {
-      translate(std::current_exception());  // throws again what is not ours
-    }
-  } catch (...) {
-    torch::translate_exception_to_python(std::current_exception());
-  }
-  return nullptr;
-}
-
-void check_count(const char* name, Py_ssize_t given, Py_ssize_t taken) {
-  if (given != taken)
-    throw py::type_error(std::string(name) + " takes " + std::to_string(taken) +
-                         " arguments, not " + std::to_string(given));
-}
-
-size_t size_argument(PyObject* object) {
-  const size_t value = PyLong_AsSize_t(object);
-  if (value == static_cast<size_t>(-1) && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
 constexpr const char* kPoolCapsule = "pystage.StagingPool";
+
+}  // namespace
+
+const std::shared_ptr<StagingPool>& pool_of(PyObject* handle) {
+  void* pool = PyCapsule_GetPointer(handle, kPoolCapsule);
+  if (!pool) throw py::error_already_set();
+  return *static_cast<std::shared_ptr<StagingPool>*>(pool);
+}
+
+namespace {
 
 // stage(handle, pool, token_ids, starts, stops, vocab_size)
 PyObject* stage_fast(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded([&] {
     check_count("stage", count, 6);
-    void* handle = PyCapsule_GetPointer(args[0], kPoolCapsule);
-    if (!handle) throw py::error_already_set();
+    const std::shared_ptr<StagingPool>& pool = pool_of(args[0]);
     std::optional<int64_t> vocab_size;
     if (args[5] != Py_None) {
       int overflow = 0;
@@ -452,7 +433,6 @@ PyObject* stage_fast(PyObject*, PyObject* const* args, Py_ssize_t count) {
       if (overflow) throw py::value_error("vocab_size does not fit int64");
       if (*vocab_size == -1 && PyErr_Occurred()) throw py::error_already_set();
     }
-    const auto& pool = *static_cast<std::shared_ptr<StagingPool>*>(handle);
     return make_staged_tokens(args[1], stage(pool, args[2], args[3], args[4], vocab_size));
   });
 }
@@ -490,12 +470,6 @@ PyObject* copy_fast(PyObject* self, PyObject*) {
 
 Py_ssize_t staged_tokens_length(PyObject* self) {
   return static_cast<Py_ssize_t>(tokens_of(self).count());
-}
-
-template <PyObject* (*kFunction)(PyObject*, PyObject* const*, Py_ssize_t)>
-constexpr PyMethodDef fast_method(const char* name, const char* doc) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(kFunction)),
-          METH_FASTCALL, doc};
 }
 
 py::object make_staged_tokens_base() {
@@ -594,6 +568,7 @@ PYBIND11_MODULE(_C, m) {
       fast_method<stage_fast>("stage", "handle, pool, token_ids, starts, stops, vocab_size"), {}};
   if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
   if (add_ids_view(m.ptr()) != 0) throw py::error_already_set();
+  add_small_tensors(m);
   m.attr("StagedTokens") = make_staged_tokens_base();
   m.def("set_staged_tokens_type", &set_staged_tokens_type, py::arg("type"));
 

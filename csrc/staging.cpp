@@ -16,6 +16,35 @@
 #endif
 
 namespace pystage {
+
+Device& backend_of(c10::Device device) {
+  if (device.is_cpu()) return host_device();
+#ifdef PYSTAGE_WITH_CUDA
+  if (device.is_cuda()) return cuda_device(device.index());
+#endif
+  throw DeviceError("no pystage device for " + device.str() +
+                    (device.is_cuda() ? ": this build has no CUDA code; rebuild with "
+                                        "PYSTAGE_CUDA=1, or use device=\"cpu\""
+                                      : ": use \"cuda:N\" or \"cpu\""));
+}
+
+// Straight from the caching allocator: the dispatcher on the
+// way there costs as much as the allocation.
+at::Tensor empty_ids(c10::Device device, at::ScalarType dtype, size_t count) {
+  const int64_t size = static_cast<int64_t>(count);
+  // Asked for each time: change_current_allocator() puts another in its place.
+  if (device.is_cuda())
+    return at::detail::empty_generic({size}, at::detail::getCUDAHooks().getCUDADeviceAllocator(),
+                                     c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype,
+                                     std::nullopt);
+  return at::empty({size}, at::TensorOptions().device(device).dtype(dtype));
+}
+
+StreamHandle current_stream_of(c10::Device device) {
+  if (device.is_cpu()) return host_current_stream();
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
 namespace {
 
 at::ScalarType scalar_type(IntType type) { return type == IntType::kInt32 ? at::kInt : at::kLong; }
@@ -33,29 +62,6 @@ IntType int_type(at::ScalarType dtype) {
   TORCH_CHECK_TYPE(dtype == at::kLong || dtype == at::kInt,
                    std::string("token ids are int64 or int32, not ") + c10::toString(dtype));
   return dtype == at::kInt ? IntType::kInt32 : IntType::kInt64;
-}
-
-Device& backend_of(c10::Device device) {
-  if (device.is_cpu()) return host_device();
-#ifdef PYSTAGE_WITH_CUDA
-  if (device.is_cuda()) return cuda_device(device.index());
-#endif
-  throw DeviceError("no pystage device for " + device.str() +
-                    (device.is_cuda() ? ": this build has no CUDA code; rebuild with "
-                                        "PYSTAGE_CUDA=1, or use device=\"cpu\""
-                                      : ": use \"cuda:N\" or \"cpu\""));
-}
-
-// Memory for ids on the current stream. Straight from the caching allocator: the dispatcher on the
-// way there costs as much as the allocation.
-at::Tensor empty_ids(c10::Device device, at::ScalarType dtype, size_t count) {
-  const int64_t size = static_cast<int64_t>(count);
-  // Asked for each time: change_current_allocator() puts another in its place.
-  if (device.is_cuda())
-    return at::detail::empty_generic({size}, at::detail::getCUDAHooks().getCUDADeviceAllocator(),
-                                     c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype,
-                                     std::nullopt);
-  return at::empty({size}, at::TensorOptions().device(device).dtype(dtype));
 }
 
 void check_out(const at::Tensor& out, c10::Device device, size_t count) {
@@ -82,11 +88,6 @@ at::Tensor plain(const at::Tensor& tensor, const char* name) {
 // GIL, which is not to be had while the interpreter shuts down.
 std::shared_ptr<void> owner_of(const at::Tensor& tensor) {
   return std::make_shared<c10::Storage>(tensor.storage());
-}
-
-StreamHandle current_stream_of(c10::Device device) {
-  if (device.is_cpu()) return host_current_stream();
-  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
 
 // Keeps memory of another stream until the current one is done with it.

@@ -42,6 +42,13 @@ class DeviceScope {
 // Throws a TypeError unless the tensor has memory that can be read or written at its data pointer.
 void check_memory(const at::Tensor& tensor, const std::string& name);
 
+// The layer below, for a device; throws DeviceError where there is none.
+Device& backend_of(c10::Device device);
+StreamHandle current_stream_of(c10::Device device);
+
+// Memory [count] on the current stream, for ids and other values.
+at::Tensor empty_ids(c10::Device device, at::ScalarType dtype, size_t count);
+
 // A fence that no slot holds.
 std::shared_ptr<void> make_fence(Device& device);
 
@@ -86,6 +93,10 @@ class StagingPool {
 
   StreamHandle current_stream() const;
   StreamHandle eager_stream() const;
+  // A new tensor [count] for work on `stream`, which is current; small ones are cut from blocks.
+  at::Tensor output(at::ScalarType dtype, size_t count, StreamHandle stream) {
+    return outputs_.allocate(dtype, count, stream);
+  }
   // Ends the pool; what was handed out stays valid. `poll` as for Pool::close().
   void close(const Poll& poll = {});
   // Whether torch's allocators can take memory of the device back. In a forked child, and after an

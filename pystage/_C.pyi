@@ -52,6 +52,44 @@ def stage(
     vocab_size: int | None,
     /,
 ) -> pystage.pool.StagedTokens: ...
+def small_tensors(
+    handle: object, values: Sequence[Any], dtypes: Sequence[torch.dtype | None], /
+) -> tuple[torch.Tensor, ...]: ...
+def write_rows(
+    handle: object,
+    table: torch.Tensor,
+    rest: torch.Tensor,
+    prefixes: Sequence[torch.Tensor],
+    rows: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    lens: torch.Tensor,
+    /,
+) -> bool:
+    """``table[rows[i]]`` (int32) begins with ``prefixes[i][:prefix_lens[i]]`` and goes on with the
+    next ``lens[i]`` of ``rest``, by one kernel on the current stream. ``rows``, ``prefix_lens`` and
+    ``lens`` are int64 CPU tensors. False, and nothing is done, where one launch cannot do it."""
+
+class Parcel:
+    """Stands in for ``torch.tensor`` in one thread, while known code runs (``python_small.cpp``).
+
+    What that code makes of a list and sends with ``.to(device, non_blocking=True)`` is a small
+    tensor. Those made so far are delivered when their number is in ``deliver_at``; the last of
+    these ends it."""
+
+    def tensor(self, data: Any, /, **kwargs: Any) -> torch.Tensor: ...
+    def end(self) -> int:
+        """Delivers what is left, and returns how many tensors it made."""
+
+def parcel(
+    handle: object,
+    capacity: int,
+    device: object,
+    original: Any,
+    codes: tuple[Any, ...],
+    deliver_at: tuple[int, ...],
+    minus_one: torch.Tensor | None,
+    /,
+) -> Parcel: ...
 def set_staged_tokens_type(type: type[StagedTokens]) -> None: ...
 
 class StagedTokens:

@@ -6,6 +6,8 @@ graph, with :func:`pystage.resolve`; the ops accept one too, outside of graphs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,8 @@ def transfer(
     Raises:
         TypeError: another dtype.
         ValueError: another shape, or ``wire`` on a third device.
-        pystage.DeviceError: no pystage device of that kind, or a failed device call.
+        RuntimeError: no pystage device of that kind, or a failed device call. Torch's dispatcher
+            passes on no other type.
     """
     where = None if device is None else torch.device(device)
     result: Tensor = torch.ops.pystage.transfer(wire, dtype=dtype, device=where)
@@ -43,6 +46,23 @@ def transfer(
 def transfer_out(wire: Tensor, out: Tensor) -> None:
     """As :func:`transfer`, into ``out``: int32 or int64 [n], contiguous. Mutates ``out``."""
     torch.ops.pystage.transfer_out(wire, out)
+
+
+def small_tensors(values: Sequence[Tensor], *, device: torch.device | str) -> list[Tensor]:
+    """CPU tensors of few values, of any dtype and shape, as tensors on ``device``, by one kernel.
+
+    As :meth:`pystage.StagingPool.small_tensors`, without a pool: beyond 32 KiB in all (4 KiB with a
+    driver before CUDA 12.1), torch pins memory and copies it. Ordered on the current stream.
+
+    Raises:
+        ValueError: a tensor that is not on the CPU.
+        RuntimeError: no pystage device of that kind, the current stream captures a CUDA graph, or a
+            failed device call. Torch's dispatcher passes on no other type.
+    """
+    if not values:
+        return []
+    made: list[Tensor] = torch.ops.pystage.small_tensors(values, device=torch.device(device))
+    return made
 
 
 _INTS = (torch.int32, torch.int64)
@@ -73,3 +93,8 @@ def _(wire: Tensor, out: Tensor) -> None:
         out.shape == wire.shape,
         lambda: f"out must have shape {list(wire.shape)}, not {list(out.shape)}",
     )
+
+
+@torch.library.register_fake("pystage::small_tensors")
+def _(values: list[Tensor], *, device: torch.device) -> list[Tensor]:
+    return [value.new_empty(value.shape, device=device) for value in values]

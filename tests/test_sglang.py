@@ -39,7 +39,9 @@ import sglang_rig
 pytestmark = pytest.mark.sglang
 ROOT = Path(__file__).resolve().parent.parent
 OLD = os.environ.get("PYSTAGE_TEST_SGLANG_OLD", "")
-EVERYTHING = {"staging", "resolve", "mixed", "guard", "history", "metrics", "profiler"}
+EVERYTHING = {
+    *("staging", "resolve", "mixed", "guard", "history", "metrics", "profiler", "small", "rows")
+}
 os.environ["PYSTAGE_SGLANG_CPU"] = "1"  # here and in the processes below
 
 Outcome = dict[str, Any]
@@ -201,6 +203,36 @@ def embedding(rig: Any) -> Outcome:
     return {"ids": ids}
 
 
+def special_requests(rig: Any) -> Outcome:
+    """What else is made of sampling parameters, beside small tensors, and read at once."""
+    reqs = [rig.request(range(n, n + 9)) for n in range(10, 60, 10)]
+    _plain, biased, penalized, logprobs, hot = reqs
+    biased.sampling_params.logit_bias = {"5": 30.0, "7": -4.0}
+    penalized.sampling_params.frequency_penalty = 0.5
+    penalized.sampling_params.presence_penalty = 0.25
+    penalized.sampling_params.repetition_penalty = 1.5
+    logprobs.return_logprob, logprobs.logprob_start_len = True, 2
+    hot.sampling_params.temperature, hot.sampling_params.top_p = 0.75, 0.5
+    hot.sampling_params.top_k, hot.sampling_params.min_p = 3, 0.125
+    batch = rig.batch(reqs)
+    batch.prepare_for_extend()
+    info = batch.sampling_info
+    out: Outcome = {
+        name: getattr(info, name).clone()
+        for name in ("temperatures", "top_ps", "top_ks", "min_ps", "logit_bias")
+    }
+    out |= {name: getattr(batch, name).clone() for name in ("seq_lens", "orig_seq_lens")}
+    assert out["logit_bias"][1, 5] == 30.0 and out["temperatures"][4] == 0.75
+    out["logprob ids"] = batch.extend_input_logprob_token_ids
+    for req, row, at in zip(reqs, batch.req_pool_indices.tolist(), range(0, 45, 9), strict=True):
+        written = rig.rows.req_to_token[row, req.prefix_len : req.extend_end]
+        assert torch.equal(written.long(), batch.out_cache_loc[at : at + 9])
+    assert torch.equal(batch.req_pool_indices, batch.req_pool_indices_cpu)
+    step(rig, batch, out, "extend")
+    rig.release(*reqs)
+    return out
+
+
 SCENARIOS: list[Callable[[Any], Outcome]] = [
     chunked_mixed_decode,
     two_chunks,
@@ -210,6 +242,7 @@ SCENARIOS: list[Callable[[Any], Outcome]] = [
     idle_and_prebuilt,
     merged,
     embedding,
+    special_requests,
 ]
 
 
@@ -281,6 +314,127 @@ def test_ids_wait_in_the_pool(engine: Engine) -> None:
     engine.rig.resolve(batch)
     assert type(batch.input_ids) is torch.Tensor
     engine.rig.release(req)
+
+
+def test_small_tensors_are_of_one_parcel(engine: Engine) -> None:
+    """Eleven tensors, in three deliveries; of decode none."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    rig = engine.rig
+    reqs = [rig.request(range(n)) for n in (5, 9)]
+    batch = rig.batch(reqs)
+    batch.prepare_for_extend()
+    info = batch.sampling_info
+    made = [batch.seq_lens, batch.orig_seq_lens, batch.req_pool_indices]
+    made += [info.temperatures, info.top_ps, info.top_ks, info.min_ps]
+    assert len({t.untyped_storage().data_ptr() for t in made}) == 1
+    assert batch.seq_lens.tolist() == [5, 9] and batch.orig_seq_lens.dtype == torch.int32
+    # What stays on the host is a tensor like any other, in memory of its own.
+    for host in (batch.seq_lens_cpu, batch.req_pool_indices_cpu):
+        assert type(host) is torch.Tensor and host.__dict__ == {}
+    rig.resolve(batch)
+    forward = ForwardBatch.init_new(batch, rig.runner, return_hidden_states_before_norm=False)
+    built = [forward.extend_seq_lens, forward.extend_prefix_lens]
+    assert len({t.untyped_storage().data_ptr() for t in built}) == 1
+    assert [t.tolist() for t in built] == [[5, 9], [0, 0]]
+    assert torch.tensor is tensor and torch.full is full
+    rig.release(*reqs)
+
+
+tensor, full = torch.tensor, torch.full
+
+
+def test_a_batch_that_fails_leaves_torch_as_it_was(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = engine.rig
+    req = rig.request(range(8))
+    batch = rig.batch([req])
+
+    def fails(*args: Any) -> None:
+        assert torch.tensor is not tensor
+        raise RuntimeError("no rows")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.rows, "alloc", fails)
+        with pytest.raises(RuntimeError, match="no rows"):
+            batch.prepare_for_extend()
+    assert torch.tensor is tensor and torch.full is full
+    assert batch.seq_lens.tolist() == [8]  # made before, and delivered
+    batch = rig.batch([req])
+    batch.prepare_for_extend()
+    rig.release(req)
+
+
+def test_rows_that_pystage_cannot_write_are_sglangs(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = plugin.status()["counts"]["sglang_rows"]
+    rig = engine.rig
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.rows, "req_to_token", rig.rows.req_to_token.long())
+        req = rig.request(range(8))
+        batch = rig.batch([req])
+        batch.prepare_for_extend()
+        row = rig.rows.req_to_token[int(batch.req_pool_indices[0]), :8]
+        assert torch.equal(row, batch.out_cache_loc)
+    rig.release(req)
+    assert plugin.status()["counts"]["sglang_rows"] == before + 1
+
+
+def test_without_the_setting_small_tensors_are_sglangs() -> None:
+    code = """
+    load(lambda: None)
+    assert run() == "StagedTokens"
+    """
+    done = process(
+        OTHER_PLUGIN, code, "print(json.dumps(plugin.status()))", PYSTAGE_SGLANG_SMALL="0"
+    )
+    status = json.loads(done.stdout.splitlines()[-1])
+    assert set(status["active"]) == EVERYTHING - {"small", "rows"} and status["left"] == []
+
+
+def test_small_tensors_of_other_code_are_sglangs() -> None:
+    code = """
+    from sglang.srt.mem_cache import allocation
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+    def changed(function, module, old, new):
+        text = inspect.getsource(function)
+        assert old in text
+        text = text.replace(old, new)
+        linecache.cache["<changed>"] = len(text), None, text.splitlines(True), "<changed>"
+        exec(compile(text, "<changed>", "exec", __future__.annotations.compiler_flag), vars(module))
+
+    changed(allocation.alloc_for_extend, allocation, "batch.maybe_evict_swa()", "pass")
+    changed(allocation.write_cache_indices, allocation, "pt = 0", "pt = 0 + 0")
+    schedule_batch.alloc_for_extend = allocation.alloc_for_extend
+    load(lambda: None)
+    assert run() == "StagedTokens"
+    """
+    done = process(OTHER_PLUGIN, code, "print(json.dumps(plugin.status()))")
+    status = json.loads(done.stdout.splitlines()[-1])
+    assert set(status["active"]) == EVERYTHING - {"small", "rows"} and status["broken"] == []
+    small, rows = status["left"]
+    assert "small (its alloc_for_extend is not that of a known release" in small
+    assert "rows (its write_cache_indices is not that of a known release" in rows
+
+
+def test_small_tensors_that_others_see_made_are_sglangs() -> None:
+    code = """
+    def theirs():
+        around("mem_cache.allocation.alloc_for_extend", lambda f, batch: f(batch))
+        around("mem_cache.allocation.write_cache_indices", lambda f, *args: f(*args))
+    load(theirs)
+    assert run() == "StagedTokens"
+    """
+    done = process(OTHER_PLUGIN, code, "print(json.dumps(plugin.status()))")
+    status = json.loads(done.stdout.splitlines()[-1])
+    assert set(status["active"]) == EVERYTHING - {"small", "rows"} and status["broken"] == []
+    assert status["left"] == [
+        "small (another plugin hooks mem_cache.allocation:alloc_for_extend)",
+        "rows (another plugin hooks mem_cache.allocation:write_cache_indices)",
+    ]
 
 
 def test_mixed_is_one_transfer(engine: Engine) -> None:
@@ -767,7 +921,8 @@ def test_one_line_once_the_log_is_set_up() -> None:
     log = process(code).stderr
     lines = [line for line in log.splitlines() if "pystage" in line and "is active" in line]
     assert len(lines) == 1 and " TP0]" in lines[0], log
-    assert "staging, resolve, mixed, guard, history, metrics, profiler (pool of 64 MiB" in lines[0]
+    parts = "staging, resolve, mixed, guard, history, small, rows, metrics, profiler"
+    assert f"{parts} (pool of 64 MiB" in lines[0]
 
 
 def test_validation_refuses_when_the_request_arrives() -> None:

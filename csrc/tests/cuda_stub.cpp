@@ -17,6 +17,8 @@
 #include <utility>
 #include <vector>
 
+#include "device.h"
+
 // A stream's queue. A task that returns false stays at its head.
 struct CUstream_st {
   CUcontext context = nullptr;
@@ -73,6 +75,7 @@ struct World {
   std::map<const void*, std::string> kernels;  // by host symbol
   std::map<const void*, Variable> variables;   // by host symbol
   std::set<int> stale;
+  int driver_version = 13000;
   unsigned long long next_stream_id = 1;
   bool capture_elsewhere = false;
 
@@ -308,6 +311,11 @@ void set_capturing(CUstream stream, bool on) {
   stream->capturing = on;
 }
 
+void set_driver_version(int version) {
+  Lock lock(world().mutex);
+  world().driver_version = version;
+}
+
 bool thread_is_relaxed() { return t_mode == CU_STREAM_CAPTURE_MODE_RELAXED; }
 
 void set_stale_reads(int device, bool on) {
@@ -367,6 +375,12 @@ extern "C" {
 
 CUresult cuInit(unsigned) {
   ENTER("cuInit", kNothing);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuDriverGetVersion(int* version) {
+  ENTER("cuDriverGetVersion", kNothing);
+  *version = world().driver_version;
   return CUDA_SUCCESS;
 }
 
@@ -439,6 +453,33 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
   CUstream stream = find_stream(config->hStream);
   if (!stream || function->device != current_context()->device) return CUDA_ERROR_INVALID_HANDLE;
   if (function->name.find("transfer_mixed") != std::string::npos) return CUDA_SUCCESS;  // not run
+  if (function->name.find("write_values") != std::string::npos) {
+    const auto* pieces = static_cast<const pystage::ValuesPiece*>(args[0]);
+    const size_t count = config->gridDimX;
+    const auto* values = reinterpret_cast<const char*>(pieces + count);
+    for (size_t i = 0; i < count; ++i) {  // copied now, as parameters are
+      const char* first = values + pieces[i].first * 16;
+      put(stream,
+          [bytes = std::vector<char>(first, first + pieces[i].count * 16), dst = pieces[i].dst] {
+            std::memcpy(dst, bytes.data(), bytes.size());
+            return true;
+          });
+    }
+    return CUDA_SUCCESS;
+  }
+  if (function->name.find("write_rows") != std::string::npos) {
+    const auto* rows = static_cast<const pystage::RowWrite*>(args[0]);
+    put(stream, [parameter = std::vector<pystage::RowWrite>(rows, rows + config->gridDimX),
+                 table = *static_cast<int32_t**>(args[1]), stride = *static_cast<size_t*>(args[2]),
+                 rest = *static_cast<const int64_t**>(args[3])] {
+      for (const pystage::RowWrite& w : parameter)
+        for (int32_t i = 0; i < w.prefix_count + w.count; ++i)
+          table[static_cast<size_t>(w.row) * stride + i] = static_cast<int32_t>(
+              i < w.prefix_count ? w.prefix[i] : rest[w.rest_at + i - w.prefix_count]);
+      return true;
+    });
+    return CUDA_SUCCESS;
+  }
   const char* src = *static_cast<const char**>(args[0]);
   char* dst = *static_cast<char**>(args[1]);
   const size_t count = *static_cast<size_t*>(args[2]);
@@ -604,6 +645,7 @@ namespace {
 #define ENTRY(name) {#name, reinterpret_cast<void*>(&name)}
 const std::map<std::string, void*> kEntries{
     ENTRY(cuInit),
+    ENTRY(cuDriverGetVersion),
     ENTRY(cuDeviceGet),
     ENTRY(cuDeviceGetAttribute),
     ENTRY(cuDevicePrimaryCtxRetain),

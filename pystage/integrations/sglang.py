@@ -48,17 +48,29 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
+from types import CodeType
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
 from .._build import __version__
-from .._C import IdsView, current_cuda_device, ids_view
+from .._C import IdsView, current_cuda_device, ids_view, write_rows
 from ..batch import ensure_resolved, forgotten_resolves
 from ..errors import PoolExhaustedError, PystageError
 from ..pool import AtCapacity, Issue, StagedTokens, StagingPool, StagingStats, resolve_mixed
-from .sglang_code import OtherCodeError, end_of_fill_ids, resolver_release
+from .sglang_code import (
+    ALLOCATE,
+    BUILD,
+    PREPARE,
+    SAMPLING,
+    WRITE_ROWS,
+    OtherCodeError,
+    end_of_fill_ids,
+    resolver_release,
+    small_release,
+)
+from .sglang_small import BUILT, PREPARED, MinusOne, Scope, codes_of
 
 logger = logging.getLogger("pystage.sglang")
 
@@ -73,6 +85,7 @@ ENVIRONMENT = {
     "issue": "PYSTAGE_SGLANG_ISSUE",
     "validate_ids": "PYSTAGE_SGLANG_VALIDATE_IDS",
     "sizer": "PYSTAGE_SGLANG_SIZER",
+    "small": "PYSTAGE_SGLANG_SMALL",
     "cpu": "PYSTAGE_SGLANG_CPU",
 }
 
@@ -91,6 +104,8 @@ class Settings:
             launched at once on a stream of the pool's own, and the forward stream waits for it.
         validate_ids: a text request with an id outside the vocabulary is refused when it arrives.
         sizer: pystage's profiler and chunk sizer in place of SGLang's (``pystage.pp``).
+        small: a batch's lengths, indices and sampling parameters go to the device together, as the
+            parameters of a kernel; the rows of its KV indices are written by one more.
         cpu: batches of ``--device cpu`` are staged as well. For tests: SGLang alone is faster.
     """
 
@@ -100,6 +115,7 @@ class Settings:
     issue: Issue = "deferred"
     validate_ids: bool = False
     sizer: bool = False
+    small: bool = True
     cpu: bool = False
 
     @classmethod
@@ -198,6 +214,7 @@ class _Here(threading.local):
 
 
 _pools = _Pools()
+_minus_one = MinusOne()
 _here = _Here()
 
 
@@ -211,13 +228,16 @@ def pool_stats() -> list[StagingStats]:
 
 def _prepare_for_extend(original: Function, batch: Any, *args: Any, **kwargs: Any) -> Any:
     here = _here
-    here.pool = _pools.of(batch.device)
-    here.views = here.pool is not None and _state.gives_views
+    here.pool = pool = _pools.of(batch.device)
+    here.views = pool is not None and _state.gives_views
+    small = _small(pool, batch.device, len(batch.reqs), PREPARED)
     try:
         return original(batch, *args, **kwargs)
     finally:
         here.pool = None
         here.views = False
+        if small is not None:
+            small.close()
 
 
 def _get_fill_ids(end_of: Callable[[Any], Any], original: Function, req: Any) -> Any:
@@ -258,6 +278,44 @@ def _stage(pool: StagingPool, parts: list[Any], pin: bool) -> StagedTokens | Non
         return None
 
 
+# --- hooks: small tensors ------------------------------------------------------------------------
+
+
+def _small(
+    pool: StagingPool | None, device: Any, requests: int, deliver_at: tuple[int, ...]
+) -> Scope | None:
+    """None: SGLang sends its small tensors itself."""
+    codes = _state.small_codes
+    if pool is None or not codes:
+        return None
+    try:
+        minus_one = _minus_one.on(device, pool)
+        return Scope(pool, device, codes, requests, deliver_at, minus_one)
+    except PystageError as error:
+        _once("pystage: %s: SGLang sends the small tensors of such batches itself", error)
+        _state.left_to_sglang["small"] += 1
+        return None
+
+
+def _write_cache_indices(original: Function, *args: Any, **kwargs: Any) -> Any:
+    pool = _here.pool
+    if pool is not None and _state.writes_rows and len(args) == len(_ROWS) and not kwargs:
+        rows = dict(zip(_ROWS, args, strict=True))
+        written = write_rows(
+            pool._handle,
+            rows["req_to_token_pool"].req_to_token,
+            rows["out_cache_loc"],
+            rows["prefix_tensors"],
+            rows["req_pool_indices_cpu"],
+            rows["prefix_lens_cpu"],
+            rows["extend_lens_cpu"],
+        )
+        if written:
+            return None
+        _state.left_to_sglang["rows"] += 1
+    return original(*args, **kwargs)
+
+
 # --- hooks: resolving ----------------------------------------------------------------------------
 
 
@@ -284,7 +342,25 @@ def _resolve_forward_inputs(original: Function, batch: Any, future_map: Any) -> 
 def _init_new(original: Function, cls: type, batch: Any, *args: Any, **kwargs: Any) -> Any:
     if batch.input_ids is None and getattr(batch, "prefill_input_ids_cpu", None) is not None:
         ensure_resolved(batch, stacklevel=3)  # behind this frame and the registry's
-    return original(cls, batch, *args, **kwargs)
+    small = None
+    if _state.small_codes and _is_plain_extend(batch):
+        runner = args[0] if args else kwargs["model_runner"]
+        small = _small(_pools.of(batch.device), runner.device, len(batch.reqs), BUILT)
+    if small is None:
+        return original(cls, batch, *args, **kwargs)
+    try:
+        return original(cls, batch, *args, **kwargs)
+    finally:
+        small.close()
+
+
+def _is_plain_extend(batch: Any) -> bool:
+    """Not a decode, and no extend whose positions are made, and read, as the lengths are."""
+    return bool(
+        batch.forward_mode.is_extend()
+        and batch.spec_algorithm.is_none()
+        and getattr(batch, "dllm_config", None) is None
+    )
 
 
 # --- hooks: profiler and sizer -------------------------------------------------------------------
@@ -385,6 +461,8 @@ _OF_THE_PLUGIN = {
     "forgotten_resolves": "Batches resolved only when their forward was built.",
     "sglang_stagings": "Batches that SGLang staged itself: no slot, an error, or no pinning.",
     "sglang_mixed": "Mixed batches staged in the pool that SGLang resolved itself.",
+    "sglang_small": "Batches whose small tensors SGLang sent itself, though its code is known.",
+    "sglang_rows": "Batches whose rows of KV indices SGLang wrote itself, for the same reason.",
 }
 
 
@@ -568,11 +646,26 @@ NEEDED = (
         _init_new,
     ),
 )
+_ROWS = (
+    "out_cache_loc",
+    "req_pool_indices_tensor",
+    "req_pool_indices_cpu",
+    "prefix_lens_tensor",
+    "prefix_lens_cpu",
+    "seq_lens_tensor",
+    "seq_lens_cpu",
+    "extend_lens_tensor",
+    "extend_lens_cpu",
+    "prefix_tensors",
+    "req_to_token_pool",
+)
 _FIELDS = ("input_ids", "prefill_input_ids_cpu", "mix_running_indices", "spec_algorithm")
 
 
 def _optional(settings: Settings) -> list[Hook]:
+    rows = [Hook("rows", target, _ROWS, _write_cache_indices) for target in WRITE_ROWS]
     hooks = [
+        *(rows if settings.small else []),
         Hook("log", "utils.common:configure_logger", ("server_args",), _configure_logger),
         Hook("metrics", f"{_COLLECTOR}.__init__", ("self", "labels"), _metrics_init),
         Hook("metrics", f"{_COLLECTOR}.log_stats", ("self",), _log_stats),
@@ -724,7 +817,9 @@ class _State:
         left: parts that are left to SGLang's own code, and why.
         gives_views: ``get_fill_ids`` gives views within ``prepare_for_extend``.
         preempts: batches are resolved before SGLang's ``resolve_forward_inputs`` sees them.
-        left_to_sglang: how many batches had a pool and were staged, or resolved, by SGLang.
+        small_codes: the code whose small tensors are taken; none: it is left alone.
+        writes_rows: rows of KV indices are written in place of ``write_cache_indices``.
+        left_to_sglang: how many batches had a pool, and what SGLang did with them itself.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -735,7 +830,11 @@ class _State:
     no_history: str = ""
     gives_views: bool = False
     preempts: bool = False
-    left_to_sglang: dict[str, int] = field(default_factory=lambda: {"stagings": 0, "mixed": 0})
+    small_codes: tuple[CodeType, ...] = ()
+    writes_rows: bool = False
+    left_to_sglang: dict[str, int] = field(
+        default_factory=lambda: {"stagings": 0, "mixed": 0, "small": 0, "rows": 0}
+    )
     loaded: bool = False
     off: str = "not loaded"
     checks_relay: bool = False  # SGLang checks and marks the relay on reading (its own CI does)
@@ -845,6 +944,10 @@ def verify() -> None:
         "history": _state.no_history or inactive.get("staging") or _shared("staging", "history"),
         "mixed": inactive.get("resolve") or _unknown(),
     }
+    _state.small_codes, _state.writes_rows = (), False
+    if _state.settings.small:
+        left["small"] = inactive.get("staging") or inactive.get("guard") or _no_small()
+        left["rows"] = inactive.get("rows") or _no_rows()
     left = {part: why for part, why in left.items() if why and part not in found}
     _state.left = [f"{part} ({why})" for part, why in left.items()]
     _state.active = [part for part in parts if part not in found and part not in left]
@@ -852,6 +955,9 @@ def verify() -> None:
     _state.preempts = "mixed" not in left
     if _state.preempts:
         _state.active.insert(_state.active.index("resolve") + 1, "mixed")
+    if _state.small_codes:
+        at = next((i for i, part in enumerate(_state.active) if part in ("rows", "metrics")), None)
+        _state.active.insert(len(_state.active) if at is None else at, "small")
     if _state.broken or _state.left:
         _state.said = True
         logger.warning("%s", _state)
@@ -863,6 +969,52 @@ def _shared(*parts: str) -> str:
     """Why the plugin is not alone with the symbols of these parts; empty if it is."""
     reasons = (_is_shared(hook) for hook in _state.hooks if hook.part in parts)
     return next(filter(None, reasons), "")
+
+
+def _no_small() -> str:
+    """Why the small tensors of a batch are left to SGLang; empty if they are not."""
+    around = (PREPARE[0], BUILD[0])
+    if why := next(
+        filter(None, (_is_shared(hook) for hook in _state.hooks if hook.target in around)), ""
+    ):
+        return why
+    functions = []
+    try:
+        for targets in (PREPARE, ALLOCATE, SAMPLING, BUILD):
+            target = _first_there(targets)
+            function = _chain(_current(target))[-1]
+            if targets in (ALLOCATE, SAMPLING) and function is not _current(target):
+                return f"another plugin hooks {target}"
+            small_release(targets, function)
+            functions.append(function)
+    except LookupError as error:
+        return str(error)
+    _state.small_codes = codes_of(*functions)
+    return ""
+
+
+def _no_rows() -> str:
+    """Why the rows of KV indices are left to SGLang; empty if they are not."""
+    if why := _shared("rows"):
+        return why
+    try:
+        small_release(WRITE_ROWS, _chain(_current(_first_there(WRITE_ROWS)))[-1])
+    except LookupError as error:
+        return str(error)
+    _state.writes_rows = True
+    return ""
+
+
+def _first_there(targets: tuple[str, ...]) -> str:
+    """Raises _MissingError if there is none."""
+    for target in targets[:-1]:
+        try:
+            _current(target)
+        except Exception:  # importing SGLang's modules runs anything
+            continue
+        return target
+    _look_up(targets[-1], ())
+    return targets[-1]
 
 
 def _unknown() -> str:

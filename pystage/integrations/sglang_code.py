@@ -104,6 +104,91 @@ def resolver_release(resolve_forward_inputs: Any) -> str:
     return KNOWN_RESOLVERS[found]
 
 
+# --- functions that make small tensors -----------------------------------------------------------
+
+# What makes a prefill's small tensors, in the releases that were read (see sglang_small.py).
+_ALLOCATION = ("mem_cache.allocation", "mem_cache.common")  # it moved in 0.5.16
+PREPARE = ("managers.schedule_batch:ScheduleBatch.prepare_for_extend",)
+ALLOCATE = tuple(f"{module}:alloc_for_extend" for module in _ALLOCATION)
+SAMPLING = ("sampling.sampling_batch_info:SamplingBatchInfo.from_schedule_batch",)
+BUILD = ("model_executor.forward_batch_info:ForwardBatch.init_new",)
+WRITE_ROWS = tuple(f"{module}:write_cache_indices" for module in _ALLOCATION)
+
+KNOWN_SMALL: dict[tuple[str, ...], dict[str, str]] = {
+    PREPARE: {
+        "e58007da837e36ad": "0.5.13 and 0.5.14",
+        "2a530bce27419a89": "0.5.15",
+        "86f8872a5bddb417": "0.5.16 and 0.5.17",
+        "8e7059d6382b9300": "0.5.18",
+        "b00b0866822e4e75": "0.5.19",
+        "4a7222511d9fcea9": "0.5.20",
+        "0e2e74d0d98a5e39": "0.5.21",
+        "37dc5a3ef64639cf": "0.5.22",
+        "3e7ab08cf3a03d1a": "0.5.23",
+    },
+    ALLOCATE: {
+        "36ab91264356581c": "0.5.13",
+        "4d4b2a47cff54b61": "0.5.14",
+        "0309fed34b7069d5": "0.5.15",
+        "8ddbad5cc1e4a7d1": "0.5.16",
+        "80fa6a3559da460e": "0.5.17",
+        "c065aca322d474fb": "0.5.18",
+        "cdd309f97add8679": "0.5.19 to 0.5.21",
+        "c2fb717fa5d125ce": "0.5.22 and 0.5.23",
+    },
+    SAMPLING: {
+        "5f4a4bca0003aeeb": "0.5.13",
+        "467188c60ecb4590": "0.5.14 and 0.5.15",
+        "8e85cf1c2c3e2790": "0.5.16",
+        "cd2d260e96d32121": "0.5.17",
+        "79d76d14e0e8ca7e": "0.5.18 and 0.5.19",
+        "ef2914e65213cec5": "0.5.20",
+        "37051d58cbac3114": "0.5.21",
+        "1e3e08ec6a3cb501": "0.5.22 and 0.5.23",
+    },
+    BUILD: {
+        "7dfcd034e4792d7c": "0.5.13",
+        "f5590ec82df35b84": "0.5.14",
+        "f2eec40e0166eee5": "0.5.15",
+        "30ff0f6963368b53": "0.5.16",
+        "9dad62e3f809bcf8": "0.5.17",
+        "d87d772da8cd4f4d": "0.5.18",
+        "a4b4f316ac9ebaca": "0.5.19",
+        "3fe71f6e177aa465": "0.5.20",
+        "907186310c8b745a": "0.5.21",
+        "39b65c94686792a3": "0.5.22",
+        "f360b2a8bef56a7a": "0.5.23",
+    },
+    WRITE_ROWS: {
+        "64901075dc67652c": "0.5.13",
+        "a541f379056ee751": "0.5.14",
+        "850ae2843bf86dee": "0.5.15",
+        "26a044a0bdd6a6be": "0.5.16",
+        "333b8b1b6fb6889c": "0.5.17",
+        "9da6e4d0fde57f05": "0.5.18 to 0.5.23",
+    },
+}
+
+
+def small_release(targets: tuple[str, ...], function: Any) -> str:
+    """The releases whose function this is.
+
+    Raises:
+        OtherCodeError: it is none of ``KNOWN_SMALL[targets]``.
+    """
+    found = fingerprint(function)
+    if found not in KNOWN_SMALL[targets]:
+        name = targets[0].rpartition(":")[2].rpartition(".")[2]
+        raise OtherCodeError(
+            f"its {name} is not that of a known release: fingerprint "
+            f"{found or 'unknown, it has no source'}"
+        )
+    return KNOWN_SMALL[targets][found]
+
+
+# --- fingerprints ---------------------------------------------------------------------------------
+
+
 def fingerprint(function: Any) -> str:
     """A hash of what a function's code says: 16 hex digits, or "" where there is no source.
 

@@ -1,0 +1,58 @@
+// Functions written for CPython, where a call through pybind11 would cost as much as the work.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
+
+#include <exception>
+#include <string>
+
+#include "gil.h"
+
+namespace pystage {
+
+namespace py = pybind11;
+
+// Sets the Python error of an exception of ours; throws any other again.
+void translate(std::exception_ptr pointer);
+
+// Runs `body`, which returns a new reference, with every exception made Python's.
+template <typename Body>
+PyObject* guarded(Body body) noexcept {
+  try {
+    try {
+      return body();
+    } catch (py::error_already_set& e) {
+      e.restore();
+    } catch (const py::builtin_exception& e) {
+      e.set_error();
+    } catch (const Interrupted&) {
+      // the error is set
+    } catch (...) {
+      translate(std::current_exception());  // throws again what is not ours
+    }
+  } catch (...) {
+    torch::translate_exception_to_python(std::current_exception());
+  }
+  return nullptr;
+}
+
+inline void check_count(const char* name, Py_ssize_t given, Py_ssize_t taken) {
+  if (given != taken)
+    throw py::type_error(std::string(name) + " takes " + std::to_string(taken) +
+                         " arguments, not " + std::to_string(given));
+}
+
+inline size_t size_argument(PyObject* object) {
+  const size_t value = PyLong_AsSize_t(object);
+  if (value == static_cast<size_t>(-1) && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+template <PyObject* (*kFunction)(PyObject*, PyObject* const*, Py_ssize_t)>
+constexpr PyMethodDef fast_method(const char* name, const char* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(kFunction)),
+          METH_FASTCALL, doc};
+}
+
+}  // namespace pystage

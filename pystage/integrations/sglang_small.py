@@ -1,0 +1,110 @@
+"""The small tensors of a prefill: lengths, indices, sampling parameters.
+
+SGLang makes eleven of them for each batch, each of a list, in memory pinned for it, and each copied
+by a copy of its own; with pages of more than one token it fills a tensor of one value on the device
+for each request without a prefix. Here those that known code makes go together, as the parameters
+of a kernel (``csrc/small_tensors.h``), and the filled tensor is the same one each time:
+
+==========================  ========  ==============================================================
+in                          delivers  which
+==========================  ========  ==============================================================
+``prepare_for_extend``      5         ``seq_lens``, ``orig_seq_lens``; in ``alloc_for_extend``
+                                      ``prefix_lens``, ``extend_lens``, ``req_pool_indices``
+``from_schedule_batch``     4         ``temperatures``, ``top_ps``, ``top_ks``, ``min_ps``
+``init_new``                2         ``extend_seq_lens``, ``extend_prefix_lens``
+==========================  ========  ==============================================================
+
+In all releases of ``KNOWN_SMALL`` these are the first that a function makes, and nothing reads one
+before the last of its group is made: at that moment they are delivered. Meanwhile ``torch.tensor``
+and ``torch.full`` are others, which look at who calls: only calls from the code of these functions,
+in this thread, are taken. A call that is not as it was known to be ends this for the batch, and
+what was made until then is delivered.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..pool import StagingPool
+
+PREPARED = (5, 9)  # tensors after which all are delivered, in prepare_for_extend
+BUILT = (2,)  # in init_new
+
+_tensor = torch.tensor
+_full = torch.full
+
+
+class Scope:
+    """While it is open, small tensors of known code in this thread are the pool's."""
+
+    __slots__ = ("_codes", "_minus_one", "_outer", "_parcel", "_thread")
+
+    def __init__(
+        self,
+        pool: StagingPool,
+        device: Any,
+        codes: tuple[CodeType, ...],
+        requests: int,
+        deliver_at: tuple[int, ...],
+        minus_one: Tensor,
+    ) -> None:
+        # 4 or 8 bytes a request and tensor, each tensor rounded up to 16.
+        capacity = 8 * deliver_at[-1] * (requests + 2)
+        self._parcel = _C.parcel(
+            pool._handle, capacity, device, _tensor, codes, deliver_at, minus_one
+        )
+        self._codes, self._minus_one = codes, minus_one
+        self._thread = threading.get_ident()
+        self._outer = torch.tensor, torch.full
+        torch.tensor = self._parcel.tensor  # type: ignore[assignment]
+        torch.full = self._filled  # type: ignore[assignment]
+
+    def close(self) -> None:
+        """Delivers what is left. A device error surfaces here, as it would in SGLang's copies."""
+        torch.tensor, torch.full = self._outer
+        self._parcel.end()
+
+    def _filled(self, *args: Any, **kwargs: Any) -> Tensor:
+        if (
+            args == ((1,), -1)
+            and kwargs.keys() == {"device"}
+            and threading.get_ident() == self._thread
+            and sys._getframe(1).f_code in self._codes
+        ):
+            return self._minus_one
+        return _full(*args, **kwargs)
+
+
+def codes_of(*functions: Any) -> tuple[CodeType, ...]:
+    """Their code, and that of comprehensions within."""
+    found: list[CodeType] = []
+    todo = [function.__code__ for function in functions]
+    while todo:
+        code = todo.pop()
+        found.append(code)
+        todo += [const for const in code.co_consts if isinstance(const, CodeType)]
+    return tuple(found)
+
+
+class MinusOne:
+    """What ``torch.full((1,), -1, device=device)`` gives, made once for each device."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Tensor] = {}
+
+    def on(self, device: Any, pool: StagingPool) -> Tensor:
+        try:
+            return self._made[pool.device]
+        except KeyError:
+            tensor = _full((1,), -1, device=device)
+            if tensor.is_cuda:  # other streams read it, at any time
+                torch.cuda.current_stream(tensor.device).synchronize()
+            self._made[pool.device] = tensor
+            return tensor
