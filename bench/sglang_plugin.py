@@ -237,8 +237,8 @@ class Bench:
             times: dict[str, dict[str, list[float]]] = {WITH: {}, WITHOUT: {}}
             below: dict[str, list[float]] = {part: [] for part in (*PARTS, "sum")}
             rounds = samples if count == 1 else max(samples // 4, 20)  # their set-up takes longest
-            name = shape_name(count, length, page)
-            for i in self.track(rounds + 50, name):
+            shape = shape_name(count, length, page)
+            for i in self.track(rounds + 50, shape):
                 for side in (WITH, WITHOUT) if i % 2 else (WITHOUT, WITH):
                     took = self._timed_batch(side, inputs[i % len(inputs)], rig)
                     if (count, length) == (1, CHUNK):
@@ -251,7 +251,7 @@ class Bench:
                     if i >= 50:
                         for name, value in took.items():
                             below[name].append(value)
-            result[name] = _summaries(times)
+            result[shape] = _summaries(times)
             if below["sum"]:
                 self.floors["8,192"] = {name: summary(values) for name, values in below.items()}
         return result
