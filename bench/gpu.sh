@@ -5,7 +5,7 @@
 #                                              each goes on where the JSON in OUT, or in
 #                                              bench/results, ends
 #   SGLANG_WHEELS=DIR bench/gpu.sh sglang      the plugin in SGLang, installed from the wheels in DIR
-#   PLAN=main,direct bench/gpu.sh engine       the real SGLang engine, in SGLang's own environment; see
+#   PLAN=copies,direct bench/gpu.sh engine       the real SGLang engine, in SGLang's own environment; see
 #                                              bench/engine. SECONDS_AT_MOST (500), DISCLOSE
 # Results go to ${OUT:-bench/results}, with all that was printed in gpu.log. Give the commit as
 # PYSTAGE_COMMIT where git is not. The suite takes peers that are not installed from the folder PEERS.
@@ -53,7 +53,7 @@ for part in $parts; do
                tail -n 20 "$logs/sustained.log" ;;
     sglang) step sglang "$python" bench/sglang_plugin.py --sglang-wheels "${SGLANG_WHEELS:?}" \
               --out "$out/sglang.json"; cat "$logs/sglang.log" ;;
-    engine) step engine "$python" -m bench.engine --plan "${PLAN:-main}" --seconds "${SECONDS_AT_MOST:-500}" \
+    engine) step engine "$python" -m bench.engine --plan "${PLAN:-copies}" --seconds "${SECONDS_AT_MOST:-500}" \
               --out "$out/engine.json" ${DISCLOSE:+--disclose "$DISCLOSE"}; cat "$logs/engine.log" ;;
     demo) step demo "$python" -m pystage demo --json "$out/demo.json"; tail -n 45 "$logs/demo.log" ;;
   esac

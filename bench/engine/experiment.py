@@ -143,6 +143,10 @@ class Side:
         self._channel.send({"op": op, **given})
         return self.receive(seconds)
 
+    def pause(self, on: bool) -> None:
+        """An idle engine's processes poll all the time, on cores that the other one needs."""
+        os.killpg(self._process.pid, signal.SIGSTOP if on else signal.SIGCONT)
+
     def tell(self, **command: Any) -> dict[str, Any]:
         return self.ask("control", command=command)
 
@@ -250,11 +254,14 @@ class Experiment:
             for variant, side, requests in turns if block % 2 == 0 else turns[::-1]:
                 if variant in starved:
                     continue  # one has starved: the others would take as long
+                other = off if side is on else on
+                other.pause(True)
                 before = side.tell(op="bypass", on=variant == "bypassed") if side is on else {}
                 answer, rate = self._ask(side, workload, requests)
                 if side is on:
                     after = side.tell(op="bypass", on=False)
                     found["stages"][variant] += after["stages"] - before["stages"]
+                other.pause(False)
                 found[variant].append(answer["samples"])
                 found["seconds"][variant].append(answer["seconds"])
                 if rate is not None:

@@ -113,26 +113,33 @@ def loadback(backend: str, how: str) -> Plan:
 
 
 PLANS = {
-    "main": Plan(
-        "an 8B model, nothing else on the GPU, then copies beside it",
+    "copies": Plan(
+        "an 8B model, nothing else on the GPU, then copies on another stream beside it",
         LLAMA_8B,
         GPU,
         (
-            *(Workload("prompt", n, 32, 3) for n in (256, 1024)),
-            Workload("prompt", 2048, 20, 3, traced=8),
-            Workload("prompt", 4096, traced=8),
+            Workload("prompt", 2048, 16, 3, traced=6),
+            Workload("prompt", 4096, 14, 3, traced=6),
             Workload("prompt", 8192, 10, 3),
-            Workload("prompt", 16384, 6, 2),
-            Workload("prompt", 65536, 3, 1),
-            Workload("chat", 200, 32, 3),
-            Workload("open", rate=3, blocks=6, count=12, tokens=32),
-            *(Workload("prompt", n, 12, 3, BURSTS) for n in (2048, 8192)),
-            Workload("chat", 200, 32, 3, STREAM),
-            Workload("prompt", 2048, 20, 3, STREAM, traced=6),
-            Workload("prompt", 4096, traffic=STREAM, traced=6),
+            Workload("chat", 200, 20, 3),
+            *(Workload("prompt", n, 8, 3, BURSTS) for n in (2048, 8192)),
+            Workload("chat", 200, 20, 3, STREAM),
+            Workload("prompt", 2048, 16, 3, STREAM, traced=6),
+            Workload("prompt", 4096, 14, 3, STREAM, traced=6),
             Workload("prompt", 8192, 8, 3, STREAM),
         ),
         history=4096,
+    ),
+    "lengths": Plan(
+        "an 8B model, nothing else on the GPU: short and long prompts, a chat, arrivals of a trace",
+        LLAMA_8B,
+        GPU,
+        (
+            *(Workload("prompt", n, 24, 3) for n in (256, 1024)),
+            Workload("open", rate=3, blocks=5, count=12, tokens=32),
+            Workload("prompt", 16384, 4, 2),
+            Workload("prompt", 65536, 2, 1),
+        ),
     ),
     "direct": loadback("direct", "copies"),
     "kernel": loadback("kernel", "kernels, as is the default"),
