@@ -59,7 +59,7 @@ sglang-test: sglang-env  ## the plugin in the real SGLang, on the CPU
 # once more, on a build that counts its own: beside a copy of the package, so that the extension in
 # the source folder stays what it is. Needs the extra `dev`.
 COVERAGE := $(CURDIR)/build/coverage
-BINDINGS := batch bindings gil hostile integrations ops pool process races stage staged_tokens stateful torch_memory
+BINDINGS := batch bindings gil hostile integrations ops pool process races small_tensors stage staged_tokens stateful torch_memory
 coverage: export COVERAGE_FILE = $(COVERAGE)/data
 coverage: build  ## the tests in both environments, and the lines they miss
 	rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)/tree

@@ -46,6 +46,9 @@ bool thread_is_relaxed();
 // Kernels of the device go on reading what mapped memory held when one first read it.
 void set_stale_reads(int device, bool on);
 
+// What the driver says of itself to devices made from now on: 12040 is CUDA 12.4.
+void set_driver_version(int version);
+
 struct Live {
   int host_blocks;
   int events;

@@ -89,6 +89,17 @@ class Calls {
            t.tail = std::make_shared<RelayTail>();
            device_->launch(t, stream());
          }},
+        {"launch values",
+         [&] {
+           const ValuesPiece piece{out_.data(), 0, 2};
+           device_->launch_values(out_.data() + 8, 32, &piece, 1, stream());
+         }},
+        {"launch rows",
+         [&] {
+           const RowWrite row{nullptr, 0, 0, 0, 3};
+           device_->launch_rows(reinterpret_cast<int32_t*>(out_.data()), 8, &row, 1,
+                                out_.data() + 8, stream());
+         }},
         {"record", [&] { device_->record(fence_, stream()); }},
         {"query", [&] { check(!device_->query(fence_)); }},
         {"wait", [&] { device_->wait(other_, fence_); }},
@@ -593,6 +604,68 @@ TEST_CASE("a lost device is told from one that lacks something") {
     CHECK(stub::current().empty());
   });
   CHECK_FALSE(stub::has_context(0));
+}
+
+TEST_CASE("values are those of the call, however late the stream comes to them") {
+  const int index = fresh_device();
+  Device& device = cuda_device(index);
+  CUstream stream = stub::make_stream(index);
+  for (const size_t words : {1, 62, 63, 252, 253, 254, 2044}) {
+    CAPTURE(words);
+    std::vector<int64_t> values = testing::fresh_ids(2 * words), first(2 * words), second(2);
+    const std::vector<int64_t> expected = values;
+    const ValuesPiece pieces[] = {{first.data(), 0, static_cast<uint32_t>(words)},
+                                  {second.data(), static_cast<uint32_t>(words - 1), 1}};
+    stub::hold(stream);
+    device.launch_values(values.data(), 16 * words, pieces, 2, stream);
+    std::fill(values.begin(), values.end(), 0);
+    CHECK(first[0] == 0);
+    stub::release(stream);
+    CHECK(first == expected);
+    CHECK(second == std::vector<int64_t>(expected.end() - 2, expected.end()));
+  }
+  const ValuesPiece piece{nullptr, 0, 1};
+  CHECK_THROWS_WITH_AS(device.launch_values(nullptr, 32736, &piece, 1, stream),
+                       doctest::Contains("in 1 pieces cannot be parameters"), DeviceError);
+  CHECK_THROWS_WITH_AS(device.launch_values(nullptr, 8, &piece, 1, stream),
+                       doctest::Contains("8 bytes"), DeviceError);
+  device.launch_values(nullptr, 0, nullptr, 0, stream);  // nothing to do
+}
+
+TEST_CASE("rows are those of the call") {
+  const int index = fresh_device();
+  Device& device = cuda_device(index);
+  CUstream stream = stub::make_stream(index);
+  const Ids prefix{7, 8}, rest{20, 21, 22};
+  for (const size_t count : {1, 40, 41, 168, 169, 1360}) {
+    CAPTURE(count);
+    std::vector<int32_t> table(4 * count, -1), expected(4 * count, -1);
+    std::vector<RowWrite> rows(count);
+    for (size_t i = 0; i < count; ++i) {
+      rows[i] = {prefix.data(), static_cast<int32_t>(i), 2, 1, 2};
+      const int32_t row[] = {7, 8, 21, 22};
+      std::copy(row, row + 4, expected.begin() + static_cast<std::ptrdiff_t>(4 * i));
+    }
+    stub::hold(stream);
+    device.launch_rows(table.data(), 4, rows.data(), count, rest.data(), stream);
+    rows.assign(count, RowWrite{});
+    stub::release(stream);
+    CHECK(table == expected);
+  }
+  const std::vector<RowWrite> many(1361);
+  CHECK_THROWS_WITH_AS(
+      device.launch_rows(nullptr, 4, many.data(), many.size(), rest.data(), stream),
+      doctest::Contains("1361 rows cannot be parameters"), DeviceError);
+  device.launch_rows(nullptr, 4, nullptr, 0, rest.data(), stream);  // nothing to do
+}
+
+TEST_CASE("before CUDA 12.1 a launch takes 4 KiB of parameters") {
+  stub::set_driver_version(12000);
+  Device& device = cuda_device(fresh_device());
+  stub::set_driver_version(13000);
+  CHECK(device.most_values() == 4064);
+  CHECK(device.most_rows() == 168);
+  CHECK(cuda_device(fresh_device()).most_values() == 32736);
 }
 
 TEST_CASE("the driver ends before what it holds: nothing throws") {

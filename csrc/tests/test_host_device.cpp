@@ -276,6 +276,25 @@ TEST_CASE("a tail is gathered behind the ids, and its first bad index is told") 
   CHECK_FALSE(bad);
 }
 
+TEST_CASE("pieces of values go where each is to go") {
+  const std::vector<int32_t> values{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12};
+  std::vector<int32_t> first(8, -1), second(4, -1);
+  const ValuesPiece pieces[] = {{first.data(), 1, 2}, {second.data(), 0, 1}};
+  host_device().launch_values(values.data(), 48, pieces, 2, host_stream(0));
+  CHECK(first == std::vector<int32_t>{5, 6, 7, 8, 9, 10, 11, 12});
+  CHECK(second == std::vector<int32_t>{1, 2, 3, 4});
+  CHECK(host_device().most_values() > 48);
+}
+
+TEST_CASE("rows begin with their prefix and go on with the rest") {
+  std::vector<int32_t> table(12, -1);
+  const Ids prefix{7, 8}, rest{20, 21, 22};
+  const RowWrite rows[] = {{prefix.data(), 2, 2, 1, 2}, {nullptr, 0, 0, 0, 1}};
+  host_device().launch_rows(table.data(), 4, rows, 2, rest.data(), host_stream(0));
+  CHECK(table == std::vector<int32_t>{20, -1, -1, -1, -1, -1, -1, -1, 7, 8, 21, 22});
+  CHECK(host_device().most_rows() > 2);
+}
+
 TEST_CASE("memory that cannot be had is a typed error") {
   std::string why;
   CHECK_THROWS_AS(host_device().allocate(SIZE_MAX / 4096 * 4096, &why), DeviceError);
