@@ -15,7 +15,7 @@ from bench.pages import indented, source, tabulate
 
 RESULTS = Path("bench/results")  # below the repository's root, as all that follow
 STAGING = RESULTS / "staging-nvidia-h100-80gb-hbm3.json"
-SGLANG = RESULTS / "sglang-nvidia-h100-80gb-hbm3.json"
+SGLANG = RESULTS / "sglang-nvidia-h200.json"
 PIPELINE = RESULTS / "pp_prefill-8b-2xnvidia-h100-80gb-hbm3.json"
 EARLIER = RESULTS / "earlier"
 PLOT = Path("docs/staging.svg")
@@ -46,7 +46,8 @@ def sections(root: Path) -> dict[str, str]:
         "pp-source": source(pipeline, PIPELINE.name),
         "faults": faults_text(root / FAULTS),
         "sustained": sustained_table(newest_on_gpu(root / RESULTS, "sustained")),
-        "engine": engine.table(newest_on_gpu(root / RESULTS, "engine")),
+        "engine": engine.table(engine.newest_runs(root / RESULTS)),
+        "engine-first": engine.first_table(engine.newest_runs(root / RESULTS)),
     }
 
 
@@ -58,9 +59,9 @@ def draw(root: Path) -> list[Path]:
     if run := newest_on_gpu(root / RESULTS, "sustained"):
         plots.append(root / SUSTAINED_PLOT)
         draw_sustained(load(run), plots[-1])
-    if found := newest_on_gpu(root / RESULTS, "engine"):
+    if run := engine.newest_runs(root / RESULTS).get("copies"):
         plots.append(root / ENGINE_PLOT)
-        engine.draw(load(found), plots[-1])
+        engine.draw(run, plots[-1])
     return plots
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from bench.common import newest_on_gpu
 from bench.copies import CALLS, Copies, compiled, loop_of
 from bench.engine import __main__ as command
 from bench.engine import experiment, page, plans, tables
@@ -251,32 +250,53 @@ def test_arrivals_are_poisson() -> None:
 # --- the page ------------------------------------------------------------------------------------
 
 
-def made_up_run(**changes: Any) -> dict[str, Any]:
+def made_up_run(plan: str = "copies", **changes: Any) -> dict[str, Any]:
     late = sample(61_000.0, starved_s=20.0, freed_after_s=61.0)
     rows = [
         tables.row_of("prompt-4096", samples(times(119, 120), times(118, 121), times(117, 119))),
         tables.row_of("prompt-4096+stream", samples([late], [late], times(119, 121))),
         tables.row_of("loadback-256", samples(times(50), [], times(49))),
     ]
-    plan = {"about": "an 8B model", "rows": rows, "cut": ["the run's time was over"]}
+    found = {"about": "an 8B model", "rows": rows, "cut": ["the run's time was over"]}
     made = {"devices": 1, "date": "2026-01-01T00:00:00+00:00", "device": "GPU", "cores": 2}
-    made |= {"cpu": "CPU", "driver": "1", "torch": "2", "commit": "a" * 40, "command": "python x"}
-    made |= {"plans": {"main": plan}, "targets": tables.targets(rows, {}), "disclosed": ["that"]}
+    made |= {"cpu": "CPU", "driver": "1", "torch": "2", "commit": "a" * 40}
+    made |= {"command": "python x --disclose that", "disclosed": ["that"]}
+    made |= {"plans": {plan: {**found, "traces": {}}}}
     return json.loads(json.dumps({**made, **changes}))
 
 
-def test_the_page_is_that_of_the_newest_run_on_a_gpu(tmp_path: Path) -> None:
-    assert newest_on_gpu(tmp_path, "engine") is None and page.table(None) == "Not measured yet."
-    for name, date, devices in (("", "2026-01", 1), ("-b", "2026-02", 1), ("-cpu", "2026-03", 0)):
-        run = made_up_run(date=f"{date}-01T00:00:00+00:00", devices=devices)
-        (tmp_path / f"engine{name}.json").write_text(json.dumps(run))
-    newest = newest_on_gpu(tmp_path, "engine")
-    assert newest is not None and newest.name == "engine-b.json"
-    text = page.table(newest)
+def written(folder: Path, *runs: tuple[str, str, str, int]) -> dict[str, page.Run]:
+    """What the pages take of runs: name, plan, month, number of GPUs."""
+    for name, plan, month, devices in runs:
+        run = made_up_run(plan, date=f"2026-{month}-01T00:00:00+00:00", devices=devices)
+        (folder / f"engine{name}.json").write_text(json.dumps(run))
+    return page.newest_runs(folder)
+
+
+def test_the_page_has_the_newest_run_of_each_plan_on_a_gpu(tmp_path: Path) -> None:
+    assert page.newest_runs(tmp_path) == {}
+    assert page.table({}) == page.first_table({}) == "Not measured yet."
+    runs = written(
+        tmp_path,
+        ("", "copies", "01", 1),
+        ("-b", "copies", "02", 1),
+        ("-cpu", "copies", "03", 0),
+        ("-c", "kernel", "01", 1),
+        ("-d", "no longer a plan", "04", 1),
+    )
+    assert {name: run.file for name, run in runs.items()} == {
+        "copies": "engine-b.json",
+        "kernel": "engine-c.json",
+    }
+    text = page.table(runs)
     assert "a prompt of 4,096 ids, weights streamed beside" in text
     assert "1 not within 20 s" in text and "not run" in text
-    assert "Not whole: the run's time was over." in text and "To disclose: that." in text
+    assert "Not whole: the run's time was over." in text
+    assert text.count("To disclose: that.") == 1 and "`python x`" in text
     assert "1.50 (1.00 to 2.00)" in text  # of pairs 119 - 117 and 120 - 119
+    first = page.first_table(runs)
+    assert "a prompt of 4,096 ids, copies beside" in first and "loaded back" not in first
+    assert "1 not within 20 s" in first and "engine-b.json" in first
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -287,7 +307,8 @@ def test_every_workload_has_a_name_for_people(plan: Any) -> None:
 
 def test_the_plot_says_who_starved(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    page.draw(made_up_run(), tmp_path / "plot.svg")
+    runs = written(tmp_path, ("", "copies", "01", 1))
+    page.draw(runs["copies"], tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text()
     assert "1 not within 20 s" in text and text.count("4,096 ids") == 2
 

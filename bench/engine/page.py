@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench import svg
 from bench.common import amount, load
-from bench.engine.tables import HEADS, VARIANTS, cells, verdict
+from bench.engine.plans import PLANS
+from bench.engine.tables import HEADS, VARIANTS, cells, targets, verdict
 from bench.pages import indented, source, tabulate
 
 COLORS = {"off": "#d9822b", "on": "#1f6fb4"}
@@ -29,30 +31,83 @@ def label(workload: str) -> str:
     return f"{text}, {BESIDE.get(beside, 'copies beside')}" if beside else text
 
 
-def table(path: Path | None) -> str:
-    """Each workload's time to first token, by variant, and what the run was to show."""
-    if path is None:
+@dataclass(frozen=True)
+class Run:
+    """A plan's newest run on a GPU."""
+
+    plan: str
+    found: dict[str, Any]
+    result: dict[str, Any]
+    file: str
+
+    @property
+    def source(self) -> str:
+        """Without what the command discloses: that stands on the page by itself."""
+        command = self.result["command"].partition(" --disclose ")[0]
+        return source({**self.result, "command": command}, self.file)
+
+    @property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        return {row["workload"]: row for row in self.found["rows"]}
+
+
+def newest_runs(folder: Path) -> dict[str, Run]:
+    """By plan, in their order; runs of plans that are no more are left out."""
+    files = [(load(path), path.name) for path in folder.glob("engine*.json")]
+    files = [(result, name) for result, name in files if result["devices"]]
+    files.sort(key=lambda file: str(file[0]["date"]))
+    newest = {
+        plan: Run(plan, found, result, name)
+        for result, name in files
+        for plan, found in result["plans"].items()
+        if found["rows"]
+    }
+    return {plan: newest[plan] for plan in PLANS if plan in newest}
+
+
+def table(runs: dict[str, Run]) -> str:
+    """Each workload's time to first token, by variant, and what the runs were to show."""
+    if not runs:
         return "Not measured yet."
-    result = load(path)
     parts = []
-    for name, plan in result["plans"].items():
-        rows = [[label(row["workload"]), *cells(row)] for row in plan["rows"]]
-        head = ["TTFT, ms, p50 / p99", *HEADS]
-        parts += [f"`{name}`: {plan['about']}.", tabulate(head, rows)]
-        parts += [f"Not whole: {cut}." for cut in plan["cut"]]
+    for run in runs.values():
+        rows = [[label(row["workload"]), *cells(row)] for row in run.found["rows"]]
+        parts += [
+            f"`{run.plan}`: {run.found['about']}.",
+            tabulate(["TTFT, ms, p50 / p99", *HEADS], rows),
+        ]
+        parts += [f"Not whole: {cut}." for cut in run.found["cut"]]
     rows = []
-    for row in result["targets"]:
+    every = [row for run in runs.values() for row in run.found["rows"]]
+    traces = {f"{r.plan}: {w}": t for r in runs.values() for w, t in r.found["traces"].items()}
+    for row in targets(every, traces):
         where = label(row["where"]) if "where" in row else ""
         rows.append([indented(row["measure"]), row["target"], amount(row), verdict(row), where])
     parts.append(tabulate(["measure", "target", "measured", "met", "where"], rows))
-    parts += [f"To disclose: {text}." for text in result["disclosed"]]
-    return "\n\n".join([*parts, source(result, path.name)])
+    disclosed = dict.fromkeys(text for run in runs.values() for text in run.result["disclosed"])
+    parts += [f"To disclose: {text}." for text in disclosed]
+    sources = dict.fromkeys(run.source for run in runs.values())
+    return "\n\n".join([*parts, *sources])
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def first_table(runs: dict[str, Run]) -> str:
+    """Of the README: prompts with nothing beside, and the same beside copies."""
+    if "copies" not in runs:
+        return "Not measured yet."
+    run = runs["copies"]
+    rows = []
+    for name, row in run.rows.items():
+        if name.startswith("prompt") and not name.endswith("+bursts"):
+            off, _, on, _ = cells(row)
+            rows.append([label(name).replace("weights streamed", "copies"), off, on])
+    head = ["time to first token, ms, p50 / p99", "SGLang", "with pystage"]
+    return "\n\n".join([tabulate(head, rows), run.source])
+
+
+def draw(run: Run, path: Path) -> None:
     """Prompts with nothing beside, and the same beside copies: p50, with a line to p99."""
     plt = svg.pyplot()
-    rows = {r["workload"]: r for plan in result["plans"].values() for r in plan["rows"]}
+    rows = run.rows
     sizes = sorted(
         {int(w[7:].partition("+")[0]) for w in rows if w.startswith("prompt-") and "+stream" in w}
     )
