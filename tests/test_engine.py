@@ -191,7 +191,7 @@ def test_a_starved_request_is_told_and_is_no_sample() -> None:
     assert row["off"]["answered"] == 1 and row["off"]["starved"] == 1
     assert row["off"]["given_up_after_s"] == 20.0 and row["off"]["ttft_ms"]["max"] == 5.0
     assert row["bypassed"]["ttft_ms"] is None
-    assert "1 not within 20 s" in tables.line(row)
+    assert "1 without an answer in 20 s" in tables.line(row)
     told = {t["measure"]: t for t in tables.targets([row], {})}
     assert told["requests starved with pystage"]["ok"] is True
     turned = tables.row_of("prompt-8+stream", samples(times(5.0), [], [late]))
@@ -290,13 +290,13 @@ def test_the_page_has_the_newest_run_of_each_plan_on_a_gpu(tmp_path: Path) -> No
     }
     text = page.table(runs)
     assert "a prompt of 4,096 ids, weights streamed beside" in text
-    assert "1 not within 20 s" in text and "not run" in text
+    assert "no answer in 20 s" in text and "not run" in text
     assert "Not whole: the run's time was over." in text
     assert text.count("To disclose: that.") == 1 and "`python x`" in text
     assert "1.50 (1.00 to 2.00)" in text  # of pairs 119 - 117 and 120 - 119
     first = page.first_table(runs)
     assert "a prompt of 4,096 ids, copies beside" in first and "loaded back" not in first
-    assert "1 not within 20 s" in first and "engine-b.json" in first
+    assert "no answer in 20 s" in first and "engine-b.json" in first
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -310,7 +310,7 @@ def test_the_plot_says_who_starved(tmp_path: Path) -> None:
     runs = written(tmp_path, ("", "copies", "01", 1))
     page.draw(runs["copies"], tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text()
-    assert "1 not within 20 s" in text and text.count("4,096 ids") == 2
+    assert "no answer in 20 s" in text and text.count("4,096 ids") == 2
 
 
 # --- plans ---------------------------------------------------------------------------------------

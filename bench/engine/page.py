@@ -124,7 +124,7 @@ def draw(run: Run, path: Path) -> None:
                 if row and row[variant]["starved"]:
                     after = row[variant]["given_up_after_s"]
                     axis.barh(at + up, most, 0.36, color="none", edgecolor=color, hatch="///")
-                    text = f"{row[variant]['starved']} not within {after:g} s"
+                    text = f"no answer in {after:g} s"
                     box = {"color": "white", "pad": 1}
                     axis.text(
                         most / 2, at + up, text, ha="center", va="center", fontsize=7, bbox=box

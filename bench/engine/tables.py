@@ -183,7 +183,8 @@ def cells(row: dict[str, Any]) -> list[str]:
         ms, starved = row[variant]["ttft_ms"], row[variant]["starved"]
         parts = [f"{ms['p50']:,.1f} / {ms['p99']:,.1f}"] if ms else []
         if starved:
-            parts.append(f"{starved} not within {row[variant]['given_up_after_s']:g} s")
+            after = f"in {row[variant]['given_up_after_s']:g} s"
+            parts.append(f"{starved} without an answer {after}" if ms else f"no answer {after}")
         told.append("; ".join(parts) or "not run")
     gain = ""
     if "sooner_than_off_ms" in row:
