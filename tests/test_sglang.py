@@ -316,14 +316,20 @@ def test_ids_wait_in_the_pool(engine: Engine) -> None:
     engine.rig.release(req)
 
 
-def test_small_tensors_are_of_one_parcel(engine: Engine) -> None:
+def test_small_tensors_are_of_one_parcel(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eleven tensors, in three deliveries; of decode none."""
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     rig = engine.rig
     reqs = [rig.request(range(n)) for n in (5, 9)]
     batch = rig.batch(reqs)
-    batch.prepare_for_extend()
+    seen = []
+    alloc = rig.kv.alloc
+    with monkeypatch.context() as patch:
+        # Where KV memory is allocated, the lengths have to be there: pages are counted by them.
+        patch.setattr(rig.kv, "alloc", lambda n: seen.append(batch.seq_lens.tolist()) or alloc(n))
+        batch.prepare_for_extend()
+    assert seen == [[5, 9]]
     info = batch.sampling_info
     made = [batch.seq_lens, batch.orig_seq_lens, batch.req_pool_indices]
     made += [info.temperatures, info.top_ps, info.top_ks, info.min_ps]

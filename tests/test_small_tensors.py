@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,8 @@ def test_any_length_to_the_limit_and_one_beyond(pool: pystage.StagingPool) -> No
             ValueError,
             r"values\[1\]\[1\] is 1099511627776, which torch.int",
         ),
+        ([-(1 << 31) - 1], torch.int32, ValueError, "-2147483649, which torch.int32 cannot hold"),
+        ([-(1 << 63) - 1], torch.int64, ValueError, "cannot hold"),
         ([1 << 63], torch.int64, ValueError, "9223372036854775808, which torch.int64 cannot hold"),
         ([-1], torch.uint64, ValueError, "-1, which torch.uint64 cannot hold"),
         ([1 << 64], torch.uint64, ValueError, "cannot hold"),
@@ -177,6 +180,13 @@ def test_beyond_the_capacity_as_the_policy_says(device: str) -> None:
         assert pool.small_tensors([LONG], [torch.int64])[0].tolist() == LONG
         assert pool.stats().fallbacks == pool.stats().fallback_transfers == 1
         del held, other
+
+
+def test_through_a_slot_the_host_device_waits(device: str) -> None:
+    values = list(range(1 << 19))
+    with pystage.StagingPool(device, 8 << 20) as pool:
+        (made,) = pool.small_tensors([values], [torch.int64])
+        assert int(made[-1]) == values[-1]  # the last to be written
 
 
 @GPU
@@ -273,7 +283,7 @@ def rows_case(dice: random.Random, device: str, rows: int) -> dict[str, Any]:
 
 
 def written(case: dict[str, Any]) -> torch.Tensor:
-    table, at = case["table"].cpu(), 0
+    table, at = case["table"].to("cpu", copy=True), 0
     for i, row in enumerate(case["rows"].tolist()):
         p, n = int(case["prefix_lens"][i]), int(case["lens"][i])
         table[row, :p] = case["prefixes"][i][:p].cpu()
@@ -305,6 +315,16 @@ def test_rows_that_do_not_fit_are_refused(pool: pystage.StagingPool) -> None:
         with pytest.raises(IndexError, match="does not fit a table of 6 x 700"):
             _C.write_rows(pool._handle, *bad.values())
         assert torch.equal(bad["table"], before)
+    # As long as the table is wide, and as many as there are, and one more of each.
+    table = torch.full((1, 8), -1, dtype=torch.int32, device=pool.device)
+    rest, prefix = (torch.arange(20, device=pool.device) for _ in range(2))
+    one = [torch.tensor([n]) for n in range(10)]
+    assert _C.write_rows(pool._handle, table, rest, [prefix], one[0], one[3], one[5])
+    with pytest.raises(IndexError, match="with 3 and 6 entries"):
+        _C.write_rows(pool._handle, table, rest, [prefix], one[0], one[3], one[6])
+    assert _C.write_rows(pool._handle, table, rest[:5], [prefix], one[0], one[3], one[5])
+    with pytest.raises(IndexError, match="and 4 new entries"):
+        _C.write_rows(pool._handle, table, rest[:4], [prefix], one[0], one[3], one[5])
     with pytest.raises(ValueError, match="3 rows, but not as many"):
         _C.write_rows(pool._handle, *{**case, "prefixes": case["prefixes"][:2]}.values())
     with pytest.raises(TypeError, match="rows is a list"):
@@ -423,12 +443,16 @@ def test_unknown_code_and_other_threads_are_torchs(pool: pystage.StagingPool) ->
     found: list[torch.Tensor] = []
     with Through(pool, 3) as through:
         other = unknown(through.device, [9, 9])
-        thread = threading.Thread(target=lambda: found.extend(known(through.device, THREE)))
+        thread = threading.Thread(
+            target=lambda: found.extend(
+                [*known(through.device, THREE), made_at_once(through.device, [8.0])]
+            )
+        )
         thread.start()
         thread.join()
         made = known(through.device, THREE)
     assert other.tolist() == [9, 9]
-    assert [t.tolist() for t in found] == [t.tolist() for t in made]
+    assert [t.tolist() for t in found] == [*(t.tolist() for t in made), [8.0]]
     assert not of_one_storage(*found) and of_one_storage(*made) and through.made == 3
 
 
@@ -484,16 +508,23 @@ def test_straight_to_the_device(pool: pystage.StagingPool) -> None:
         assert [t.tolist() for t in made] == [[0.25, 1.0], [0.25, 2.0]] and of_one_storage(*made)
 
 
+def within(code: Any) -> tuple[Any, ...]:
+    from pystage.integrations.sglang_small import codes_of
+
+    return codes_of(SimpleNamespace(__code__=code))
+
+
 def test_the_one_minus_one(pool: pystage.StagingPool) -> None:
-    code = compile("made = torch.tensor([-1], device=device)", "<test>", "exec")
+    text = "made, other = (torch.tensor([n], device=device) for n in (-1, 5))"
+    code = compile(text, "<test>", "exec")
     with Through(pool, 2) as through:
         names: dict[str, Any] = {"torch": torch, "device": through.device}
         parcel = _C.parcel(
-            pool._handle, 64, through.device, tensor, (code,), (2,), through.minus_one
+            pool._handle, 64, through.device, tensor, within(code), (2,), through.minus_one
         )
         torch.tensor = parcel.tensor  # type: ignore[assignment]
         exec(code, names)
-        assert names["made"] is through.minus_one
+        assert names["made"] is through.minus_one and names["other"].tolist() == [5]
         parcel.end()
 
 

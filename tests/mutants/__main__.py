@@ -76,6 +76,7 @@ BATCHES = "pytest tests/test_batch.py tests/test_ops.py -k 'not equals_cat and n
 LIVES = "pytest tests/test_races.py tests/test_process.py"
 HOSTILE = "pytest tests/test_hostile.py tests/test_bindings.py tests/test_gil.py"
 STATES = "pytest tests/test_stateful.py"
+SMALL = "pytest tests/test_small_tensors.py"
 POOL = ("cpp -tce=*stress*", "schedules", "pytest tests/test_pool.py", "cpp", LIVES, STATES)
 MODEL = "pytest tests/test_pp_model.py"
 QUICK_FITS = "-k 'not spikes and not never_fall and not waves'"
@@ -89,6 +90,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "csrc/requests.cpp": (PYTHON_TESTS, HOSTILE),
     "csrc/staging.cpp": (PYTHON_TESTS, BATCHES, HOSTILE, LIVES),
     "csrc/python.cpp": (PYTHON_TESTS, BATCHES, HOSTILE, LIVES),
+    "csrc/small_tensors.cpp": (SMALL,),
+    "csrc/python_small.cpp": (SMALL,),
     "csrc/ids_view.cpp": ("pytest tests/test_integrations.py -k view", PYTHON_TESTS),
     "csrc/ops.cpp": ("pytest tests/test_ops.py", PYTHON_TESTS),
     "pystage/pool.py": (PYTHON_TESTS, BATCHES, LIVES),
@@ -115,6 +118,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "pystage/integrations/sglang.py": (
         "pytest tests/test_integrations.py",
         "sglang tests/test_sglang.py",
+    ),
+    "pystage/integrations/sglang_small.py": (
+        SMALL,
+        "sglang tests/test_sglang.py -k 'small or rows or same_with or leaves_torch'",
     ),
     "pystage/integrations/sglang_pp.py": (
         "pytest tests/test_integrations.py",

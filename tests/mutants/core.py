@@ -5,6 +5,52 @@ from __future__ import annotations
 from . import M, Mutants
 
 MUTANTS: Mutants = {
+    "csrc/small_tensors.cpp": {
+        "delivered-twice": M(
+            "if (<|delivered_ == used_|>) return;",
+            "false",
+            equivalent="a delivery of nothing writes nothing",
+        ),
+        "from-the-start": M("launch_values(<|values_.data() + from|>, bytes", "values_.data()"),
+        "to-the-start": M(
+            "<|static_cast<char*>(memory_.mutable_data_ptr()) + from|>, 0,",
+            "static_cast<char*>(memory_.mutable_data_ptr())",
+        ),
+        "room-for-any": M("if (<|!has_room(bytes)|>)", "false", equivalent="callers ask first"),
+        "not-aligned": M("used_ += <|room(bytes)|>;", "bytes"),
+        "no-check-of-the-pool": M("pool_->core().check_usable();", ";"),
+        "fallback-not-counted": M("++pool_->core().counters().fallbacks;", ";"),
+        "not-waited-for": M("backend_.synchronize(resolved.fence);", ";"),
+        "looks-delivered": M(
+            "if (<|device_.is_cpu() && !values_.empty()|>)",
+            "false",
+            equivalent="new memory seldom has the values by chance: then a test would not see",
+        ),
+    },
+    "csrc/python_small.cpp": {
+        "int-overflow": M("if (<|overflow|> || number <", "false"),
+        "int-too-small": M("<|number < std::numeric_limits<Int>::min()|> ||", "false"),
+        "int-too-large": M("<|number > std::numeric_limits<Int>::max()|>)", "false"),
+        "float-overflow": M("<|std::fabs(number) > FLT_MAX|>", "false"),
+        "infinity-refused": M("if (<|std::isfinite(number)|> &&", "true"),
+        "any-bool": M("if (<|number != 0 && number != 1|>)", "false"),
+        "list-shrinks": M("if (<|i >= PySequence_Fast_GET_SIZE(list)|>)", "false"),
+        "narrow-without-look": M("<|one.dtype == tensor.scalar_type()|> ||", "true"),
+        "rows-anywhere": M("<|0 <= row && row < table.size(0)|> &&", "true"),
+        "rows-too-long": M("<|prefix_count + length <= table.size(1)|> &&", "true"),
+        "rows-beyond-the-rest": M("<|rest_at + length <= rest.numel()|>;", "true"),
+        "rows-of-short-prefix": M("<|prefix_count <= prefix.numel()|> &&", "true"),
+        "rest-not-counted": M("rest_at += length;", ";"),
+        "too-many-rows": M("if (<|count > backend.most_rows()|> ||", "false"),
+        "any-code": M("<|!is_called_by(self->codes)|>", "false"),
+        "any-thread": M("if (<|self->thread != std::this_thread::get_id()|> ||", "false"),
+        "no-give-up": M("<|give_up(self);|>\n      return original();", ";"),
+        "no-give-up-of-to": M("if (<|is_ours(self)|>) give_up(self);", "false"),
+        "never-ends": M("if (<|self->made >= self->deliver_at.back()|>)", "false"),
+        "never-delivers": M("if (<|at == self->made|>) deliver(self);", "false"),
+        "to-stays": M("if (<|PyObject_SetAttr(host, g_to, nullptr) != 0|>)", "false"),
+        "minus-one-of-anything": M("<|PyLong_AsLong(PyList_GET_ITEM(list, 0)) == -1|> &&", "true"),
+    },
     "csrc/gather.cpp": {
         "low-ids-unchecked": M("bad |= <|(v - lo) | (hi - v)|>;", "hi - v"),
         "high-ids-unchecked": M("bad |= <|(v - lo) | (hi - v)|>;", "v - lo"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import M, Mutants
 
+SMALL = "pytest tests/test_small_tensors.py"
 MUTANTS: Mutants = {
     "pystage/pool.py": {
         "capacity-zero": M("if capacity_bytes < <|4096|>:", "0"),
@@ -26,9 +27,21 @@ MUTANTS: Mutants = {
         ),
         "any-wire": M('_require("wire", wire, ("auto", "int64"))', "pass"),
         "stops-ignored": M("token_ids, starts, <|stops|>, vocab_size)\n        except", "None"),
-        "exhausted-without-stats": M("error.stats = self.stats()", "pass"),
+        "exhausted-without-stats": M(
+            "stops, vocab_size)\n        except PoolExhaustedError as error:\n            <|error.stats = self.stats()|>",
+            "pass",
+        ),
         "exhausted-swallowed": M(
-            "error.stats = self.stats()\n            <|raise|>", "return self.stage([])"
+            "stops, vocab_size)\n        except PoolExhaustedError as error:\n            error.stats = self.stats()\n            <|raise|>",
+            "return self.stage([])",
+        ),
+        "small-without-stats": M(
+            "values, dtypes)\n        except PoolExhaustedError as error:\n            <|error.stats = self.stats()|>",
+            "pass",
+            tests=SMALL,
+        ),
+        "small-arrays-as-they-are": M(
+            "v if isinstance(v, plain) else <|torch.as_tensor(v)|>", "v", tests=SMALL
         ),
         "trim-says-nothing": M("return <|self._pool.trim()|>", "self._pool.trim() and 0"),
         "with-does-not-close": M(

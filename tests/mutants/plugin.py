@@ -4,8 +4,53 @@ from __future__ import annotations
 
 from . import M, Mutants
 
+SGLANG_SMALL = (
+    "sglang tests/test_sglang.py -k 'small or rows or leaves_torch or other_code or others_see'"
+)
 MUTANTS: Mutants = {
+    "pystage/integrations/sglang_small.py": {
+        "tensor-left": M("<|torch.tensor, torch.full|> = self._outer", "_ = torch.full"),
+        "not-delivered-at-the-end": M("        self._parcel.end()", "        pass"),
+        "any-fill": M("args == ((1,), -1)", "args[0] == (1,)"),
+        "fill-of-any-code": M("\n            and sys._getframe(1).f_code in self._codes", ""),
+        "no-comprehensions": M(
+            "todo += [const for const in code.co_consts", "todo += [const for const in ()"
+        ),
+        "minus-one-anew": M("self._made[pool.device] = tensor", "pass"),
+        "one-delivery": M("PREPARED = (<|5, 9|>)", "9,"),
+        "late-delivery": M("BUILT = (<|2|>,)", "3"),
+    },
     "pystage/integrations/sglang.py": {
+        "small-of-unknown-code": M(
+            "            small_release(targets, function)\n", "", tests=SGLANG_SMALL
+        ),
+        "small-though-hooked": M(
+            "if targets in (ALLOCATE, SAMPLING) and function is not _current(target):",
+            "if False:",
+            tests=SGLANG_SMALL,
+        ),
+        "small-left-open": M(
+            "        here.views = False\n        if small is not None:",
+            "        here.views = False\n        if False:",
+            tests=SGLANG_SMALL,
+        ),
+        "rows-of-unknown-code": M(
+            "small_release(WRITE_ROWS, _chain(_current(_first_there(WRITE_ROWS)))[-1])",
+            "pass",
+            tests=SGLANG_SMALL,
+        ),
+        "rows-though-shared": M('if why := <|_shared("rows")|>:', '""', tests=SGLANG_SMALL),
+        "rows-not-counted": M('_state.left_to_sglang["rows"] += 1', "pass", tests=SGLANG_SMALL),
+        "rows-not-written": M(
+            "        if written:\n            return None",
+            "        if True:\n            return None",
+            tests=SGLANG_SMALL,
+        ),
+        "small-in-spite": M(
+            "    if _state.settings.small:\n        left",
+            "    if True:\n        left",
+            tests=SGLANG_SMALL,
+        ),
         "shared-not-noticed": M('return next(filter(None, reasons), "")', 'return ""'),
         "views-though-shared": M('_state.gives_views = <|"history" in _state.active|>', "True"),
         "preempts-always": M('_state.preempts = <|"mixed" not in left|>', "True"),
@@ -25,7 +70,7 @@ MUTANTS: Mutants = {
             "",
         ),
         "views-of-anything": M("if type(ids) is array and type(end) is int:", "if True:"),
-        "views-in-spite": M("here.views = here.pool is not None<| and _state.gives_views|>", ""),
+        "views-in-spite": M("here.views = pool is not None<| and _state.gives_views|>", ""),
         "pool-on-the-cpu": M('if kind == "cpu" and not settings.cpu:', "if False:"),
         "zero-mib": M("text.isdigit() and <|1|> <= int(text)", "0"),
         "endless-mib": M("1 <= int(text)<| <= 1 << 20|>:", ""),
