@@ -230,7 +230,7 @@ def _prepare_for_extend(original: Function, batch: Any, *args: Any, **kwargs: An
     here = _here
     here.pool = pool = _pools.of(batch.device)
     here.views = pool is not None and _state.gives_views
-    small = _small(pool, batch.device, len(batch.reqs), PREPARED)
+    small = _small(pool, batch.device, batch, PREPARED)
     try:
         return original(batch, *args, **kwargs)
     finally:
@@ -282,7 +282,7 @@ def _stage(pool: StagingPool, parts: list[Any], pin: bool) -> StagedTokens | Non
 
 
 def _small(
-    pool: StagingPool | None, device: Any, requests: int, deliver_at: tuple[int, ...]
+    pool: StagingPool | None, device: Any, batch: Any, deliver_at: tuple[int, ...]
 ) -> Scope | None:
     """None: SGLang sends its small tensors itself."""
     codes = _state.small_codes
@@ -290,7 +290,7 @@ def _small(
         return None
     try:
         minus_one = _minus_one.on(device, pool)
-        return Scope(pool, device, codes, requests, deliver_at, minus_one)
+        return Scope(pool, device, codes, len(batch.reqs), deliver_at, minus_one)
     except PystageError as error:
         _once("pystage: %s: SGLang sends the small tensors of such batches itself", error)
         _state.left_to_sglang["small"] += 1
@@ -345,7 +345,7 @@ def _init_new(original: Function, cls: type, batch: Any, *args: Any, **kwargs: A
     small = None
     if _state.small_codes and _is_plain_extend(batch):
         runner = args[0] if args else kwargs["model_runner"]
-        small = _small(_pools.of(batch.device), runner.device, len(batch.reqs), BUILT)
+        small = _small(_pools.of(batch.device), runner.device, batch, BUILT)
     if small is None:
         return original(cls, batch, *args, **kwargs)
     try:
