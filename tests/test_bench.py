@@ -487,6 +487,7 @@ def site(tmp_path: Path) -> Path:
     results = [figures.STAGING, figures.SGLANG, figures.PIPELINE, figures.FAULTS]
     if run := newest_on_gpu(ROOT / figures.RESULTS, "sustained"):
         results.append(run.relative_to(ROOT))
+    results += [run.relative_to(ROOT) for run in (ROOT / figures.RESULTS).glob("engine*.json")]
     pages_and_results = (*report.PAGES, *map(str, results))
     for name in pages_and_results:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
