@@ -5,7 +5,7 @@
 #                                              each goes on where the JSON in OUT, or in
 #                                              bench/results, ends
 #   SGLANG_WHEELS=DIR bench/gpu.sh sglang      the plugin in SGLang, installed from the wheels in DIR
-#   PLAN=copies,direct bench/gpu.sh engine       the real SGLang engine, in SGLang's own environment; see
+#   PLAN=copies,direct bench/gpu.sh engine     the real SGLang engine, in SGLang's own environment; see
 #                                              bench/engine. SECONDS_AT_MOST (500), DISCLOSE
 # Results go to ${OUT:-bench/results}, with all that was printed in gpu.log. Give the commit as
 # PYSTAGE_COMMIT where git is not. The suite takes peers that are not installed from the folder PEERS.

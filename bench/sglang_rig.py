@@ -66,8 +66,6 @@ class Rig:
         **arguments: Any,
     ) -> None:
         from sglang.srt.configs.model_config import ModelConfig
-        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-        from sglang.srt.mem_cache.radix_cache import RadixCache
         from sglang.srt.runtime_context import SpawnRanks, publish
         from sglang.srt.server_args import PortArgs, ServerArgs
         from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -100,14 +98,7 @@ class Rig:
             self._load(PortArgs.init_new(server))
         else:
             self._pools(kv_tokens, row_tokens, rows)
-        self.tree = RadixCache(
-            CacheInitParams(
-                disable=False,
-                req_to_token_pool=self.rows,
-                token_to_kv_pool_allocator=self.kv,
-                page_size=1,
-            )
-        )
+        self.tree = self._tree(1)
         from sglang.srt.managers.overlap_utils import FutureMap
 
         self.future_map = FutureMap(device, self.no_spec, self.rows)
@@ -142,25 +133,29 @@ class Rig:
         self.rows = ReqToTokenPool(rows, row_tokens, self.device, False)
         self.kv = TokenToKVPoolAllocator(kv_tokens, torch.float16, self.device, None, False)
 
+    def _tree(self, page_size: int) -> Any:
+        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+        from sglang.srt.mem_cache.radix_cache import RadixCache
+
+        return RadixCache(
+            CacheInitParams(
+                disable=False,
+                req_to_token_pool=self.rows,
+                token_to_kv_pool_allocator=self.kv,
+                page_size=page_size,
+            )
+        )
+
     def paged(self, page_size: int) -> Rig:
         """The same with KV memory of its own, in pages of so many tokens. No model."""
         from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
-        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-        from sglang.srt.mem_cache.radix_cache import RadixCache
 
         rig = copy.copy(self)
         tokens = self.kv.available_size() // page_size * page_size
         rig.kv = PagedTokenToKVPoolAllocator(
             tokens, page_size, torch.float16, self.device, None, False
         )
-        rig.tree = RadixCache(
-            CacheInitParams(
-                disable=False,
-                req_to_token_pool=self.rows,
-                token_to_kv_pool_allocator=rig.kv,
-                page_size=page_size,
-            )
-        )
+        rig.tree = rig._tree(page_size)
         return rig
 
     def request(self, ids: Iterable[int], max_new_tokens: int = 4, **sampling: Any) -> Any:

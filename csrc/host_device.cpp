@@ -144,7 +144,7 @@ class HostDevice final : public Device {
     });
   }
 
-  // Done by the caller: what is written was allocated by it, and waits for nothing.
+  // At once, by the calling thread: the streams here have nothing to do with what is written.
   size_t most_values() override { return size_t{32} << 10; }
   size_t most_rows() override { return 1024; }
   void launch_values(const void* values, size_t, const ValuesPiece* pieces, size_t count,

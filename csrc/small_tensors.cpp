@@ -60,10 +60,6 @@ Parcel::Place Parcel::add(at::ScalarType dtype, at::IntArrayRef sizes) {
   return place;
 }
 
-at::Tensor Parcel::words(size_t from, size_t to) const {
-  return cut(memory_, from, at::kLong, {static_cast<int64_t>((to - from) / sizeof(int64_t))});
-}
-
 void Parcel::deliver(const Poll& poll) {
   if (delivered_ == used_) return;
   const size_t from = delivered_, bytes = used_ - from;
@@ -78,7 +74,7 @@ void Parcel::deliver(const Poll& poll) {
     return;
   }
   const size_t count = bytes / sizeof(int64_t);
-  const at::Tensor target = words(from, used_);
+  const at::Tensor target = cut(memory_, from, at::kLong, {static_cast<int64_t>(count)});
   std::shared_ptr<Lease> lease = pool_->core().acquire(bytes, poll);
   at::Tensor host;
   if (!lease) {

@@ -47,9 +47,6 @@ class Parcel {
   void deliver(const Poll& poll = {});
 
  private:
-  // Bytes [from, to) of the memory on the device, as int64.
-  at::Tensor words(size_t from, size_t to) const;
-
   const c10::Device device_;
   const std::shared_ptr<StagingPool> pool_;
   Device& backend_;

@@ -280,7 +280,7 @@ def test_a_fingerprint_is_of_what_the_code_says() -> None:
         assert sglang_code.fingerprint(plain) != sglang_code.fingerprint(other)
     assert sglang_code.fingerprint(len) == ""
     with pytest.raises(sglang_code.OtherCodeError, match="it has no source"):
-        sglang_code.resolver_release(len)
+        sglang_code.release_of(sglang_code.RESOLVE, len)
 
 
 # --- the hooks -----------------------------------------------------------------------------------

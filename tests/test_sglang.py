@@ -403,14 +403,6 @@ def test_without_the_setting_small_tensors_are_sglangs() -> None:
 def test_small_tensors_of_other_code_are_sglangs() -> None:
     code = """
     from sglang.srt.mem_cache import allocation
-    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-
-    def changed(function, module, old, new):
-        text = inspect.getsource(function)
-        assert old in text
-        text = text.replace(old, new)
-        linecache.cache["<changed>"] = len(text), None, text.splitlines(True), "<changed>"
-        exec(compile(text, "<changed>", "exec", __future__.annotations.compiler_flag), vars(module))
 
     changed(allocation.alloc_for_extend, allocation, "batch.maybe_evict_swa()", "pass")
     changed(allocation.write_cache_indices, allocation, "pt = 0", "pt = 0 + 0")
@@ -790,6 +782,13 @@ OTHER_PLUGIN = """
     def around(target, hook):
         HookRegistry.register(f"sglang.srt.{target}", hook, HookType.AROUND)
 
+    def changed(function, module, old, new):
+        text = inspect.getsource(function)
+        assert old in text
+        text = text.replace(old, new)
+        linecache.cache["<changed>"] = len(text), None, text.splitlines(True), "<changed>"
+        exec(compile(text, "<changed>", "exec", __future__.annotations.compiler_flag), vars(module))
+
     def load(theirs):
         ours = plugin.plugin
         plugin.plugin = lambda: ours() or theirs()
@@ -838,11 +837,10 @@ def test_where_others_hook_nothing_meets_a_view() -> None:
 
 def test_code_that_is_not_known_is_left_alone() -> None:
     code = """
-    text = inspect.getsource(overlap_utils.resolve_forward_inputs)
-    text = text.replace("torch.cat([prefill_gpu, decode_gpu", "torch.cat([prefill_gpu, +decode_gpu")
-    linecache.cache["<changed>"] = len(text), None, text.splitlines(True), "<changed>"
-    flags = __future__.annotations.compiler_flag
-    exec(compile(text, "<changed>", "exec", flags), vars(overlap_utils))
+    changed(
+        overlap_utils.resolve_forward_inputs, overlap_utils,
+        "torch.cat([prefill_gpu, decode_gpu", "torch.cat([prefill_gpu, +decode_gpu",
+    )
     scheduler.resolve_forward_inputs = overlap_utils.resolve_forward_inputs
     Req = schedule_batch.Req
     Req.get_fill_ids = lambda self: self.full_untruncated_fill_ids[: self.extend_end] + self.tail

@@ -544,8 +544,13 @@ def test_the_scope_puts_torch_back(pool: pystage.StagingPool) -> None:
     assert all(t is minus_one for t in fills(device, -1))
     assert all(t is not minus_one and t.tolist() == [2] for t in fills(device, 2))
     assert torch.full((1,), -1, device=device) is not minus_one  # unknown code
-    inner = Scope(pool, device, codes_of(fills), 8, (2,), minus_one)
-    inner.close()
+    # A second one, of any thread, would leave the first's tensors undelivered.
+    with pytest.raises(pystage.PystageError, match="another thread"):
+        Scope(pool, device, codes_of(fills), 8, (2,), minus_one)
     assert torch.tensor is not tensor
     scope.close()
     assert torch.tensor is tensor and torch.full is full
+    with pytest.raises(TypeError, match="are tuples"):
+        Scope(pool, device, [], 8, (2,), minus_one)  # type: ignore[arg-type]
+    assert torch.tensor is tensor
+    Scope(pool, device, codes_of(fills), 8, (2,), minus_one).close()

@@ -63,12 +63,12 @@ from .sglang_code import (
     ALLOCATE,
     BUILD,
     PREPARE,
+    RESOLVE,
     SAMPLING,
     WRITE_ROWS,
     OtherCodeError,
     end_of_fill_ids,
-    resolver_release,
-    small_release,
+    release_of,
 )
 from .sglang_small import BUILT, PREPARED, MinusOne, Scope, codes_of
 
@@ -631,7 +631,7 @@ _COLLECTOR = "observability.metrics_collector:SchedulerMetricsCollector"
 
 _RESOLVE = Hook(
     "resolve",
-    "managers.overlap_utils:resolve_forward_inputs",
+    RESOLVE[0],
     ("batch", "future_map"),
     _resolve_forward_inputs,
 )
@@ -965,18 +965,17 @@ def verify() -> None:
         _state.say()
 
 
-def _shared(*parts: str) -> str:
-    """Why the plugin is not alone with the symbols of these parts; empty if it is."""
-    reasons = (_is_shared(hook) for hook in _state.hooks if hook.part in parts)
+def _shared(*names: str) -> str:
+    """Why the plugin is not alone with these symbols, or those of these parts; empty if it is."""
+    reasons = (
+        _is_shared(hook) for hook in _state.hooks if hook.part in names or hook.target in names
+    )
     return next(filter(None, reasons), "")
 
 
 def _no_small() -> str:
     """Why the small tensors of a batch are left to SGLang; empty if they are not."""
-    around = (PREPARE[0], BUILD[0])
-    if why := next(
-        filter(None, (_is_shared(hook) for hook in _state.hooks if hook.target in around)), ""
-    ):
+    if why := _shared(*PREPARE, *BUILD):
         return why
     functions = []
     try:
@@ -985,7 +984,7 @@ def _no_small() -> str:
             function = _chain(_current(target))[-1]
             if targets in (ALLOCATE, SAMPLING) and function is not _current(target):
                 return f"another plugin hooks {target}"
-            small_release(targets, function)
+            release_of(targets, function)
             functions.append(function)
     except LookupError as error:
         return str(error)
@@ -998,7 +997,7 @@ def _no_rows() -> str:
     if why := _shared("rows"):
         return why
     try:
-        small_release(WRITE_ROWS, _chain(_current(_first_there(WRITE_ROWS)))[-1])
+        release_of(WRITE_ROWS, _chain(_current(_first_there(WRITE_ROWS)))[-1])
     except LookupError as error:
         return str(error)
     _state.writes_rows = True
@@ -1009,8 +1008,8 @@ def _first_there(targets: tuple[str, ...]) -> str:
     """Raises _MissingError if there is none."""
     for target in targets[:-1]:
         try:
-            _current(target)
-        except Exception:  # importing SGLang's modules runs anything
+            _look_up(target, ())
+        except _MissingError:
             continue
         return target
     _look_up(targets[-1], ())
@@ -1022,7 +1021,7 @@ def _unknown() -> str:
     if why := _shared("resolve"):
         return why
     try:
-        resolver_release(_chain(_current(_RESOLVE.target))[-1])
+        release_of(RESOLVE, _chain(_current(_RESOLVE.target))[-1])
     except OtherCodeError as error:
         return str(error)
     return ""

@@ -77,36 +77,12 @@ def _described(found: Any) -> str:
     return f"{same} of {len(found)}" if hasattr(found, "__len__") else same
 
 
-# --- resolve_forward_inputs ----------------------------------------------------------------------
+# --- functions that are known --------------------------------------------------------------------
 
 # The plugin resolves a batch itself and hands it on with its ids, so that SGLang's code skips the
-# branches that would have made them. What these branches do has been read for these releases.
-KNOWN_RESOLVERS = {
-    "48794cd77b07b213": "0.5.13",
-    "9e9738ca722ec6ed": "0.5.14 to 0.5.18",
-    "cf5ac3557ac30aa5": "0.5.19 to 0.5.21",
-    "3b24c71f47d18046": "0.5.22 and 0.5.23",
-}
-
-
-def resolver_release(resolve_forward_inputs: Any) -> str:
-    """The releases whose ``resolve_forward_inputs`` this is.
-
-    Raises:
-        OtherCodeError: it is none of ``KNOWN_RESOLVERS``.
-    """
-    found = fingerprint(resolve_forward_inputs)
-    if found not in KNOWN_RESOLVERS:
-        raise OtherCodeError(
-            "its resolve_forward_inputs is not that of a known release: fingerprint "
-            f"{found or 'unknown, it has no source'}"
-        )
-    return KNOWN_RESOLVERS[found]
-
-
-# --- functions that make small tensors -----------------------------------------------------------
-
-# What makes a prefill's small tensors, in the releases that were read (see sglang_small.py).
+# branches that would have made them. It takes part of what the others make (see sglang_small.py).
+# What they do has been read for these releases.
+RESOLVE = ("managers.overlap_utils:resolve_forward_inputs",)
 _ALLOCATION = ("mem_cache.allocation", "mem_cache.common")  # it moved in 0.5.16
 PREPARE = ("managers.schedule_batch:ScheduleBatch.prepare_for_extend",)
 ALLOCATE = tuple(f"{module}:alloc_for_extend" for module in _ALLOCATION)
@@ -114,7 +90,13 @@ SAMPLING = ("sampling.sampling_batch_info:SamplingBatchInfo.from_schedule_batch"
 BUILD = ("model_executor.forward_batch_info:ForwardBatch.init_new",)
 WRITE_ROWS = tuple(f"{module}:write_cache_indices" for module in _ALLOCATION)
 
-KNOWN_SMALL: dict[tuple[str, ...], dict[str, str]] = {
+KNOWN: dict[tuple[str, ...], dict[str, str]] = {
+    RESOLVE: {
+        "48794cd77b07b213": "0.5.13",
+        "9e9738ca722ec6ed": "0.5.14 to 0.5.18",
+        "cf5ac3557ac30aa5": "0.5.19 to 0.5.21",
+        "3b24c71f47d18046": "0.5.22 and 0.5.23",
+    },
     PREPARE: {
         "e58007da837e36ad": "0.5.13 and 0.5.14",
         "2a530bce27419a89": "0.5.15",
@@ -170,20 +152,20 @@ KNOWN_SMALL: dict[tuple[str, ...], dict[str, str]] = {
 }
 
 
-def small_release(targets: tuple[str, ...], function: Any) -> str:
-    """The releases whose function this is.
+def release_of(targets: tuple[str, ...], function: Any) -> str:
+    """The releases whose function this is; ``targets``: where it may stand.
 
     Raises:
-        OtherCodeError: it is none of ``KNOWN_SMALL[targets]``.
+        OtherCodeError: it is none of ``KNOWN[targets]``.
     """
     found = fingerprint(function)
-    if found not in KNOWN_SMALL[targets]:
+    if found not in KNOWN[targets]:
         name = targets[0].rpartition(":")[2].rpartition(".")[2]
         raise OtherCodeError(
             f"its {name} is not that of a known release: fingerprint "
             f"{found or 'unknown, it has no source'}"
         )
-    return KNOWN_SMALL[targets][found]
+    return KNOWN[targets][found]
 
 
 # --- fingerprints ---------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ in                          delivers  which
 ``init_new``                2         ``extend_seq_lens``, ``extend_prefix_lens``
 ==========================  ========  ==============================================================
 
-In all releases of ``KNOWN_SMALL`` these are the first that a function makes, and nothing reads one
-before the last of its group is made: at that moment they are delivered. Meanwhile ``torch.tensor``
-and ``torch.full`` are others, which look at who calls: only calls from the code of these functions,
-in this thread, are taken. A call that is not as it was known to be ends this for the batch, and
-what was made until then is delivered.
+In all releases of ``sglang_code.KNOWN`` these are the first that a function makes, and nothing
+reads one before the last of its group is made: at that moment they are delivered. Meanwhile
+``torch.tensor`` and ``torch.full`` are others, which look at who calls: only calls from the code of
+these functions, in this thread, are taken. A call that is not as it was known to be ends this for
+the batch, and what was made until then is delivered.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..errors import PystageError
 from ..pool import StagingPool
 
 PREPARED = (5, 9)  # tensors after which all are delivered, in prepare_for_extend
@@ -39,12 +40,17 @@ BUILT = (2,)  # in init_new
 
 _tensor = torch.tensor
 _full = torch.full
+_one = threading.Lock()  # torch.tensor can be one parcel's only
 
 
 class Scope:
-    """While it is open, small tensors of known code in this thread are the pool's."""
+    """While it is open, small tensors of known code in this thread are the pool's.
 
-    __slots__ = ("_codes", "_minus_one", "_outer", "_parcel", "_thread")
+    There is one at a time in the process. Else the first to close would put torch's functions back
+    while another has tensors that are not delivered yet.
+    """
+
+    __slots__ = ("_codes", "_minus_one", "_parcel", "_thread")
 
     def __init__(
         self,
@@ -57,18 +63,24 @@ class Scope:
     ) -> None:
         # 4 or 8 bytes a request and tensor, each tensor rounded up to 16.
         capacity = 8 * deliver_at[-1] * (requests + 2)
-        self._parcel = _C.parcel(
-            pool._handle, capacity, device, _tensor, codes, deliver_at, minus_one
-        )
+        if not _one.acquire(blocking=False):
+            raise PystageError("another thread makes small tensors")
+        try:
+            self._parcel = _C.parcel(
+                pool._handle, capacity, device, _tensor, codes, deliver_at, minus_one
+            )
+        except BaseException:
+            _one.release()
+            raise
         self._codes, self._minus_one = codes, minus_one
         self._thread = threading.get_ident()
-        self._outer = torch.tensor, torch.full
         torch.tensor = self._parcel.tensor  # type: ignore[assignment]
         torch.full = self._filled  # type: ignore[assignment]
 
     def close(self) -> None:
         """Delivers what is left. A device error surfaces here, as it would in SGLang's copies."""
-        torch.tensor, torch.full = self._outer
+        torch.tensor, torch.full = _tensor, _full
+        _one.release()
         self._parcel.end()
 
     def _filled(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -9,7 +9,7 @@ SGLANG_SMALL = (
 )
 MUTANTS: Mutants = {
     "pystage/integrations/sglang_small.py": {
-        "tensor-left": M("<|torch.tensor, torch.full|> = self._outer", "_ = torch.full"),
+        "tensor-left": M("<|torch.tensor, torch.full = _tensor, _full|>", "torch.full = _full"),
         "not-delivered-at-the-end": M("        self._parcel.end()", "        pass"),
         "any-fill": M("args == ((1,), -1)", "args[0] == (1,)"),
         "fill-of-any-code": M("\n            and sys._getframe(1).f_code in self._codes", ""),
@@ -22,7 +22,7 @@ MUTANTS: Mutants = {
     },
     "pystage/integrations/sglang.py": {
         "small-of-unknown-code": M(
-            "            small_release(targets, function)\n", "", tests=SGLANG_SMALL
+            "            release_of(targets, function)\n", "", tests=SGLANG_SMALL
         ),
         "small-though-hooked": M(
             "if targets in (ALLOCATE, SAMPLING) and function is not _current(target):",
@@ -35,7 +35,7 @@ MUTANTS: Mutants = {
             tests=SGLANG_SMALL,
         ),
         "rows-of-unknown-code": M(
-            "small_release(WRITE_ROWS, _chain(_current(_first_there(WRITE_ROWS)))[-1])",
+            "release_of(WRITE_ROWS, _chain(_current(_first_there(WRITE_ROWS)))[-1])",
             "pass",
             tests=SGLANG_SMALL,
         ),
