@@ -17,14 +17,27 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench.common import BUILD, RESULTS, amount, collector_off, cpu_cache_bytes, provenance, save
+from bench.common import (
+    BUILD,
+    RESULTS,
+    amount,
+    collector_off,
+    cpu_cache_bytes,
+    merged,
+    provenance,
+    save,
+)
 from bench.contenders import Contenders
 from bench.device import Absent, Host, find, own_stream
 from bench.peers import Sources
-from bench.regimes import REGIMES, Bench
+from bench.suite import REGIMES, Bench
+from bench.suite.cells import Cell, Once
 from bench.targets import targets
 
 FULL_SAMPLES, QUICK_SAMPLES, REHEARSAL_SAMPLES = 500, 20, 3
+# These regimes' cells are measured in so many passes, one cell after the other in each, so that no
+# figure rests on a few seconds of the machine's.
+PASSES, REPEATED = 3, ("host", "stream", "latency", "history", "mixed")
 PERCENTILES = ("p50", "p90", "p99", "p99.9", "max")
 HOST_MEANS = (
     "The host device: ids move by a worker thread within the host's memory. Its host times say "
@@ -61,6 +74,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "means": REHEARSAL_MEANS if args.rehearse else "" if device.cuda else HOST_MEANS,
         "samples": samples,
         "quick": quick,
+        "passes": 1 if quick else PASSES,
         "cpu_cache_bytes": bench.cache_bytes,
         "regimes": {},
         "roles": bench.contenders.roles,
@@ -135,33 +149,53 @@ def measure(
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=sum(map(len, plan.values())))
+        samples, total = bench.samples, 0
+        for regime, cells in plan.items():
+            repeated = PASSES if regime in REPEATED and not bench.quick else 1
+            total += sum(1 if isinstance(cell, Once) else repeated for cell in cells.values())
+        bar = progress.add_task("", total=total)
         for regime, cells in plan.items():
             begin = time.perf_counter()
             gc.collect()  # not for each cell: with torch loaded it takes a third of a second
             measured: dict[str, Any] = {}
             result["regimes"][regime] = measured
-            for name, cell in cells.items():
-                progress.update(bar, description=f"{regime}: {name}")
-                start = time.perf_counter()
-                try:
-                    with collector_off():
-                        measured[name] = cell()
-                except Absent as why:
-                    measured[name] = {"absent": str(why)}
-                except Exception:
-                    measured[name] = {"error": traceback.format_exc()}
-                measured[name]["seconds"] = round(time.perf_counter() - start, 3)
-                for where, text in failures(name, measured[name]):
-                    result["errors"][f"{regime}, {where}"] = text
-                    console.print(f"{regime}, {where} failed:\n{text}", markup=False)
-                progress.advance(bar)
-                save(path, result)
+            done: dict[str, list[Any]] = {name: [] for name in cells}
+            seconds = dict.fromkeys(cells, 0.0)
+            passes = 1 if bench.quick or regime not in REPEATED else PASSES
+            for turn in range(passes):
+                for name, cell in cells.items():
+                    once = isinstance(cell, Once)
+                    if once and turn < passes - 1:
+                        continue
+                    which = "" if once or passes == 1 else f" ({turn + 1} of {passes})"
+                    progress.update(bar, description=f"{regime}: {name}{which}")
+                    bench.samples = samples if once else -(-samples // passes)
+                    start = time.perf_counter()
+                    done[name].append(outcome(cell))
+                    seconds[name] += time.perf_counter() - start
+                    measured[name] = merged(done[name]) | {"seconds": round(seconds[name], 3)}
+                    for where, text in failures(name, done[name][-1]):
+                        result["errors"][f"{regime}, {where}"] = text
+                        console.print(f"{regime}, {where} failed:\n{text}", markup=False)
+                    progress.advance(bar)
+                    save(path, result)
+            bench.samples = samples
             if bench.device.cuda:
                 result["targets"] = targets(result)
                 save(path, result)
-            seconds = time.perf_counter() - begin
-            progress.print(f"{regime}: {len(cells)} cells, {seconds:.1f} s")
+            took = time.perf_counter() - begin
+            progress.print(f"{regime}: {len(cells)} cells, {took:.1f} s")
+
+
+def outcome(cell: Cell) -> dict[str, Any]:
+    """A cell's result; what is absent, or failed, says so."""
+    try:
+        with collector_off():
+            return cell()
+    except Absent as why:
+        return {"absent": str(why)}
+    except Exception:
+        return {"error": traceback.format_exc()}
 
 
 def failures(cell: str, measured: dict[str, Any]) -> list[tuple[str, str]]:
@@ -193,10 +227,8 @@ def regime_table(regime: str, cells: dict[str, Any]) -> Table:
                 table.add_row(cell, name, *[""] * 5, f"none within {row['starved_after_s']:g} s")
             if "error" in row or "absent" in row:
                 table.add_row(cell, name, *[""] * 5, "failed" if "error" in row else "absent")
-        for name, times in measured.get("floor", {}).items():
-            if name == "sum":
-                continue
-            table.add_row(cell, f"floor: {name}", *(f"{times[p]:,.1f}" for p in PERCENTILES), "")
+        for name, times in measured.get("bound", {}).items():
+            table.add_row(cell, f"bound: {name}", *(f"{times[p]:,.1f}" for p in PERCENTILES), "")
         if "absent" in measured or "error" in measured:
             table.add_row(cell, "", *[""] * 5, "failed" if "error" in measured else "absent")
         table.add_section()

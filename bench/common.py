@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import datetime
 import gc
-import itertools
 import json
 import os
 import platform
@@ -38,17 +37,43 @@ def random_ids(count: int, rng: random.Random) -> array[int]:
     return array("q", np.random.default_rng(rng.getrandbits(64)).integers(0, VOCAB, count).tolist())
 
 
-def summary(samples_us: Sequence[float]) -> dict[str, float]:
+class Summary(dict[str, Any]):
+    """Percentiles of samples, in JSON, and the samples, which are not."""
+
+    def __init__(self, samples_us: Sequence[float]) -> None:
+        p50, p90, p99, p999 = np.percentile(samples_us, [50, 90, 99, 99.9])
+        super().__init__(
+            {
+                "p50": round(float(p50), 3),
+                "p90": round(float(p90), 3),
+                "p99": round(float(p99), 3),
+                "p99.9": round(float(p999), 3),
+                "max": round(float(max(samples_us)), 3),
+                "samples": len(samples_us),
+            }
+        )
+        self.samples_us = samples_us
+
+
+def summary(samples_us: Sequence[float]) -> Summary:
     """Microseconds."""
-    p50, p90, p99, p999 = np.percentile(samples_us, [50, 90, 99, 99.9])
-    return {
-        "p50": round(float(p50), 3),
-        "p90": round(float(p90), 3),
-        "p99": round(float(p99), 3),
-        "p99.9": round(float(p999), 3),
-        "max": round(float(max(samples_us)), 3),
-        "samples": len(samples_us),
-    }
+    return Summary(samples_us)
+
+
+def merged(passes: Sequence[Any]) -> Any:
+    """The same result measured in several passes, as one: times over all samples, with the median
+    of each pass in ``passes``; of everything else the last. Who failed once has failed."""
+    last = passes[-1]
+    if len(passes) == 1 or not isinstance(last, dict):
+        return last
+    for result in passes:
+        if "error" in result:
+            return result
+    if isinstance(last, Summary):
+        together = summary([us for part in passes for us in part.samples_us])
+        together["passes"] = [part["p50"] for part in passes]
+        return together
+    return {key: merged([part[key] for part in passes if key in part]) for key in last}
 
 
 def amount(row: dict[str, Any], key: str = "value") -> str:
@@ -68,35 +93,6 @@ def collector_off() -> Iterator[None]:
             gc.enable()
 
 
-def host_time(
-    contenders: dict[str, Callable[[int], Any]],
-    samples: int,
-    warmup: int,
-    settle: Callable[[], None],
-) -> dict[str, dict[str, float]]:
-    """Microseconds of host time a call takes; contenders take turns, in an order drawn each round.
-
-    Each call gets a number of its own, to rotate its inputs: nobody reads what another has just
-    brought into the caches. ``settle`` runs between calls, untimed, and drains the device: no call
-    pays for the backlog of another.
-    """
-    names = list(contenders)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    number, order = itertools.count(), random.Random(5)
-    with collector_off():
-        for i in range(-warmup, samples):
-            for name in order.sample(names, len(names)):
-                call, turn = contenders[name], next(number)
-                start = time.perf_counter_ns()
-                result = call(turn)
-                stop = time.perf_counter_ns()
-                settle()
-                del result
-                if i >= 0:
-                    times[name].append((stop - start) / 1e3)
-    return {name: summary(values) for name, values in times.items()}
-
-
 TwoCalls: TypeAlias = "tuple[Callable[[Any], Any], Callable[[Any], Any]]"
 
 
@@ -108,12 +104,14 @@ def two_calls_time(
     settle: Callable[[], None],
     inside: dict[str, Callable[[], Sequence[float]]] | None = None,
 ) -> dict[str, Any]:
-    """As :func:`host_time`, of two calls, ``second(first(input))``: each, and both together.
+    """Microseconds of host time of two calls, ``second(first(input))``: each, and both together.
 
-    ``inputs`` gives the input of the n-th call; no two calls in a row share one. ``inside`` take
-    turns with the others, and time their own parts, in microseconds: their result is the list of
-    the parts' summaries. Who raises is out of the turn from then on, and its result is ``{"error":
-    traceback}``.
+    Contenders take turns, in an order drawn each round. ``inputs`` gives the input of the n-th
+    call; no two in a row share one, so nobody reads what another has brought into the caches.
+    ``settle`` runs between calls, untimed, and drains the device: no call pays for the backlog of
+    another. ``inside`` take turns with the others, and time their own parts, in microseconds: their
+    result is the list of the parts' summaries. Who raises is out of the turn from then on, and its
+    result is ``{"error": traceback}``.
     """
     inside = inside or {}
     times: dict[str, list[tuple[float, ...]]] = {name: [] for name in [*contenders, *inside]}

@@ -7,18 +7,21 @@ they show what a part of it costs.
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 import traceback
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
+from itertools import accumulate, chain
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 import pystage
+from bench import bound
 from bench.common import VOCAB
 from bench.device import DURING_CALL, IN_STREAM_ORDER, Absent, Host
 from bench.peers import Sources
@@ -33,6 +36,7 @@ CHECKED = "pystage, ids checked"
 SGLANG = "SGLang"
 BUFFER = "vLLM CpuGpuBuffer"
 UVA = "vLLM UvaBufferPool"
+RUNNER = "vLLM V2 runner"
 TORCH = "torch, pinned array"
 TORCH_LIST = "torch, list"
 CUPY = "CuPy pinned pool"
@@ -40,8 +44,8 @@ BATCH = "cudaMemcpyBatchAsync"
 READY = "cudaMemcpyAsync, ready buffer"
 READY_BATCH = "cudaMemcpyBatchAsync, ready buffer"
 EMPTY = "an empty kernel"
-FLOOR = ("memcpy", "allocation", "launch")
-BUFFERS, RAGGED = "arrays asked for their memory", "memcpy, one by one"
+BOUND, TOTAL, MEMCPY, EVENT = bound.PARTS, "total", bound.MEMCPY, bound.EVENT
+BUFFERS, RAGGED = "arrays asked for their memory", "write, one by one"
 
 
 @dataclass(frozen=True)
@@ -279,6 +283,111 @@ def vllm_uva(device: Host, sources: Sources, room: int) -> Contender:
     )
 
 
+class VllmRunner:
+    """vLLM's newest model runner: a request's ids are written once, by a kernel, into rows of the
+    host's memory that the device can read; each step a kernel gathers the step's ids from there.
+
+    Rows are as long, and as many, as the batches seen so far need.
+    """
+
+    def __init__(self, device: Host, sources: Sources) -> None:
+        if not (device.cuda or device.gpu_regimes):
+            raise Absent("no device that would read the host's memory")
+        try:
+            import triton
+            import triton.language as tl
+        except ImportError as error:
+            raise Absent(f"Triton is not installed ({error})") from error
+        if not device.cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise Absent("its Triton kernels need a GPU, or TRITON_INTERPRET=1")
+        pin = sources.take("vllm", "utils/torch_utils.py", ["async_tensor_h2d"], {
+            "np": np, "torch": torch, "PIN_MEMORY": device.cuda
+        })  # fmt: skip
+        given = {
+            "np": np,
+            "torch": torch,
+            "tl": tl,
+            "triton": triton,
+            "partial": partial,
+            "is_uva_available": lambda: True,
+            "get_accelerator_view_from_cpu_tensor": device.view,
+            "_DEFAULT_MAX_CONCURRENCY": 2,
+            "_WRITE_BLOCK_SIZE": 1024,
+        }
+        names = ["UvaBuffer", "NonUvaBuffer", "UvaBufferPool", "_load_ptr", "_num_write_chunks"]
+        names += ["_apply_write_kernel", "StagedWriteTensor"]
+        if not device.cuda:
+            given["torch"] = UnpinnedTorch()
+        self._rows_of = sources.take("vllm", "v1/worker/gpu/buffer_utils.py", names, given | pin)[
+            "StagedWriteTensor"
+        ]
+        names = ["_prepare_prefill_inputs_kernel", "prepare_prefill_inputs"]
+        self._gather = sources.take("vllm", "v1/worker/gpu/input_batch.py", names, given)[
+            "prepare_prefill_inputs"
+        ]
+        self.device, self._rows, self._shapes = device, (0, 0), {}
+        self._made = None
+
+    def stage(self, batch: Batch) -> tuple[int, ...]:
+        """Once for each request: its ids into a row, by ``stage_write`` and ``apply_write``."""
+        lengths = tuple(map(len, batch))
+        rows, longest = (1 << (n - 1).bit_length() for n in (len(lengths), max(lengths)))
+        if rows > self._rows[0] or longest > self._rows[1]:
+            self._rows = tuple(map(max, (rows, longest), self._rows))
+            self._made = self._rows_of(
+                self._rows, torch.int32, self.device.torch, uva_instead_of_gpu=True
+            )
+            self._shapes.clear()
+        for row, ids in enumerate(batch):
+            self._made.stage_write(row, 0, ids)
+        self._made.apply_write()
+        return lengths
+
+    def resolve(self, lengths: tuple[int, ...], computed: int = 0) -> torch.Tensor:
+        """Each step: the ids of the rows behind the first ``computed``, gathered by a kernel."""
+        shape = self._shapes.get((lengths, computed))
+        if shape is None:
+            shape = self._shapes[lengths, computed] = self._shape(lengths, computed)
+        self._gather(*shape)
+        return shape[0]
+
+    def _shape(self, lengths: tuple[int, ...], computed: int) -> tuple[torch.Tensor, ...]:
+        """Its arguments; vLLM makes them for more than the ids, so they are made beforehand."""
+        count, where = len(lengths), self.device.torch
+        new = [length - computed for length in lengths]
+        starts = torch.tensor([0, *accumulate(new)], dtype=torch.int32, device=where)
+        ids = torch.empty(sum(new), dtype=torch.int32, device=where)
+        ahead = torch.zeros(1, count, dtype=torch.int32, device=where)
+        rows = torch.arange(count, device=where)
+        prefill = torch.tensor(lengths, dtype=torch.int32, device=where)
+        done = torch.full((count,), computed, dtype=torch.int32, device=where)
+        return ids, ahead, rows, starts, self._made.gpu, prefill, done
+
+
+class UnpinnedTorch:
+    """torch on a machine that pins no memory: rehearsals."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def zeros(self, *args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(*args, **kwargs)
+
+
+def vllm_runner(device: Host, sources: Sources) -> Contender:
+    runner = VllmRunner(device, sources)
+    return Contender(
+        RUNNER,
+        "peer",
+        runner.stage,
+        runner.resolve,
+        takes=("list",),
+        note=f"StagedWriteTensor and prepare_prefill_inputs of {sources.version('vllm')}, from "
+        "lists as vLLM has them; gives int32 in a buffer that the next step overwrites; the small "
+        "tensors beside the ids are made beforehand: in its favour",
+    )
+
+
 def cupy_pool(device: Host) -> Contender:
     if not device.cuda:
         raise Absent("CuPy works on CUDA devices only")
@@ -356,67 +465,71 @@ def ready(device: Host, name: str, count: int, out: torch.Tensor | None = None) 
     dst, src, size = out.data_ptr(), pinned.data_ptr(), 8 * count
     keep = (pinned, out)
     if name == READY_BATCH:
-        call = device.batch([dst], [src], [size], IN_STREAM_ORDER)
+        call = device.batch_here([dst], [src], [size], IN_STREAM_ORDER)
     else:
-
-        def call() -> None:
-            device.memcpy(dst, src, size)
+        call = device.memcpy_here(dst, src, size)
 
     def resolve(_: Any) -> torch.Tensor:
         call()
         return keep[1]
 
-    note = "the copy alone, into a tensor that is there; called through ctypes"
+    note = "the copy alone, into a tensor that is there; a call of the runtime bound in C (calls.c)"
     return Contender(name, "reference", lambda batch: None, resolve, note=note)
 
 
-class PythonFloor:
-    """What no way can do without, each part with the cost of its call from Python."""
+class PythonBound:
+    """The lower bound where there is no CUDA, each part with the cost of its call from Python."""
 
-    parts = (*FLOOR, RAGGED)
+    parts = (*BOUND, TOTAL, MEMCPY, RAGGED)
 
     def __init__(self, device: Host, count: int) -> None:
         self.device, self.pinned = device, device.pinned(count)
+        self._narrow = self.pinned.numpy().view(np.int32)
 
-    def _copy(self, arrays: Sequence[array[int]]) -> float:
-        start, to = time.perf_counter_ns(), self.pinned.data_ptr()
+    def _write(self, arrays: Sequence[array[int]]) -> float:
+        start, at = time.perf_counter_ns(), 0
         for ids in arrays:
-            address, count = ids.buffer_info()
-            ctypes.memmove(to, address, 8 * count)
-            to += 8 * count
+            self._narrow[at : at + len(ids)] = np.frombuffer(ids, np.int64)
+            at += len(ids)
+        return (time.perf_counter_ns() - start) / 1e3
+
+    def _memcpy(self, ids: array[int]) -> float:
+        start = time.perf_counter_ns()
+        ctypes.memmove(self.pinned.data_ptr(), ids.buffer_info()[0], 8 * len(ids))
         return (time.perf_counter_ns() - start) / 1e3
 
     def once(self, whole: array[int], ragged: Sequence[array[int]]) -> Sequence[float]:
-        """Microseconds of each part: ``whole`` is copied in one, ``ragged`` array by array."""
-        one_by_one, copied = self._copy(ragged), self._copy([whole])
+        """Microseconds of each part: ``whole`` is read as one, ``ragged`` array by array."""
+        copied, one_by_one, written = self._memcpy(whole), self._write(ragged), self._write([whole])
         start = time.perf_counter_ns()
         out = torch.empty(count_of(ragged), dtype=torch.int64, device=self.device.torch)
         allocated = time.perf_counter_ns()
         self.device.launch()
         launched = time.perf_counter_ns()
         del out
-        return copied, (allocated - start) / 1e3, (launched - allocated) / 1e3, one_by_one
+        parts = written, (allocated - start) / 1e3, (launched - allocated) / 1e3
+        return *parts, sum(parts), copied, one_by_one
 
     def close(self) -> None:
         """Nothing to give back."""
 
 
-class CompiledFloor:
+class CompiledBound:
     """The same, timed in C, and an event with it."""
 
-    def __init__(self, count: int) -> None:
-        from bench import floor
+    parts = (*BOUND, TOTAL, EVENT, MEMCPY, BUFFERS, RAGGED)
 
-        self.parts = (*floor.PARTS, BUFFERS, RAGGED)
-        self._floor = floor.Floor(count)
+    def __init__(self, count: int) -> None:
+        self._bound = bound.Bound(count)
 
     def once(self, whole: array[int], ragged: Sequence[array[int]]) -> Sequence[float]:
-        asked = self._floor.buffers(ragged)
-        one_by_one, copied = self._floor.copy(ragged), self._floor.copy([whole])
-        return copied, *self._floor.issue(count_of(ragged)), asked, one_by_one
+        asked, copied = self._bound.buffers(ragged), self._bound.memcpy([whole])
+        one_by_one, written = self._bound.write(ragged), self._bound.write([whole])
+        memory, launch, event = self._bound.issue(count_of(ragged))
+        return written, memory, launch, written + memory + launch, event, copied, asked, one_by_one
 
     def close(self) -> None:
-        self._floor.close()
+        self._bound.close()
 
 
 def empty_kernel(device: Host) -> Contender:
@@ -444,6 +557,7 @@ class Contenders:
             SGLANG: lambda: sglang(device, sources),
             BUFFER: lambda: vllm_buffer(device, sources, room),
             UVA: lambda: vllm_uva(device, sources, room),
+            RUNNER: lambda: vllm_runner(device, sources),
             TORCH: lambda: torch_array(device),
             TORCH_LIST: lambda: torch_list(device),
             CUPY: lambda: cupy_pool(device),
@@ -465,15 +579,15 @@ class Contenders:
         self.roles[name], self.notes[name] = contender.role, contender.note
         return contender
 
-    def floor(self, count: int) -> PythonFloor | CompiledFloor:
+    def bound(self, count: int) -> PythonBound | CompiledBound:
         """Of up to ``count`` ids; from Python where it cannot be compiled."""
-        failed = "making the floor in C"
+        failed = "making the lower bound in C"
         if self.device.cuda and failed not in self.errors:  # no second long compilation
             try:
-                return CompiledFloor(count)
+                return CompiledBound(count)
             except Exception:
                 self.errors[failed] = traceback.format_exc()
-        return PythonFloor(self.device, count)
+        return PythonBound(self.device, count)
 
     def why_not(self, name: str) -> str:
         """After :meth:`make` gave None."""
@@ -485,6 +599,6 @@ class Contenders:
 
 
 OURS = (DEFERRED, EAGER, ENGINE, WIDE, CHECKED)
-PEERS = (TORCH, TORCH_LIST, SGLANG, BUFFER, UVA, CUPY, BATCH)
+PEERS = (TORCH, TORCH_LIST, SGLANG, BUFFER, UVA, RUNNER, CUPY, BATCH)
 REFERENCES = (READY, READY_BATCH)
 EVERYBODY = (*OURS, *PEERS, *REFERENCES)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -26,22 +23,6 @@ CALLS = (  # in the order of copies.c
     "cudaEventSynchronize",
     "cudaMemcpyAsync",
 )
-
-
-def compiled(folder: Path) -> Path:
-    """The loop, compiled into ``folder``.
-
-    Raises:
-        FileNotFoundError: there is no C compiler.
-    """
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
-    if compiler is None:
-        raise FileNotFoundError("no C compiler for bench/copies.c: install one, or set CC")
-    library = folder / "copies.so"
-    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    source = Path(__file__).with_name("copies.c")
-    subprocess.run([compiler, *flags, "-o", library, source], check=True)
-    return library
 
 
 def loop_of(library: Path) -> Any:

@@ -10,10 +10,13 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from bench.compiled import binder
 
 IN_STREAM_ORDER, DURING_CALL = 1, 2  # cudaMemcpySrcAccessOrder*
 
@@ -89,6 +92,16 @@ class Host:
 
         return copy
 
+    def memcpy_here(self, dst: int, src: int, size: int) -> Callable[[], None]:
+        """That copy, prepared, on the stream that is current now."""
+        return partial(self.memcpy, dst, src, size)
+
+    def batch_here(
+        self, dsts: Sequence[int], srcs: Sequence[int], sizes: Sequence[int], order: int
+    ) -> Callable[[], None]:
+        """As :meth:`batch`, on the stream that is current now."""
+        return self.batch(dsts, srcs, sizes, order)
+
     def move(self, dst: torch.Tensor, src: torch.Tensor) -> None:
         """A copy by a kernel, between device and pinned memory."""
         dst.copy_(src)
@@ -138,7 +151,7 @@ class _ArrayInterface:
         self.owner = pinned
         self.__cuda_array_interface__ = {
             "shape": tuple(pinned.shape),
-            "typestr": "<i8",
+            "typestr": f"<i{pinned.element_size()}",
             "data": (pinned.data_ptr(), False),
             "version": 2,
         }
@@ -168,6 +181,7 @@ class Cuda(Host):
             ctypes.c_int,
             ctypes.c_void_p,
         ]
+        self._kept: list[Any] = []  # what bound calls point to
         self._cycles_per_us = self._spin_rate()
 
     def _check(self, name: str, *args: Any) -> None:
@@ -214,22 +228,23 @@ class Cuda(Host):
         if code:
             raise RuntimeError(f"cudaMemcpyAsync failed with CUDA error {code}")
 
+    def _batch_arguments(
+        self, dsts: Sequence[int], srcs: Sequence[int], sizes: Sequence[int], order: int
+    ) -> tuple[Any, ...]:
+        """All but the stream. The first three are arrays of C, the fifth and the sixth one item."""
+        if self.runtime < 13000:
+            raise Absent(f"cudaMemcpyBatchAsync is called as in CUDA 13, this is {self.runtime}")
+        count = len(sizes)
+        pointers, lengths = ctypes.c_void_p * count, ctypes.c_size_t * count
+        attributes, index = (_Attributes * 1)(_Attributes(order=order)), (ctypes.c_size_t * 1)(0)
+        return pointers(*dsts), pointers(*srcs), lengths(*sizes), count, attributes, index, 1
+
     def batch(
         self, dsts: Sequence[int], srcs: Sequence[int], sizes: Sequence[int], order: int
     ) -> Callable[[], None]:
-        if self.runtime < 13000:
-            raise Absent(f"cudaMemcpyBatchAsync is called as in CUDA 13, this is {self.runtime}")
-        function, count = self._runtime.cudaMemcpyBatchAsync, len(sizes)
-        pointers, lengths = ctypes.c_void_p * count, ctypes.c_size_t * count
-        args = (
-            pointers(*dsts),
-            pointers(*srcs),
-            lengths(*sizes),
-            ctypes.c_size_t(count),
-            ctypes.byref(_Attributes(order=order)),
-            ctypes.byref(ctypes.c_size_t(0)),
-            ctypes.c_size_t(1),
-        )
+        function = self._runtime.cudaMemcpyBatchAsync
+        given = self._batch_arguments(dsts, srcs, sizes, order)
+        args = [ctypes.c_size_t(a) if isinstance(a, int) else a for a in given]
 
         def copy() -> None:
             code = function(*args, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
@@ -237,6 +252,20 @@ class Cuda(Host):
                 raise RuntimeError(f"cudaMemcpyBatchAsync failed with CUDA error {code}")
 
         return copy
+
+    def _bound(self, name: str, *args: Any) -> Callable[[], None]:
+        self._kept.append(args)
+        address = ctypes.cast(getattr(self._runtime, name), ctypes.c_void_p).value
+        numbers = [a if isinstance(a, int) else ctypes.addressof(a) for a in args]
+        return binder()(address, *numbers, torch.cuda.current_stream().cuda_stream)
+
+    def memcpy_here(self, dst: int, src: int, size: int) -> Callable[[], None]:
+        return self._bound("cudaMemcpyAsync", dst, src, size, 4)
+
+    def batch_here(
+        self, dsts: Sequence[int], srcs: Sequence[int], sizes: Sequence[int], order: int
+    ) -> Callable[[], None]:
+        return self._bound("cudaMemcpyBatchAsync", *self._batch_arguments(dsts, srcs, sizes, order))
 
     def move(self, dst: torch.Tensor, src: torch.Tensor) -> None:
         from bench.move import move

@@ -1,11 +1,10 @@
-"""Tables and plots of the parts (staging.py), of the plugin in SGLang (sglang_plugin.py) and of the
-pipeline (pp_prefill.py), from their results. Those of the whole benchmark are in pages.py."""
+"""Tables and plots of the plugin in SGLang (sglang_plugin.py), of the pipeline (pp_prefill.py) and
+of the long run (sustained.py), from their results. Those of the suite are in pages.py."""
 
 from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +14,19 @@ from bench.engine import page as engine
 from bench.pages import indented, source, tabulate
 
 RESULTS = Path("bench/results")  # below the repository's root, as all that follow
-STAGING = RESULTS / "staging-nvidia-h100-80gb-hbm3.json"
 SGLANG = RESULTS / "sglang-nvidia-h200.json"
 PIPELINE = RESULTS / "pp_prefill-8b-2xnvidia-h100-80gb-hbm3.json"
-EARLIER = RESULTS / "earlier"
-PLOT = Path("docs/staging.svg")
 PIPELINE_PLOT = Path("docs/pp-profile.svg")
 FAULTS = RESULTS / "faults-nvidia-h200.json"
 SUSTAINED_PLOT = Path("docs/sustained.svg")
 ENGINE_PLOT = Path("docs/engine.svg")
-SHAPES = ("1 x 128", "1 x 8192", "8 x 1024", "64 x 128", "1 x 16384", "1 x 131072")
 EVENER = "equal time, base x 2"
 
 
 def sections(root: Path) -> dict[str, str]:
     """What stands in the pages between marks, by the mark's name."""
-    staging, pipeline = load(root / STAGING), load(root / PIPELINE)
+    pipeline = load(root / PIPELINE)
     return {
-        "host": host_table(staging),
-        "floor": floor_table(staging),
-        "stream": stream_table(staging),
-        "latency": latency_table(staging),
-        "targets": target_table(staging, without=IN_THE_SUITE),
-        "source": source(staging, STAGING.name),
-        "others": other_machines(root / EARLIER),
         "sglang": sglang_tables(root / SGLANG),
         "sglang-when": when_it_helps(
             engine.newest_runs(root / RESULTS).get("copies"), load(root / SGLANG)
@@ -57,9 +45,8 @@ def sections(root: Path) -> dict[str, str]:
 
 def draw(root: Path) -> list[Path]:
     """Draws the plots; returns their files."""
-    plots = [root / PLOT, root / PIPELINE_PLOT]
-    draw_staging(load(root / STAGING), plots[0])
-    draw_pipeline(load(root / PIPELINE), plots[1])
+    plots = [root / PIPELINE_PLOT]
+    draw_pipeline(load(root / PIPELINE), plots[0])
     if run := newest_on_gpu(root / RESULTS, "sustained"):
         plots.append(root / SUSTAINED_PLOT)
         draw_sustained(load(run), plots[-1])
@@ -73,108 +60,8 @@ def pair(cell: dict[str, float]) -> str:
     return f"{cell['p50']:,.1f} / {cell['p99']:,.1f}"
 
 
-def microseconds(value: float) -> str:
-    return f"{round(value, 1) + 0.0:.1f}"  # no -0.0
-
-
-def other_machines(folder: Path) -> str:
-    """Machines of one kind differ: what the main measure was on others."""
-    lines = []
-    for path in sorted(folder.glob("staging-*.json")):
-        result = load(path)
-        array, listed = result["host"]["1 x 8192 array"], result["host"]["1 x 8192 list"]
-        ours, theirs = array["pystage"]["p50"], array["concatenate + pin + to"]["p50"]
-        lines.append(
-            f"- commit `{result['commit'][:7]}`: 1 x 8,192 from `array` {ours:.1f} against "
-            f"{theirs:.1f} ({theirs / ours:.1f} x), from `list` {listed['pystage']['p50']:.1f} "
-            f"against {listed['torch.tensor + pin + to']['p50']:,.0f}"
-        )
-    return "\n".join(lines)
-
-
-def host_table(result: dict[str, Any]) -> str:
-    rows = []
-    for shape in SHAPES:
-        cell = result["host"][f"{shape} array"]
-        ours, theirs = cell["pystage, vocab checked"], cell["concatenate + pin + to"]
-        requests, length = shape.split(" x ")
-        rows.append(
-            [
-                f"{requests} x {int(length):,} from `array`",
-                pair(ours),
-                pair(theirs),
-                f"{theirs['p50'] / ours['p50']:.1f} x",
-            ]
-        )
-    cell = result["host"]["1 x 8192 list"]
-    ours = cell["pystage"]
-    theirs = cell.get("np.fromiter + pin + to", cell["torch.tensor + pin + to"])
-    rows.append(
-        ["1 x 8,192 from `list`", pair(ours), pair(theirs), f"{theirs['p50'] / ours['p50']:.0f} x"]
-    )
-    return tabulate(["host time, us, p50 / p99", "pystage", "torch", "p50"], rows)
-
-
-def floor_table(result: dict[str, Any]) -> str:
-    """What no way can do without, in C, beside both calls from Python."""
-    rows = []
-    for shape, floor in result["floor"].items():
-        ours = result["host"][f"{shape} array"]["pystage"]["p50"]
-        parts = ("memcpy", "allocation", "launch", "event", "sum")
-        requests, length = shape.split(" x ")
-        rows.append(
-            [
-                f"{requests} x {int(length):,}",
-                *(f"{floor[part]['p50']:.1f}" for part in parts),
-                f"{ours:.1f}",
-                f"{ours / floor['sum']['p50']:.1f} x",
-            ]
-        )
-    head = ["us, p50", "memcpy", "allocation", "launch", "event", "floor", "pystage", ""]
-    return tabulate(head, rows)
-
-
-def stream_table(result: dict[str, Any]) -> str:
-    head = [
-        "added to the compute stream, us, p50",
-        "cudaMemcpyAsync",
-        "deferred",
-        "eager",
-        "an empty kernel",
-    ]
-    names = ("cudaMemcpyAsync", "deferred", "eager", "empty kernel")
-    rows = [
-        [f"{int(count):,} ids", *(microseconds(cell[n]["p50"]) for n in names)]
-        for count, cell in result["stream"].items()
-    ]
-    busy = result["busy"]
-    rows.append(
-        ["8,192 ids, between matrix products", *(microseconds(busy[n]["p50"]) for n in names)]
-    )
-    return tabulate(head, rows)
-
-
-def latency_table(result: dict[str, Any]) -> str:
-    rows = [
-        [f"8,192 ids, {where}", pair(cell["cudaMemcpyAsync"]), pair(cell["deferred"])]
-        for where, cell in result["latency"].items()
-    ]
-    return tabulate(
-        ["call to ids on the device, us, p50 / p99", "cudaMemcpyAsync", "pystage"], rows
-    )
-
-
-# Measures of earlier staging runs that the suite holds to a stricter target or against a quicker
-# peer: those count.
-IN_THE_SUITE = (
-    "stage + resolve, 1 x 8,192 list",
-    "  against torch.tensor(pin) + to",
-    "compute stream, eager, GPU busy",
-)
-
-
-def target_table(result: dict[str, Any], without: Sequence[str] = ()) -> str:
-    targets = [row for row in result["targets"] if row["measure"] not in without]
+def target_table(result: dict[str, Any]) -> str:
+    targets = result["targets"]
     limits = any(r.get("limit") is not None for r in targets)
     rows = [
         [
@@ -186,7 +73,7 @@ def target_table(result: dict[str, Any], without: Sequence[str] = ()) -> str:
         ]
         for r in targets
     ]
-    head = ["measure", "target", "measured", *(["at the floor"] if limits else []), "met"]
+    head = ["measure", "target", "measured", *(["at the lower bound"] if limits else []), "met"]
     return tabulate(head, rows)
 
 
@@ -258,13 +145,12 @@ def in_place_table(path: Path) -> str:
     rows = [[label, *(pair(cell[part][side]) for side in sides)] for part, label in parts.items()]
     below = [
         [f"{what}: {part}", pair(values)]
-        for what, floor in result["floor"].items()
-        for part, values in floor.items()
+        for what, parts in result.get("bound", {}).items()
+        for part, values in parts.items()
     ]
-    tables = [
-        tabulate(["us, p50 / p99", *sides], rows),
-        tabulate(["the floor, us, p50 / p99", ""], below),
-    ]
+    tables = [tabulate(["us, p50 / p99", *sides], rows)]
+    if below:
+        tables.append(tabulate(["the lower bound, us, p50 / p99", ""], below))
     return "\n\n".join([*tables, source(result, path.name)])
 
 
@@ -397,75 +283,6 @@ def pipeline_targets(measured: dict[str, Any]) -> str:
 
 
 # --- plots ---------------------------------------------------------------------------------------
-
-
-def draw_staging(result: dict[str, Any], path: Path) -> None:
-    plt = svg.pyplot()
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    grey, blue = "#9a9a9a", "#1f6fb4"
-    cells = [result["host"][f"{s} array"] for s in SHAPES]
-    at = range(len(SHAPES))
-    left.bar(
-        [i - 0.2 for i in at],
-        [c["concatenate + pin + to"]["p50"] for c in cells],
-        0.4,
-        color=grey,
-        label="concatenate + pin + to",
-    )
-    left.bar(
-        [i + 0.2 for i in at],
-        [c["pystage, vocab checked"]["p50"] for c in cells],
-        0.4,
-        color=blue,
-        label="pystage",
-    )
-    left.set_xticks(
-        list(at),
-        [
-            s.replace("131072", "128k")
-            .replace("16384", "16k")
-            .replace("8192", "8k")
-            .replace("1024", "1k")
-            for s in SHAPES
-        ],
-        fontsize=7,
-    )
-    left.set(title="host time of a batch, us", yscale="log")
-    left.legend(fontsize=7, frameon=False)
-    counts = [int(c) for c in result["stream"]]
-    for name, color, label in (
-        ("cudaMemcpyAsync", grey, "cudaMemcpyAsync"),
-        ("deferred", blue, "deferred"),
-        ("eager", "#5fb45f", "eager"),
-    ):
-        middle.plot(
-            counts,
-            [max(c[name]["p50"], 0.05) for c in result["stream"].values()],
-            "o-",
-            color=color,
-            label=label,
-            ms=3,
-        )
-    middle.set(title="added to the compute stream, us", xscale="log", yscale="log", xlabel="ids")
-    middle.legend(fontsize=7, frameon=False)
-    names = [("cudaMemcpyAsync", grey), ("deferred", blue)]
-    where = list(result["latency"])
-    for k, (name, color) in enumerate(names):
-        values = [result["latency"][w][name]["p50"] for w in where]
-        bars = right.bar(
-            [i + (k - 0.5) * 0.4 for i in range(len(where))],
-            values,
-            0.4,
-            color=color,
-            label=name.replace("deferred", "pystage"),
-        )
-        right.bar_label(bars, [f"{v:,.0f}" for v in values], fontsize=7)
-    right.set_xticks(range(len(where)), where, fontsize=7)
-    right.set(title="8,192 ids: call to device, us", yscale="log")
-    right.legend(fontsize=7, frameon=False, loc="upper left")
-    for axis in (left, middle, right):
-        svg.plain(axis)
-    svg.save(figure, path)
 
 
 def draw_pipeline(result: dict[str, Any], path: Path) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with a GPU, in one call, with the packages already there.
-#   bench/gpu.sh [build] [test] [stress] [sanitize] [bench] [suite] [demo]    default: all of them
+#   bench/gpu.sh [build] [test] [stress] [sanitize] [suite] [demo]    default: all of them
 #   bench/gpu.sh sustained                     MINUTES (20) of a trace, in calls of AT_MOST (8) minutes:
 #                                              each goes on where the JSON in OUT, or in
 #                                              bench/results, ends
@@ -13,7 +13,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-bench/results}
 python=${PYTHON:-python3}
-parts=${*:-build test stress sanitize bench suite demo}
+parts=${*:-build test stress sanitize suite demo}
 failed=0
 logs=build/gpu; mkdir -p "$logs" "$out"
 step() {  # step NAME COMMAND...: runs it, says how it went and how long it took
@@ -42,7 +42,6 @@ for part in $parts; do
           -k "not every_kind and not mixed_requests and not nvtx and not asserts_on_the_device"
         grep -E "(ERROR|RACECHECK|SYNCCHECK|INITCHECK) SUMMARY|passed|failed" "$logs/$tool.log" | tail -n 4
       done ;;
-    bench) step bench "$python" bench/staging.py --out "$out/staging.json"; cat "$logs/bench.log" ;;
     suite) step suite "$python" -m bench --no-plots --out "$out/suite.json" ${PEERS:+--peers "$PEERS"}
            tail -c 9000 "$logs/suite.log" ;;
     sustained) if [ -e bench/results/sustained.json ] && [ ! -e "$out/sustained.json" ]; then

@@ -6,26 +6,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.common import amount
-from bench.contenders import DEFERRED, EMPTY, EVERYBODY, READY
-from bench.regimes import (
+from bench.contenders import BUFFER, DEFERRED, EMPTY, EVERYBODY, READY, RUNNER, SGLANG, TOTAL
+from bench.suite.cells import SHAPES
+from bench.suite.drift import DRIFTERS, NEW_SIZES
+from bench.suite.latency import (
     BULK,
     DIRECTIONS,
-    DRIFTERS,
-    KERNELS,
     MOVERS,
-    NEW_SIZES,
     PIECES,
-    PLAIN_MIXED,
-    REGIMES,
-    SHAPES,
     UNPAUSED,
     UNPAUSED_IDS,
     WAITED,
     unpaused_name,
 )
-from bench.targets import Cells, Missing, targets
+from bench.suite.mixed import KERNELS, PLAIN_MIXED
+from bench.targets import Cells, Missing
 
-NOT_YET = "Not measured yet: `make bench` on an H100, then `make report`."
+NOT_YET = "Not measured yet: `make bench` on a GPU, then `make report`."
 SHORT = ("1 x 128", "1 x 8192", "8 x 1024", "64 x 128", "1 x 16384", "1 x 131072")
 
 
@@ -49,9 +46,7 @@ def indented(measure: str) -> str:
     return measure.replace("  ", "&nbsp;&nbsp;")
 
 
-def sections(
-    result: dict[str, Any] | None, others: Sequence[dict[str, Any]] = ()
-) -> dict[str, str]:
+def sections(result: dict[str, Any] | None) -> dict[str, str]:
     """What stands at each mark, by its name. None: there is no run yet."""
     makers = {
         "suite": lambda r: _host_summary(r, [f"{shape} array" for shape in SHORT]),
@@ -61,13 +56,14 @@ def sections(
         "suite-contenders": _host_contenders,
         "suite-stream": _stream,
         "suite-latency": _latency,
-        "suite-runs": lambda r: _runs(r, others),
         "suite-calls": _calls,
         "suite-traffic": _traffic,
         "suite-unpaused": _unpaused,
         "suite-drift": _drift,
         "suite-new-sizes": _new_sizes,
-        "suite-threads": _threads,
+        "suite-threads": lambda r: _totals_by_row(r, "threads"),
+        "suite-processes": _processes,
+        "suite-unpaused-short": lambda r: _unpaused(r, (DEFERRED, SGLANG, BUFFER, RUNNER)),
         "suite-history": lambda r: _totals(r, "history"),
         "suite-mixed": _mixed,
         "suite-notes": _notes,
@@ -125,20 +121,25 @@ def _host_summary(result: dict[str, Any], names: Any) -> str:
             ratio, where = look.best_peer(name)
             peer = where.removeprefix(f"{name}: ")
             theirs = cell["contenders"][peer]["total"]
+            passes = zip(theirs.get("passes", ()), ours["total"].get("passes", ()), strict=True)
+            ratios = [other / own for other, own in passes]
+            between = f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else ""
         except Missing:
-            ratio, peer, theirs = None, "", None
+            ratio, peer, theirs, between = None, "", None, ""
         rows.append(
             [
                 _label(name),
                 _pair(ours["total"]),
                 f"{_half(ours['stage'])} + {_half(ours['resolve'])}",
-                _number(cell.get("floor", {}).get("sum")),
+                _half(cell.get("bound", {}).get(TOTAL)),
                 _pair(theirs),
                 peer,
                 "" if ratio is None else f"{ratio:.1f} x",
+                between,
             ]
         )
-    head = ["host time, us, p50 / p99", "pystage", "stage + resolve", "floor", "best peer", "", ""]
+    head = ["host time, us, p50 / p99", "pystage", "stage + resolve", "lower bound", "best peer"]
+    head += ["", "", "passes"]
     return tabulate(head, rows)
 
 
@@ -208,22 +209,6 @@ def _calls(result: dict[str, Any]) -> str:
     return _ready(result, (WAITED, BULK), "p50", shown)
 
 
-def _runs(result: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
-    """What was promised, in each run."""
-    lines, head, columns = [], ["measure", "target"], []
-    for at, run in enumerate((result, *others), 1):
-        absent = [name for name in REGIMES if name not in run["regimes"]]
-        cut = f" Cut before {', '.join(absent)}." if absent else ""
-        lines.append(f"{at}. {source(run)}{cut}")
-        head.append(f"run {at}")
-        columns.append(targets(run))  # anew: a run that was cut has no last ones
-    rows = [
-        [indented(first["measure"]), first["target"], *map(amount, (first, *rest))]
-        for first, *rest in zip(*columns, strict=True)
-    ]
-    return "\n".join(lines) + "\n\n" + tabulate(head, rows)
-
-
 def _traffic(result: dict[str, Any]) -> str:
     cells = _cells(result, "latency")
     head = ["8,192 ids ready, us, p50 / p99"]
@@ -240,14 +225,14 @@ def _traffic(result: dict[str, Any]) -> str:
     return tabulate(head, rows)
 
 
-def _unpaused(result: dict[str, Any]) -> str:
+def _unpaused(result: dict[str, Any], only: Sequence[str] = ()) -> str:
     """Contenders by cells; who starved in one is said so."""
     cells, rows = _cells(result, "latency"), []
     names: dict[str, None] = {}
     for mib, depth in UNPAUSED:
         for ids in UNPAUSED_IDS:
             cell = cells.get(unpaused_name(mib, depth, ids), {}).get("contenders", {})
-            names |= dict.fromkeys(cell)
+            names |= dict.fromkeys(n for n in cell if not only or n in only)
             if cell:
                 rows.append((f"{depth} x {mib} MiB, {ids:,} ids", cell))
     if not rows:
@@ -296,14 +281,24 @@ def _new_sizes(result: dict[str, Any]) -> str:
     )
 
 
-def _threads(result: dict[str, Any]) -> str:
+def _totals_by_row(result: dict[str, Any], regime: str) -> str:
     rows = []
-    for cell, measured in _cells(result, "threads").items():
+    for cell, measured in _cells(result, regime).items():
         for name, row in measured["contenders"].items():
             if "total" in row and result["roles"].get(name) != "reference":
                 rate = row.get("batches_per_second")
                 rows.append([_label(cell), name, _pair(row["total"]), _number(rate, ",.0f")])
     return tabulate(["host time, us, p50 / p99", "", "", "batches a second"], rows)
+
+
+def _processes(result: dict[str, Any]) -> str:
+    rows = [
+        [_label(cell), name, _pair(row["total"]), _pair(row["ready"])]
+        for cell, measured in _cells(result, "processes").items()
+        for name, row in measured["contenders"].items()
+        if "total" in row
+    ]
+    return tabulate(["us, p50 / p99", "", "host time", "ids ready"], rows)
 
 
 def _mixed(result: dict[str, Any]) -> str:

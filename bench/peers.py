@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import linecache
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -92,13 +93,17 @@ class Sources:
         Raises:
             Absent: no such file, or it has no such definition.
         """
-        namespace = dict(given)
+        namespace = {"__name__": f"{package}.{path.removesuffix('.py').replace('/', '.')}", **given}
         exec(self._compiled(package, path, tuple(names)), namespace)
         return {name: namespace[name.rpartition(".")[2]] for name in names}
 
     @cache  # noqa: B019  (one object a run)
     def _compiled(self, package: str, path: str, names: tuple[str, ...]) -> CodeType:
-        tree = ast.parse(self.read(package, path))
+        text = self.read(package, path)
+        file = f"{package}/{path}"
+        # Where Triton, which compiles a function from its source, will look for it.
+        linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+        tree = ast.parse(text)
         found: list[ast.stmt] = []
         for name in names:
             body: list[ast.stmt] = tree.body
@@ -112,4 +117,4 @@ class Sources:
         # Annotations stay text: their names are not needed.
         future = ast.parse("from __future__ import annotations").body
         module = ast.Module(body=[*future, *found], type_ignores=[])
-        return compile(module, f"{package}/{path}", "exec")
+        return compile(module, file, "exec")

@@ -20,10 +20,13 @@ from bench.contenders import (
     READY,
     SGLANG,
     TORCH,
+    TOTAL,
     UVA,
     WIDE,
 )
-from bench.regimes import DIRECTIONS, ENGINE_MOVER, MOVERS, PIECES, SHAPES, STREAM_COUNTS
+from bench.suite.cells import SHAPES
+from bench.suite.latency import DIRECTIONS, ENGINE_MOVER, MOVERS, PIECES
+from bench.suite.stream import STREAM_COUNTS
 
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "pystage"  # the same figures give the same file
@@ -100,8 +103,11 @@ def _host(cells: dict[str, Any]) -> Any:
         at = [i + (k - 1.5) * 0.2 for i in range(len(shapes))]
         values = [_p50(cells, f"{s} array", name, "total") for s in shapes]
         axis.bar(at, values, 0.2, color=COLORS[name], label=name)
-    floors = [cells.get(f"{s} array", {}).get("floor", {}).get("sum", float("nan")) for s in shapes]
-    axis.plot(range(len(shapes)), floors, "_", color="black", ms=22, label="the floor's sum")
+    bounds = [
+        cells.get(f"{s} array", {}).get("bound", {}).get(TOTAL, {}).get("p50", float("nan"))
+        for s in shapes
+    ]
+    axis.plot(range(len(shapes)), bounds, "_", color="black", ms=22, label="the lower bound")
     axis.set_xticks(range(len(shapes)), shapes, fontsize=7)
     axis.set(title="host time of a batch from array, us, p50")
     _log(axis)

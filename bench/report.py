@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
 
 from bench import figures, pages  # noqa: E402
-from bench.regimes import REGIMES  # noqa: E402
+from bench.suite import REGIMES  # noqa: E402
 
 PAGES = (
     "README.md",
@@ -41,14 +41,16 @@ def fill(text: str, parts: dict[str, str], name: str) -> str:
     return MARK.sub(lambda m: m[1] + parts[m[2]] + "\n" + m[3], text)
 
 
-def suites(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """The last whole run of ``python -m bench`` on a GPU, if there is one, and all other runs on
-    one, the newest first. A run that lacks regimes is not whole."""
+def suite_of(folder: Path) -> dict[str, Any] | None:
+    """The last whole run of ``python -m bench`` on a GPU, if there is one. A run that lacks regimes
+    is not whole."""
     runs = [figures.load(path) for path in folder.glob("suite-*.json")]
-    runs = [run for run in runs if run["devices"] and not run["quick"]]
-    runs.sort(key=lambda run: str(run["date"]), reverse=True)
-    newest = next((run for run in runs if run["regimes"].keys() >= REGIMES.keys()), None)
-    return newest, [run for run in runs if run is not newest]
+    whole = [
+        run
+        for run in runs
+        if run["devices"] and not run["quick"] and run["regimes"].keys() >= REGIMES.keys()
+    ]
+    return max(whole, key=lambda run: str(run["date"]), default=None)
 
 
 def pages_with_figures(root: Path, parts: dict[str, str]) -> dict[Path, tuple[str, str]]:
@@ -67,8 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
     parser.add_argument("--root", type=Path, default=ROOT, help="of the repository")
     args = parser.parse_args(arguments)
-    suite, others = suites(args.root / figures.RESULTS)
-    parts = figures.sections(args.root) | pages.sections(suite, others)
+    suite = suite_of(args.root / figures.RESULTS)
+    parts = figures.sections(args.root) | pages.sections(suite)
     found = pages_with_figures(args.root, parts)
     if args.check:
         wrong = [page.name for page, (before, after) in found.items() if before != after]

@@ -3,8 +3,8 @@
 Real requests, ScheduleBatch, pools, radix cache and FutureMap; a schedule and a forward stream, as
 in overlap mode. No model: what a forward would read is compared on the forward stream. "Without"
 puts SGLang's own functions back in place for a call, "with" the hooked ones; they take turns, call
-by call, on equal requests. Below both is a floor, timed in C in the same places: a memcpy of the
-ids, memory for them on the device, a launch, an event.
+by call, on equal requests, in an order drawn anew. Below both is the lower bound, timed in C in the
+same places: the ids written as int32, memory for them on the device, a launch.
 """
 
 from __future__ import annotations
@@ -31,8 +31,16 @@ from unittest import mock
 import numpy as np
 import sglang_rig
 import torch
-from common import VOCAB, amount, arriving, random_ids, summary, write_result
-from floor import PARTS, Floor
+from bound import PARTS, Bound
+from common import (
+    VOCAB,
+    amount,
+    arriving,
+    collector_off,
+    random_ids,
+    summary,
+    write_result,
+)
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -41,7 +49,9 @@ from pystage.trace import Request, draw_ids, sample_trace
 
 CHUNK, HISTORY = 8192, 122_880
 PAGED = (64, 128, 64)  # requests, ids of each, tokens a page of KV memory
-WITH, WITHOUT = "with pystage", "without"
+WITH, WITHOUT, BELOW = "with pystage", "without", "the lower bound"
+SIDES = (WITH, WITHOUT)
+TIMED = ("host", "history", "latency")
 
 
 class Switch:
@@ -120,8 +130,9 @@ class Bench:
         self.plugin, self.switch = plugin, Switch()
         self.schedule_batch = schedule_batch
         self.pin = is_pin_memory_available(self.rig.device)
-        self.floor = Floor(1 << 17) if self.streams.cuda else None
-        self.floors: dict[str, Any] = {}
+        self.bound = Bound(1 << 17) if self.streams.cuda else None
+        self.bounds: dict[str, Any] = {}
+        self.order = random.Random(5)
 
     def track(self, count: int, what: str) -> Iterator[int]:
         """A progress bar, refreshed by hand: rich's thread would take the GIL in timed calls."""
@@ -235,25 +246,26 @@ class Bench:
             rig = self.rig if page == 1 else self.rig.paged(page)
             inputs = [[random_ids(length, rng) for _ in range(count)] for _ in range(16)]
             times: dict[str, dict[str, list[float]]] = {WITH: {}, WITHOUT: {}}
-            below: dict[str, list[float]] = {part: [] for part in (*PARTS, "sum")}
             rounds = samples if count == 1 else max(samples // 4, 20)  # their set-up takes longest
             shape = shape_name(count, length, page)
             for i in self.track(rounds + 50, shape):
-                for side in (WITH, WITHOUT) if i % 2 else (WITHOUT, WITH):
-                    took = self._timed_batch(side, inputs[i % len(inputs)], rig)
-                    if (count, length) == (1, CHUNK):
-                        took["resolve, nothing to do"] = self._idle_resolve(side, inputs[0])
+                one_chunk = (count, length) == (1, CHUNK)
+                turns = [WITH, WITHOUT, *([BELOW] if self.bound and one_chunk else [])]
+                for side in self.order.sample(turns, len(turns)):
+                    if side == BELOW:
+                        assert self.bound is not None
+                        took = self._timed_bound(self.bound, inputs[(i + 8) % len(inputs)])
+                    else:
+                        took = self._timed_batch(side, inputs[i % len(inputs)], rig)
+                        if one_chunk:
+                            took["resolve, nothing to do"] = self._idle_resolve(side, inputs[0])
                     if i >= 50:
                         for name, value in took.items():
-                            times[side].setdefault(name, []).append(value)
-                if self.floor and (count, length) == (1, CHUNK):
-                    took = self._timed_floor(self.floor, inputs[(i + 8) % len(inputs)])
-                    if i >= 50:
-                        for name, value in took.items():
-                            below[name].append(value)
+                            times.setdefault(side, {}).setdefault(name, []).append(value)
+            below = times.pop(BELOW, None)
             result[shape] = _summaries(times)
-            if below["sum"]:
-                self.floors["8,192"] = {name: summary(values) for name, values in below.items()}
+            if below:
+                self.bounds["8,192"] = {name: summary(values) for name, values in below.items()}
         return result
 
     @contextlib.contextmanager
@@ -290,26 +302,26 @@ class Bench:
         took["prepare + resolve"] = (t1 - t0 + t3 - t2) / 1e3
         return took
 
-    def _timed_floor(self, floor: Floor, lists: list[array[int]]) -> dict[str, float]:
-        """Its parts where flatten and resolve would be: the memcpy within prepare_for_extend, the
+    def _timed_bound(self, bound: Bound, lists: list[array[int]]) -> dict[str, float]:
+        """Its parts where flatten and resolve would be: the write within prepare_for_extend, the
         others as the first on the forward stream. No Python call is in them."""
         unused = torch.empty(sum(map(len, lists)), dtype=torch.int64)
-        copied: list[float] = []
+        written: list[float] = []
 
-        def copy(parts: Any, pin: bool) -> torch.Tensor:
-            copied.append(floor.copy(lists))
+        def write(parts: Any, pin: bool) -> torch.Tensor:
+            written.append(bound.write(lists))
             return unused
 
         # With the plugin, which reads no ids on the way to where they are flattened.
         with (
             self._batch(WITH, lists) as batch,
-            mock.patch.object(self.schedule_batch, "flatten_arrays_to_pinned_cpu", copy),
+            mock.patch.object(self.schedule_batch, "flatten_arrays_to_pinned_cpu", write),
         ):
             batch.prepare_for_extend()
             with self.streams.on_forward():
-                issued = floor.issue(unused.numel())
-        parts = (*copied, *issued)
-        return dict(zip(PARTS, parts, strict=True)) | {"sum": sum(parts)}
+                memory, launch, _ = bound.issue(unused.numel())
+        parts = (*written, memory, launch)
+        return dict(zip(PARTS, parts, strict=True)) | {"total": sum(parts)}
 
     def _idle_resolve(self, side: str, lists: list[array[int]]) -> float:
         """Microseconds of resolve_forward_inputs, in its place, of a batch that has its ids: what
@@ -329,11 +341,11 @@ class Bench:
         for req in reqs:
             req.prefix_len = HISTORY
         module, hook = self.schedule_batch, self.plugin._prepare_for_extend
-        # The floor: a memcpy of a chunk, and SGLang's wrappers around hooks that do nothing.
+        # The lower bound: a chunk written as int32, and SGLang's wrappers round hooks without work.
         from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
 
         chunks = [req.origin_input_ids[HISTORY:] for req in reqs]
-        below: dict[str, list[float]] = {"hooks": [], "memcpy": [], "sum": []}
+        below: dict[str, list[float]] = {"hooks": [], "write": [], "total": []}
         fill_ids = _wrap_fn(module.Req.get_fill_ids, lambda original, req: (), HookType.AROUND)
         flatten = _wrap_fn(
             module.flatten_arrays_to_pinned_cpu,
@@ -349,7 +361,7 @@ class Bench:
         times: dict[str, dict[str, list[float]]] = {WITH: {"us": []}, WITHOUT: {"us": []}}
         for i in self.track(samples + 50, "history"):
             batch = self.rig.batch([reqs[i % len(reqs)]])
-            for side in (WITH, WITHOUT) if i % 2 else (WITHOUT, WITH):
+            for side in self.order.sample(SIDES, 2):
                 self.switch(side)
                 start = time.perf_counter_ns()
                 staged = calls[side](batch)
@@ -362,12 +374,12 @@ class Bench:
             start = time.perf_counter_ns()
             flatten([fill_ids(r)[r.prefix_len :] for r in batch.reqs], self.pin)
             took = (time.perf_counter_ns() - start) / 1e3
-            copied = self.floor.copy([chunks[(i + 4) % len(chunks)]]) if self.floor else 0.0
+            written = self.bound.write([chunks[(i + 4) % len(chunks)]]) if self.bound else 0.0
             if i >= 50:
                 below["hooks"].append(took)
-                below["memcpy"].append(copied)
-                below["sum"].append(took + copied)
-        self.floors["history"] = {name: summary(values) for name, values in below.items() if values}
+                below["write"].append(written)
+                below["total"].append(took + written)
+        self.bounds["history"] = {name: summary(values) for name, values in below.items() if values}
         return {f"{CHUNK} behind {HISTORY}": _summaries(times)}
 
     def what_remains(self) -> dict[str, int]:
@@ -421,7 +433,7 @@ class Bench:
         for where in ("idle", "behind 2 x 256 MiB H2D"):
             times: dict[str, dict[str, list[float]]] = {WITH: {"us": []}, WITHOUT: {"us": []}}
             for i in self.track(samples + 5, where):
-                for side in (WITH, WITHOUT) if i % 2 else (WITHOUT, WITH):
+                for side in self.order.sample(SIDES, 2):
                     with self._batch(side, [inputs[i % 16]]) as batch:
                         batch.prepare_for_extend()
                         self.streams.settle()
@@ -525,7 +537,7 @@ def _summaries(times: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
 def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     """What was promised, what was measured, and what none could exceed; of the parts that ran."""
     rows: list[dict[str, Any]] = []
-    floors = result["floor"]
+    bounds = result["bound"]
 
     def row(
         measure: str, target: str, value: float, ok: bool, unit: str, limit: float | None = None
@@ -537,12 +549,15 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
         cell = result["host"][f"1 x {CHUNK}"]
         both = cell["flatten + resolve"]
         # SGLang's own call stays, with nothing to do.
-        least = floors["8,192"]["sum"]["p50"] + cell["resolve, nothing to do"][WITHOUT]["p50"]
+        least = bounds["8,192"]["total"]["p50"] + cell["resolve, nothing to do"][WITHOUT]["p50"]
         ratio, limit = both["ratio"]["p50"], both[WITHOUT]["p50"] / least
         row("flatten + resolve, 8,192: host time", ">= 6 x less", ratio, ratio >= 6, "x", limit)
     if "history" in result:
         cell = result["history"][f"{CHUNK} behind {HISTORY}"]["us"]
-        ratio, limit = cell["ratio"]["p50"], cell[WITHOUT]["p50"] / floors["history"]["sum"]["p50"]
+        ratio, limit = (
+            cell["ratio"]["p50"],
+            cell[WITHOUT]["p50"] / bounds["history"]["total"]["p50"],
+        )
         row("8,192 behind 122,880: slice + flatten", ">= 15 x less", ratio, ratio >= 15, "x", limit)
     if "host" in result:
         saved = result["host"][f"1 x {CHUNK}"]["prepare + resolve"]["saved_us"]["p50"]
@@ -578,7 +593,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     for part in ("ids", "ids, prefill only", "remains"):
         if part in result:
             console.print(f"{part}: {result[part]}")
-    head = ("measure", "target", "measured", "at the floor", "")
+    head = ("measure", "target", "measured", "at the lower bound", "")
     table = Table(*head, title=result["device_name"])
     for r in result["targets"]:
         met = "yes" if r["ok"] else "NO"
@@ -644,7 +659,8 @@ def main() -> int:
             assert bench is not None
             start = time.monotonic()
             try:
-                result[part] = step(bench)
+                with collector_off() if part in TIMED else contextlib.nullcontext():
+                    result[part] = step(bench)
             except Exception:
                 result["errors"][part] = traceback.format_exc()
                 if part == "ids":
@@ -652,7 +668,7 @@ def main() -> int:
                         ("ids, prefill only", lambda b: b.equal_ids(batches, mixed=False))
                     )
             console.print(f"{part}: {time.monotonic() - start:.1f} s")
-    result["floor"] = bench.floors if bench else {}
+    result["bound"] = bench.bounds if bench else {}
     result["targets"] = targets(result) if cuda else []
     show(result, console)
     file = "sglang-" + name.lower().replace(" ", "-")

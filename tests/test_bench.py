@@ -8,18 +8,21 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from bench import figures, pages, regimes, report
+from bench import figures, pages, report
 from bench.__main__ import default_path, main, parse
-from bench.common import host_time, newest_on_gpu, save, summary, two_calls_time
+from bench.common import merged, newest_on_gpu, save, summary, two_calls_time
 from bench.contenders import (
+    BOUND,
     BUFFER,
     BUFFERS,
     CHECKED,
@@ -27,13 +30,14 @@ from bench.contenders import (
     DEFERRED,
     EAGER,
     EMPTY,
-    FLOOR,
     KINDS,
     POOLS,
     RAGGED,
     READY,
+    RUNNER,
     SGLANG,
     TORCH,
+    TOTAL,
     UVA,
     Contenders,
     gather,
@@ -41,7 +45,10 @@ from bench.contenders import (
 )
 from bench.device import DURING_CALL, IN_STREAM_ORDER, Absent, Cuda, Host, HostEvent
 from bench.peers import Sources
-from bench.regimes import BULK, FUSED, KERNELS, PLAIN_MIXED, REGIMES, WAITED, Bench, unpaused_name
+from bench.suite import REGIMES, latency
+from bench.suite.cells import Bench, Once
+from bench.suite.latency import BULK, WAITED, unpaused_name
+from bench.suite.mixed import FUSED, KERNELS, PLAIN_MIXED
 from bench.targets import targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +73,40 @@ class Req(NoSuchBase):
         return self.full_untruncated_fill_ids[: self.extend_end]
 """,
     "sglang-0.5.23.dist-info/METADATA": "Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.23\n",
+}
+
+
+# As vLLM's, in plain torch: what is taken of it, and how it is called.
+V2_PACKAGE = {
+    "vllm/utils/torch_utils.py": "def async_tensor_h2d(data, device=None, dtype=None): ...",
+    "vllm/v1/worker/gpu/buffer_utils.py": """
+import no_such_module
+class UvaBuffer: ...
+class NonUvaBuffer: ...
+class UvaBufferPool: ...
+class StagedWriteTensor:
+    def __init__(self, size, dtype, device, max_concurrency=None, uva_instead_of_gpu=False):
+        assert uva_instead_of_gpu and dtype == torch.int32
+        self.gpu, self.staged = torch.zeros(size, dtype=dtype), []
+    def stage_write(self, index, start, x):
+        self.staged.append((index, start, x))
+    def apply_write(self):
+        for index, start, x in self.staged:
+            self.gpu[index, start : start + len(x)] = torch.tensor(x, dtype=torch.int32)
+        self.staged.clear()
+def _num_write_chunks(max_len): ...
+def _apply_write_kernel(): ...
+def _load_ptr(): ...
+""",
+    "vllm/v1/worker/gpu/input_batch.py": """
+def _prepare_prefill_inputs_kernel(): ...
+def prepare_prefill_inputs(ids, ahead, rows, starts, all_ids, prefill_len, computed):
+    for k in range(len(rows)):
+        row = all_ids[rows[k], computed[k] : prefill_len[k]]
+        assert starts[k + 1] - starts[k] == len(row)
+        ids[starts[k] : starts[k + 1]] = row
+""",
+    "vllm-0.33.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.0\n",
 }
 
 
@@ -107,9 +148,8 @@ def test_the_host_device_gives_every_cell_a_result_or_a_reason(
     assert {*POOLS, CHECKED, TORCH} <= set(cell["contenders"])
     assert set(cell["contenders"][DEFERRED]["total"]) == KEYS
     assert cell["contenders"][DEFERRED]["total"]["samples"] == 6  # short calls: twice as many
-    assert cell["floor"]["sum"] == pytest.approx(
-        sum(cell["floor"][part]["p50"] for part in FLOOR), abs=0.002
-    )
+    parts = [cell["bound"][part]["p50"] for part in BOUND]
+    assert cell["bound"][TOTAL]["p50"] >= max(parts) > 0
     drift = result["regimes"]["drift"][f"trace, {DEFERRED}"]["contenders"][DEFERRED]
     assert drift["total"]["samples"] == 20
     assert drift["allocations_after_warm_up"] == 0
@@ -126,7 +166,7 @@ def test_every_cell_of_a_gpu_run_runs_on_stand_ins(tmp_path: Path, package: Path
     few = ("--rehearse", "--samples", "2", "--trace-batches", "20", "--peers", str(package))
     result = run(tmp_path / "run.json", *few)
     assert result["errors"] == {}
-    assert set(result["absent"]) == {BUFFER, UVA, CUPY}
+    assert set(result["absent"]) == {BUFFER, UVA, RUNNER, CUPY}
     assert "0.5.23" in result["notes"][SGLANG]
     measured = result["regimes"]
     for regime, cells in measured.items():
@@ -137,6 +177,7 @@ def test_every_cell_of_a_gpu_run_runs_on_stand_ins(tmp_path: Path, package: Path
         ("stream", "idle, 8192 ids"),
         ("latency", BULK),
         ("threads", "4 threads, 8 x 1024 array"),
+        ("processes", "2 processes, 8 x 1024 array"),
         ("history", "8192 behind 131072"),
     ):
         assert {DEFERRED, SGLANG} <= set(measured[regime][name]["contenders"]), regime
@@ -144,12 +185,47 @@ def test_every_cell_of_a_gpu_run_runs_on_stand_ins(tmp_path: Path, package: Path
     beside = measured["latency"][unpaused_name(256, 2, 8192)]
     assert beside["contenders"][DEFERRED]["ready"]["samples"] == 1
     assert beside["copied_gb_per_s"] > 0
-    for name, samples in (("idle, 8192 ids", 2), ("busy, 8192 ids", 1)):  # a quick one's, if slow
-        assert measured["stream"][name]["contenders"][DEFERRED]["added"]["samples"] == samples
+    assert measured["stream"]["idle, 8192 ids"]["contenders"][DEFERRED]["added"]["samples"] == 1
+    together = measured["processes"]["4 processes, 8 x 1024 array"]["contenders"]
+    assert together[DEFERRED]["ready"]["samples"] == 4 * 10
+    assert together[DEFERRED]["ready"]["p50"] >= together[DEFERRED]["total"]["p50"]
+    assert "absent" in together[BUFFER]
     missing = [row["where"] for row in targets(result) if row["value"] is None]
     assert [where for where in missing if "no ratio" not in where] == [
         f"host, 1 x 8192 array: {BUFFER} has no total"
     ]
+
+
+def test_passes_are_merged_and_kept_apart() -> None:
+    one = {"contenders": {"a": {"total": summary([1.0, 2.0, 3.0]), "kind": 7}, "b": {}}}
+    two = {"contenders": {"a": {"total": summary([5.0, 6.0, 7.0]), "kind": 8}, "b": {}}}
+    row = merged([one, two])["contenders"]["a"]
+    assert row["total"]["p50"] == 4.0 and row["total"]["samples"] == 6
+    assert row["total"]["passes"] == [2.0, 6.0]
+    assert row["kind"] == 8
+    assert merged([one]) is one
+    failed = {"contenders": {"a": {"error": "why"}, "b": {}}}
+    assert merged([failed, two])["contenders"] == {"a": {"error": "why"}, "b": {}}
+
+
+def test_a_whole_run_measures_its_cells_in_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: dict[str, list[int]] = {"again": [], "once": []}
+
+    def regime(bench: Bench) -> dict[str, Any]:
+        def cell(name: str) -> dict[str, Any]:
+            counts[name].append(bench.samples)
+            return {"contenders": {"a": {"total": summary([float(len(counts[name]))])}}}
+
+        return {"once": Once(cell, "once"), "again": partial(cell, "again")}
+
+    monkeypatch.setitem(REGIMES, "host", regime)
+    few = ("--device", "cpu", "--samples", "10", "--regimes", "host", "--no-plots")
+    cells = run(tmp_path / "run.json", *few)["regimes"]["host"]
+    assert counts == {"again": [4, 4, 4], "once": [10]}
+    assert cells["again"]["contenders"]["a"]["total"]["passes"] == [1.0, 2.0, 3.0]
+    assert "passes" not in cells["once"]["contenders"]["a"]["total"]
 
 
 @pytest.mark.parametrize("quick, few", [(True, 5), (False, 20)])
@@ -158,7 +234,7 @@ def test_only_a_quick_run_has_fewer_samples_of_slow_cells(quick: bool, few: int)
 
 
 def test_ids_that_never_come_have_starved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(regimes, "STARVED_S", 0.001)
+    monkeypatch.setattr(latency, "STARVED_S", 0.001)
     late = iter([True, True, False])  # READY comes in time twice, and then no more
 
     class Event(HostEvent):
@@ -169,7 +245,7 @@ def test_ids_that_never_come_have_starved(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(device, "event", lambda timing=False: Event())
     monkeypatch.setattr(Contenders, "all", lambda self, names, room: [ready(device, READY, room)])
     bench = Bench(device, Contenders(device, Sources(None)), 6, 0, False, 1 << 20, 1)
-    cell = regimes.latency(bench)[unpaused_name(16, 2, 2048)]()
+    cell = latency.regime(bench)[unpaused_name(16, 2, 2048)]()
     row = cell["contenders"][READY]
     assert row["starved_after_s"] == 0.001 and row["answered"] == 2
     assert row["ready"]["samples"] == 2
@@ -187,7 +263,8 @@ def test_turns_are_drawn_anew() -> None:
 
 def test_no_contender_gets_an_input_of_another() -> None:
     seen: dict[str, list[int]] = {"a": [], "b": []}
-    host_time({name: into.append for name, into in seen.items()}, 50, 5, lambda: None)
+    calls = {name: (into.append, lambda _: None) for name, into in seen.items()}
+    two_calls_time(calls, lambda k: k, 50, 5, lambda: None)
     assert sorted([*seen["a"], *seen["b"]]) == list(range(110))
     first = [a < b for a, b in zip(seen["a"], seen["b"], strict=True)]
     assert 10 < sum(first) < 45  # either goes first
@@ -309,6 +386,33 @@ def test_code_is_taken_from_wheels_too(package: Path, tmp_path: Path) -> None:
         sources.read("sglang", "elsewhere.py")
 
 
+def test_rows_of_the_v2_runner_grow_and_are_read_behind_what_is_computed(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in V2_PACKAGE.items():
+        file = package / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    device = Host(gpu_regimes=True)
+    contenders = Contenders(device, Sources(package))
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert (
+        contenders.make(RUNNER) is None and "Triton is not installed" in contenders.absent[RUNNER]
+    )
+    for name in ("triton", "triton.language"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["triton"].language = sys.modules["triton.language"]  # type: ignore[attr-defined]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert contenders.make(RUNNER) is None and "TRITON_INTERPRET=1" in contenders.absent[RUNNER]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    runner = contenders.make(RUNNER)
+    assert runner is not None and contenders.errors == {}
+    for batch in ([[5, 6]], [[7], [8, 9, 10], [11, 12]], [[1] * 9], [[2, 3]]):
+        assert runner.resolve(runner.stage(batch)).tolist() == [*chain(*batch)]
+    row = runner.stage([[4, 5, 6, 7]])
+    assert runner.resolve(row, 3).tolist() == [7]
+
+
 def test_inputs_are_random_and_cold_ones_are_not_used_again() -> None:
     bench = Bench(Host(), Contenders(Host(), Sources(None)), 3, 1, True, 10, 1 << 20)
     assert np.unique(bench.arena).size > 100_000
@@ -332,7 +436,7 @@ def test_inputs_are_random_and_cold_ones_are_not_used_again() -> None:
 def made_up() -> dict[str, Any]:
     """A run that meets every target."""
 
-    def times(p50: float) -> dict[str, float]:
+    def times(p50: float) -> dict[str, Any]:
         return summary([p50] * 10)
 
     def host(ours: float) -> dict[str, Any]:
@@ -340,8 +444,9 @@ def made_up() -> dict[str, Any]:
             return {"stage": times(us / 2), "resolve": times(us / 2), "total": times(us)}
 
         return {
-            "contenders": {DEFERRED: row(ours), BUFFER: row(2 * ours), SGLANG: row(3 * ours)},
-            "floor": {"launch": times(4), "allocation": times(2), "memcpy": times(2), "sum": 8.0}
+            "contenders": {DEFERRED: row(ours), BUFFER: row(2 * ours), SGLANG: row(3 * ours)}
+            | {TORCH: row(4 * ours)},
+            "bound": {"write": times(2), "memory": times(2), "launch": times(4), TOTAL: times(8)}
             | {BUFFERS: times(1), RAGGED: times(3)},
         }
 
@@ -379,7 +484,7 @@ def made_up() -> dict[str, Any]:
         "cpu": "a CPU",
         "cores": 16,
         "cpu_cache_bytes": 1 << 20,
-        "roles": {DEFERRED: "ours", EAGER: "ours", BUFFER: "peer", SGLANG: "peer"},
+        "roles": {DEFERRED: "ours", EAGER: "ours", BUFFER: "peer", SGLANG: "peer", TORCH: "peer"},
         "notes": {SGLANG: "its own code"},
         "absent": {CUPY: "not installed"},
         "errors": {},
@@ -391,7 +496,7 @@ def made_up() -> dict[str, Any]:
                 "bytes over the link": {"contenders": {DEFERRED: {"bytes_per_id": 4.0}}},
             },
             "stream": {
-                **{f"idle, {n} ids": added(4.0) for n in (128, 1024, 8192, 16384, 131072)},
+                **{f"idle, {n} ids": added(4.0) for n in (128, 1024, 8192, 16384, 131072, 1048576)},
                 "busy, 8192 ids": added(4.0),
             },
             "latency": {
@@ -409,7 +514,11 @@ def made_up() -> dict[str, Any]:
                 f"trace, {BUFFER}": {"contenders": {BUFFER: drift(400)}},
             },
             "threads": {},
-            "history": {},
+            "processes": {},
+            "history": {
+                f"8192 behind {n}": {"contenders": {DEFERRED: {"total": times(us)}}}
+                for n, us in ((0, 10), (131072, 11))
+            },
             "mixed": {
                 "8192 ids + 64 running": {"contenders": mixed},
                 KERNELS: {"contenders": kernels},
@@ -420,27 +529,37 @@ def made_up() -> dict[str, Any]:
 
 def test_targets_are_met_by_what_meets_them() -> None:
     rows = targets(made_up())
-    assert len(rows) == 17
+    assert len(rows) == 24
     assert [row["measure"] for row in rows if not row["met"]] == []
     where = {row["measure"]: row["where"] for row in rows}
     bulk = next(w for measure, w in where.items() if "bulk" in measure)
     assert bulk.startswith("15 us in the call; 30 us as late without copies; ")
     assert "SGLang 9,600" in bulk
-    assert "1.10 x with its arrays asked" in next(w for m, w in where.items() if "floor" in m)
+    assert "1.10 x with its arrays asked" in next(w for m, w in where.items() if "bound" in m)
 
 
 @pytest.mark.parametrize(
     ("where", "value", "measure"),
     [
-        (("host", "64 x 128 array", "floor", "sum"), 7.0, "of the floor's sum"),
+        (("host", "64 x 128 array", "bound", TOTAL, "p50"), 7.0, "of the lower bound"),
         (("host", "64 x 128 array", DEFERRED, "total", "p99"), 23.0, "its p99 of its p50"),
         (("host", "1 x 8192 list", BUFFER, "total", "p50"), 15.0, "the best peer's host time"),
         (("host", "1 x 8192 array", BUFFER, "total", "p50"), 17.0, f"{BUFFER} over ours"),
         (("host", "1 x 8192 array", SGLANG, "total", "p50"), 24.0, f"{SGLANG} over ours"),
+        (
+            ("host", "1 x 8192 array", TORCH, "total", "p50"),
+            19.9,
+            f"{TORCH} over ours, 1",
+        ),
+        (("host", "64 x 128 array", TORCH, "total", "p50"), 32.0, f"{TORCH} over ours, 6"),
+        (("host", "1 x 8192 list", TORCH, "total", "p50"), 29.0, f"{TORCH} over ours, 1"),
+        (("history", "8192 behind 131072", DEFERRED, "total", "p50"), 12.1, "of history"),
         (("host", "1 x 8192 list", DEFERRED, "total", "p50"), 20.1, "list input"),
         (("host", "bytes over the link", DEFERRED, "bytes_per_id"), 4.1, "bytes over the link"),
         (("stream", "idle, 128 ids", DEFERRED, "added", "p50"), 5.1, "of an empty kernel"),
         (("stream", "idle, 131072 ids", DEFERRED, "added", "p50"), 10.1, "of cudaMemcpyAsync"),
+        (("stream", "idle, 8192 ids", DEFERRED, "added", "p50"), 4.6, "  8,192 ids"),
+        (("stream", "idle, 1048576 ids", DEFERRED, "added", "p50"), 6.1, "  1,048,576 ids"),
         (("stream", "busy, 8192 ids", EAGER, "added", "p50"), 0.6, "eager, GPU busy"),
         (("latency", BULK, DEFERRED, "ready", "p50"), 51.0, "8,192 ids, p50"),
         (("latency", BULK, DEFERRED, "ready", "p99"), 201.0, "8,192 ids, p99"),
@@ -461,7 +580,7 @@ def test_each_target_is_missed_by_its_own_figure(
     result = made_up()
     regime, cell, *path = where
     at = result["regimes"][regime][cell]
-    for key in path[:-1] if path[0] == "floor" else ["contenders", *path[:-1]]:
+    for key in path[:-1] if path[0] == "bound" else ["contenders", *path[:-1]]:
         at = at[key]
     at[path[-1]] = value
     missed = [row["measure"] for row in targets(result) if not row["met"]]
@@ -473,9 +592,9 @@ def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
     result = made_up()
     del result["regimes"]["stream"], result["regimes"]["mixed"]
     rows = [row for row in targets(result) if row["met"] is None]
-    assert len(rows) == 6
+    assert len(rows) == 8
     assert all(row["value"] is None and row["where"] for row in rows)
-    assert len(targets(made_up() | {"regimes": {}})) == 17
+    assert len(targets(made_up() | {"regimes": {}})) == 24
     result = made_up()
     result["regimes"]["stream"]["idle, 1024 ids"]["contenders"][READY]["added"]["p50"] = -0.1
     assert [row["met"] for row in targets(result)].count(None) == 1  # noise is no reference
@@ -484,7 +603,7 @@ def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
     """The pages and the results, to be changed."""
-    results = [figures.STAGING, figures.SGLANG, figures.PIPELINE, figures.FAULTS]
+    results = [figures.SGLANG, figures.PIPELINE, figures.FAULTS]
     if run := newest_on_gpu(ROOT / figures.RESULTS, "sustained"):
         results.append(run.relative_to(ROOT))
     results += [run.relative_to(ROOT) for run in (ROOT / figures.RESULTS).glob("engine*.json")]
@@ -532,34 +651,17 @@ def test_pages_follow_the_results_and_check_notices_a_changed_figure(site: Path)
 
 def test_only_whole_runs_on_a_gpu_count_and_the_newest_of_them(site: Path) -> None:
     folder = site / "bench/results"
-    assert report.suites(folder) == (None, [])
+    assert report.suite_of(folder) is None
     suite(site, "suite-a.json", quick=True)
     suite(site, "suite-b.json", devices=0)
-    assert report.suites(folder) == (None, [])
+    assert report.suite_of(folder) is None
     suite(site, "suite-c.json", commit="older")
     suite(site, "suite-d.json", commit="newer", date="2026-02-01T00:00:00+00:00")
     regimes = {name: cells for name, cells in made_up()["regimes"].items() if name != "mixed"}
     suite(site, "suite-e.json", commit="cut", date="2026-03-01T00:00:00+00:00", regimes=regimes)
-    newest, others = report.suites(folder)
+    newest = report.suite_of(folder)
     assert newest is not None
     assert newest["commit"] == "newer"
-    assert [run["commit"] for run in others] == ["cut", "older"]
-
-
-def test_other_runs_stand_beside(site: Path) -> None:
-    result = made_up()
-    result["targets"] = targets(result)
-    cut = made_up() | {"commit": "c" * 40, "date": "2026-03-01T00:00:00+00:00"}
-    del cut["regimes"]["mixed"]
-    cut["regimes"]["latency"][BULK]["contenders"][DEFERRED]["ready"]["p50"] = 77.0
-    text = pages.sections(result, [cut])["suite-runs"]
-    source = r"^2\. .*2026-03-01 00:00 UTC, commit `ccccccccc`.* Cut before mixed\.$"
-    assert re.search(source, text, re.M)
-    assert re.search(r"^\| measure +\| +target \| +run 1 \| +run 2 \|$", text, re.M)
-    assert re.search(r"8,192 ids, p50 +\| +<= 50 us \| +30\.00 us \| +77\.00 us", text)
-    del cut["regimes"]["latency"][WAITED]  # which tells why, not how long
-    text = pages.sections(result, [cut])["suite-runs"]
-    assert re.search(r"8,192 ids, p50 .* 77\.00 us", text)
 
 
 def test_of_ids_ready_the_call_is_told_apart() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from bench.copies import CALLS, Copies, compiled, loop_of
+from bench.compiled import compiled
+from bench.copies import CALLS, Copies, loop_of
 from bench.engine import __main__ as command
 from bench.engine import experiment, page, plans, tables
 from bench.engine.plans import BURSTS, PLANS, STREAM, Traffic, Workload
@@ -25,7 +26,7 @@ SIZE = 4096
 
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return loop_of(compiled(tmp_path_factory.mktemp("copies")))
+    return loop_of(compiled("copies.c", tmp_path_factory.mktemp("copies")))
 
 
 class Runtime:
@@ -109,7 +110,7 @@ def test_on_the_host_they_are_copies_too(loop: Any) -> None:
 
 
 def test_copies_start_and_stop(tmp_path: Path) -> None:
-    copies = Copies(-1, compiled(tmp_path))
+    copies = Copies(-1, compiled("copies.c", tmp_path))
     assert copies.stop() is None
     for _ in range(2):
         copies.start(0.5, 2)
@@ -125,7 +126,7 @@ def test_copies_start_and_stop(tmp_path: Path) -> None:
 def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="install one, or set CC"):
-        compiled(tmp_path)
+        compiled("copies.c", tmp_path)
 
 
 # --- figures -------------------------------------------------------------------------------------

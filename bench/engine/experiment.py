@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
-from bench.copies import compiled
+from bench.compiled import compiled
 from bench.engine.plans import Plan, Workload, poisson
 from bench.engine.tables import VARIANTS, line, row_of, trace_row
 from bench.llama import write_config
@@ -61,7 +61,7 @@ def prepare(folder: Path, plan: Plan) -> None:
         f"from bench.stand_ins import stand_in\nstand_in({packages!r})\n"
     )
     write_config(folder / "model", plan.model)
-    compiled(folder)
+    compiled("copies.c", folder)
 
 
 def other_models() -> str:

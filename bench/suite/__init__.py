@@ -1,0 +1,19 @@
+"""What `python -m bench` measures: a file for each regime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bench.suite import drift, history, host, latency, mixed, processes, stream, threads
+from bench.suite.cells import Bench, Cell
+
+REGIMES: dict[str, Callable[[Bench], dict[str, Cell]]] = {
+    "host": host.regime,
+    "stream": stream.regime,
+    "latency": latency.regime,
+    "drift": drift.regime,
+    "threads": threads.regime,
+    "processes": processes.regime,
+    "history": history.regime,
+    "mixed": mixed.regime,
+}
