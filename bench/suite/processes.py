@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import collector_off, summary
-from bench.contenders import BUFFER, DEFERRED, SGLANG, TORCH, UVA, Contender, Contenders
+from bench.contenders import BUFFER, DEFERRED, ENGINE, SGLANG, TORCH, UVA, Contender, Contenders
 from bench.device import Host, find, own_stream
 from bench.peers import Sources
 from bench.suite.cells import SHAPES, Bench, Cell
 
 COUNTS = (1, 2, 4)
-NAMES = (DEFERRED, TORCH, SGLANG, BUFFER, UVA)
+NAMES = (DEFERRED, ENGINE, TORCH, SGLANG, BUFFER, UVA)
 SHAPE = "8 x 1024"
 BLOCKS = 10
 ROOT = Path(__file__).resolve().parents[2]
