@@ -680,7 +680,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--min-chunk", type=int, help="tokens; default 512, tiny 16")
     parser.add_argument("--heldout", type=int, default=49, help="held-out points")
     parser.add_argument("--reps", type=int, default=2, help="pipeline runs of every plan")
-    parser.add_argument("--sglang-wheel", type=Path, help="a wheel of sglang 0.5.20 or later")
+    parser.add_argument("--sglang-wheel", type=Path, help="a wheel of sglang 0.5.20 or later, or a folder with it")
     parser.add_argument("--first", choices=("ours", "sglang"), default="sglang")
     parser.add_argument("--trace", type=Path, help="CSV with input_length or ContextTokens")
     parser.add_argument("--seed", type=int, default=0)
@@ -714,7 +714,9 @@ def main() -> None:
         if rank == 0:
             kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
             name = f"pp_prefill-{args.model}-{ranks}x{kind.lower().replace(' ', '-')}"
-            body = {"ranks": ranks, "seconds": seconds, "results": bench.results}
+            name += "-ours-first" if args.first == "ours" else ""
+            body = {"ranks": ranks, "first": args.first, "seconds": seconds}
+            body["results"] = bench.results
             print(summary(bench.results))
             print("written to", write_result(name, body, args.out))
     finally:
