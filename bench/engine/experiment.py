@@ -133,7 +133,12 @@ class Side:
             self._alive()
             if time.monotonic() > end:
                 raise EngineFailed(f"{self.name}: no answer in {seconds:.0f} s\n{self.tail()}")
-        answer: dict[str, Any] = self._channel.recv()
+        try:
+            answer: dict[str, Any] = self._channel.recv()
+        except EOFError:  # the other end is closed: it has ended, or is about to
+            self._process.wait()
+            self._alive()
+            raise
         if "error" in answer:
             raise EngineFailed(f"{self.name}: {answer['error']}\n{self.tail()}")
         return answer
