@@ -18,14 +18,12 @@ namespace {
 
 __global__ void empty_kernel() {}
 
-constexpr int kSlots = 4;  // in turn, as a pool's
 struct {
-  char* pinned[kSlots];
-  cudaEvent_t event[kSlots];
+  char* pinned;  // one slot: the device has read it when the next batch comes
+  cudaEvent_t event;
   cudaFunction_t kernel;
   decltype(&cuLaunchKernel) launch;
   size_t bytes = 0;
-  int turn = 0;
   c10::DataPtr block;
   size_t left = 0;
 } g;
@@ -52,12 +50,10 @@ void* output(size_t bytes) {
 }  // namespace
 
 extern "C" int bound_open(size_t bytes) {
-  for (int i = 0; i < kSlots; ++i) {
-    if (cudaHostAlloc(reinterpret_cast<void**>(&g.pinned[i]), bytes, cudaHostAllocDefault) ||
-        cudaEventCreateWithFlags(&g.event[i], cudaEventDisableTiming))
-      return 0;
-    std::memset(g.pinned[i], 1, bytes);
-  }
+  if (cudaHostAlloc(reinterpret_cast<void**>(&g.pinned), bytes, cudaHostAllocDefault) ||
+      cudaEventCreateWithFlags(&g.event, cudaEventDisableTiming))
+    return 0;
+  std::memset(g.pinned, 1, bytes);
   g.bytes = bytes;
   void* driver = dlopen("libcuda.so.1", RTLD_NOW);
   g.launch =
@@ -66,15 +62,13 @@ extern "C" int bound_open(size_t bytes) {
 }
 
 extern "C" void bound_close() {
-  for (int i = 0; i < kSlots; ++i) {
-    cudaFreeHost(g.pinned[i]);
-    cudaEventDestroy(g.event[i]);
-  }
+  cudaFreeHost(g.pinned);
+  cudaEventDestroy(g.event);
   g.block.clear();
   g.left = 0;
 }
 
-// Writes `count` arrays of int64 as int32 into the next slot, one behind the other.
+// Writes `count` arrays of int64 as int32 into the slot, one behind the other.
 extern "C" int bound_write(const void* const* arrays, const size_t* ids, size_t count, double* us) {
   static std::vector<pystage::Part> parts;
   parts.assign(count, {});
@@ -86,7 +80,7 @@ extern "C" int bound_write(const void* const* arrays, const size_t* ids, size_t 
     total += ids[i];
   }
   if (8 * total > g.bytes) return 0;
-  void* to = g.pinned[++g.turn % kSlots];
+  void* to = g.pinned;
   const double start = now_us();
   pystage::gather(parts.data(), count, to, pystage::IntType::kInt32, nullptr);
   *us = now_us() - start;
@@ -99,7 +93,7 @@ extern "C" int bound_memcpy(const void* const* arrays, const size_t* ids, size_t
   size_t total = 0;
   for (size_t i = 0; i < count; ++i) total += ids[i];
   if (8 * total > g.bytes) return 0;
-  char* to = g.pinned[++g.turn % kSlots];
+  char* to = g.pinned;
   const double start = now_us();
   for (size_t i = 0; i < count; ++i) {
     std::memcpy(to, arrays[i], 8 * ids[i]);
@@ -136,7 +130,7 @@ extern "C" int bound_issue(size_t bytes, cudaStream_t stream, double us[3]) {
   const CUresult launch = g.launch(reinterpret_cast<CUfunction>(g.kernel), 1, 1, 1, 32, 1, 1, 0,
                                    reinterpret_cast<CUstream>(stream), nullptr, nullptr);
   const double launched = now_us();
-  const cudaError_t error = cudaEventRecord(g.event[g.turn % kSlots], stream);
+  const cudaError_t error = cudaEventRecord(g.event, stream);
   const double recorded = now_us();
   us[0] = allocated - start;
   us[1] = launched - allocated;

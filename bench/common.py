@@ -182,7 +182,8 @@ def _output(*command: str) -> str:
 def _command() -> str:
     """What was run, without where its results went and where its inputs lay."""
     script = os.path.relpath(sys.argv[0])
-    program = ["-m", os.path.dirname(script)] if script.endswith("__main__.py") else [script]
+    package, file = os.path.split(script)
+    program = ["-m", package.replace(os.sep, ".")] if file == "__main__.py" else [script]
     given = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     words = ["python", *program, *given]
     for option in ("--out", "--peers"):

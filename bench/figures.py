@@ -14,8 +14,8 @@ from bench.engine import page as engine
 from bench.pages import indented, source, tabulate
 
 RESULTS = Path("bench/results")  # below the repository's root, as all that follow
-SGLANG = RESULTS / "sglang-nvidia-h200.json"
 PIPELINE = RESULTS / "pp_prefill-8b-2xnvidia-h100-80gb-hbm3.json"
+OURS_FIRST = RESULTS / "pp_prefill-8b-2xnvidia-h200-ours-first.json"
 PIPELINE_PLOT = Path("docs/pp-profile.svg")
 FAULTS = RESULTS / "faults-nvidia-h200.json"
 SUSTAINED_PLOT = Path("docs/sustained.svg")
@@ -25,17 +25,20 @@ EVENER = "equal time, base x 2"
 
 def sections(root: Path) -> dict[str, str]:
     """What stands in the pages between marks, by the mark's name."""
-    pipeline = load(root / PIPELINE)
+    pipeline, ours_first = load(root / PIPELINE), load(root / OURS_FIRST)
+    plugin = newest_on_gpu(root / RESULTS, "sglang")
+    assert plugin is not None
     return {
-        "sglang": sglang_tables(root / SGLANG),
+        "sglang": sglang_tables(plugin),
         "sglang-when": when_it_helps(
-            engine.newest_runs(root / RESULTS).get("copies"), load(root / SGLANG)
+            engine.newest_runs(root / RESULTS).get("copies"), load(plugin)
         ),
-        "sglang-in-place": in_place_table(root / SGLANG),
-        "pp-errors": pipeline_errors(pipeline["results"]),
+        "sglang-in-place": in_place_table(plugin),
+        "pp-errors": pipeline_errors(pipeline["results"], ours_first["results"]),
         "pp-plans": pipeline_plans(pipeline["results"]),
-        "pp-targets": pipeline_targets(pipeline["results"]),
-        "pp-source": source(pipeline, PIPELINE.name),
+        "pp-targets": pipeline_targets(pipeline["results"], ours_first["results"]),
+        "pp-source": f"1. {source(pipeline, PIPELINE.name)}\n"
+        f"2. {source(ours_first, OURS_FIRST.name)}",
         "faults": faults_text(root / FAULTS),
         "sustained": sustained_table(newest_on_gpu(root / RESULTS, "sustained")),
         "engine": engine.table(engine.newest_runs(root / RESULTS)),
@@ -209,21 +212,25 @@ PREDICTORS = {
 }
 
 
-def pipeline_errors(measured: dict[str, Any]) -> str:
+# Whose sizes the time to first token in the table of errors is of.
+SIZED_BY = {"ours": "fastest", "sglang warm": "sglang warm", "sglang cold": "sglang cold"}
+
+
+def pipeline_errors(sglang_first: dict[str, Any], ours_first: dict[str, Any]) -> str:
+    """Both orders, since a process is cold once; and what the sizes do, beside the errors."""
     rows = []
     for name, profile in PREDICTORS.items():
-        error = measured["heldout"][name]
-        rows.append(
-            [
-                name.replace("sglang", "SGLang's sweep,"),
-                f"{measured[profile]['forwards']}",
-                f"{measured[profile]['seconds']:.1f}",
-                f"{error['median']:.1%}",
-                f"{error['p95']:.1%}",
-                f"{error['worst']:.1%}",
-            ]
-        )
-    return tabulate(["prediction", "forwards", "seconds", "median error", "p95", "worst"], rows)
+        row = [name.replace("sglang", "SGLang's sweep,")]
+        row.append(f"{sglang_first[profile]['forwards']}")
+        for run in (sglang_first, ours_first):
+            error = run["heldout"][name]
+            row.append(f"{run[profile]['seconds']:.1f}")
+            row.append(f"{error['median']:.1%} / {error['p95']:.1%}")
+        row.append(f"{sglang_first[f'ttft 131072 {SIZED_BY[name]}']['ttft_ms']:,.0f}")
+        rows.append(row)
+    head = ["prediction", "forwards", "run 1, SGLang first: s", "error, median / p95"]
+    head += ["run 2, ours first: s", "error, median / p95", "run 1: first token, 131,072 ids, ms"]
+    return tabulate(head, rows)
 
 
 def pipeline_plans(measured: dict[str, Any]) -> str:
@@ -249,19 +256,24 @@ def pipeline_plans(measured: dict[str, Any]) -> str:
     return tabulate([*head, "simulated", "8 ranks, ms", "16 ranks, ms"], rows)
 
 
-def pipeline_targets(measured: dict[str, Any]) -> str:
-    heldout = measured["heldout"]["ours"]
-    ours, theirs = measured["profile ours"], measured["profile sglang cold"]
+def pipeline_targets(measured: dict[str, Any], ours_first: dict[str, Any]) -> str:
+    """The worse of both runs, where both have it."""
+    runs = (measured, ours_first)
+    median, p95 = (max(run["heldout"]["ours"][q] for run in runs) for q in ("median", "p95"))
+    ours = measured["profile ours"]
+    seconds = max(
+        run["profile ours"]["seconds"] / run["profile sglang warm"]["seconds"] for run in runs
+    )
     spreads = {n: measured[f"ttft 131072 {n}"]["spread"] for n in ("equal time", EVENER)}
     rows = [
-        ["held-out error, median", "<= 3%", f"{heldout['median']:.1%}", heldout["median"] <= 0.03],
-        ["held-out error, p95", "<= 10%", f"{heldout['p95']:.1%}", heldout["p95"] <= 0.10],
+        ["held-out error, median", "<= 3%", f"{median:.1%}", median <= 0.03],
+        ["held-out error, p95", "<= 10%", f"{p95:.1%}", p95 <= 0.10],
         ["forwards of a profile", "<= 64", f"{ours['forwards']}", ours["forwards"] <= 64],
         [
-            "its wall time, of SGLang's",
+            "its wall time, of SGLang's sweep once all is warm",
             "< 1",
-            f"{ours['seconds'] / theirs['seconds']:.2f} x",
-            ours["seconds"] < theirs["seconds"],
+            f"{seconds:.2f} x",
+            seconds < 1,
         ],
     ]
     for name, value in spreads.items():

@@ -603,9 +603,10 @@ def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
     """The pages and the results, to be changed."""
-    results = [figures.SGLANG, figures.PIPELINE, figures.FAULTS]
-    if run := newest_on_gpu(ROOT / figures.RESULTS, "sustained"):
-        results.append(run.relative_to(ROOT))
+    results = [figures.PIPELINE, figures.OURS_FIRST, figures.FAULTS]
+    for benchmark in ("sustained", "sglang"):
+        if run := newest_on_gpu(ROOT / figures.RESULTS, benchmark):
+            results.append(run.relative_to(ROOT))
     results += [run.relative_to(ROOT) for run in (ROOT / figures.RESULTS).glob("engine*.json")]
     pages_and_results = (*report.PAGES, *map(str, results))
     for name in pages_and_results:

@@ -86,8 +86,8 @@ GPU: dict[str, Any] = {
     "chunked_prefill_size": 8192,
     "context_length": 81920,
     "max_total_tokens": 98304,
-    # Of the memory that is free when an engine starts; two start at once. What each takes is bounded
-    # by its tokens.
+    # Of the memory that is free when an engine starts; two start at once. Its tokens bound what
+    # each takes.
     "mem_fraction_static": 0.8,
 }
 HICACHE = {  # the device holds fewer tokens than the conversations have: they go to the host
