@@ -680,7 +680,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--min-chunk", type=int, help="tokens; default 512, tiny 16")
     parser.add_argument("--heldout", type=int, default=49, help="held-out points")
     parser.add_argument("--reps", type=int, default=2, help="pipeline runs of every plan")
-    parser.add_argument("--sglang-wheel", type=Path, help="sglang 0.5.20 or later: a wheel, or its folder")
+    parser.add_argument("--sglang-wheel", type=Path, help="of 0.5.20 or later, or a folder of it")
     parser.add_argument("--first", choices=("ours", "sglang"), default="sglang")
     parser.add_argument("--trace", type=Path, help="CSV with input_length or ContextTokens")
     parser.add_argument("--seed", type=int, default=0)
