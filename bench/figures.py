@@ -300,6 +300,8 @@ def pipeline_targets(measured: dict[str, Any], ours_first: dict[str, Any]) -> st
 
 def draw_pipeline(result: dict[str, Any], path: Path) -> None:
     """The profile's samples, its fit and the plan, from the figures of the run."""
+    import numpy as np
+
     from pystage.pp import ChunkSizer, LatencyModel
     from pystage.pp.plot import plot_profile
 
@@ -307,7 +309,21 @@ def draw_pipeline(result: dict[str, Any], path: Path) -> None:
     ours = result["results"]["profile ours"]
     model = LatencyModel.from_json({"version": 1, **ours})
     sizer = ChunkSizer(model, base_chunk=8192, context_len=131072, context_margin=0)
-    svg.save(plot_profile(sizer, 131072), path)
+    plan, static = sizer.plan(131072), [8192] * 16
+    spans = [
+        float(times.max() / times.min())
+        for sizes in (static, plan)
+        for times in [model.predict(np.cumsum(sizes) - sizes, np.array(sizes))]
+    ]
+    figure = plot_profile(sizer, 131072)
+    svg.fit(figure, 7.6)
+    svg.tell(
+        figure,
+        f"Over a prompt of 131,072 ids, chunks of 8,192 take up to {spans[0]:.1f} times as long as "
+        f"the first one; planned chunks differ by {spans[1] - 1:.0%} (predicted)",
+        f"{result['devices']} x {result['device']}, Llama 3.1 8B. {model.report}",
+    )
+    svg.save(figure, path)
 
 
 def draw_sustained(result: dict[str, Any], path: Path) -> None:
