@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import random
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -392,3 +395,26 @@ def test_the_real_engine_on_a_cpu(
     for variant in tables.VARIANTS:
         assert starved[variant]["starved"] == 1 and starved[variant]["answered"] == 0
         assert starved[variant]["given_up_after_s"] == 0.0005
+
+
+@pytest.mark.sglang
+def test_logits_are_equal_with_and_without(tmp_path: Path) -> None:
+    pytest.importorskip("sglang.srt")
+    out, root = tmp_path / "logits.json", Path(__file__).resolve().parent.parent
+    command = [sys.executable, "bench/sglang_logits.py", "--device", "cpu", "--batches", "12"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [*command, "--out", str(out)],
+        check=False,
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    logits = result["logits"]
+    assert logits["batches"] == 12 and logits["tokens"] == 12 * 512
+    assert set(logits["different"].values()) == {0}
+    some = [kind for kind in ("logit bias", "penalties", "logprobs") if logits["requests"][kind]]
+    assert some and result["plugin"]["active"]
