@@ -91,9 +91,9 @@ def logits_text(path: Path | None) -> str:
     different = ", ".join(f"{count} {name}" for name, count in logits["different"].items())
     before, after = (len(made[side]) for side in ("without", "with pystage"))
     return (
-        f"A tiny Llama over {logits['batches']:,} batches of the trace, each with and without, bit by "
-        f"bit; of the requests {kinds}. Different: {different}. `ForwardBatch.init_new` gives the "
-        f"forward stream {before} kernels and copies without, {after} with pystage.\n\n"
+        f"A tiny Llama over {logits['batches']:,} batches of the trace, each with and without, bit "
+        f"by bit; of the requests {kinds}. Different: {different}. `ForwardBatch.init_new` gives "
+        f"the forward stream {before} kernels and copies without, {after} with pystage.\n\n"
         f"{source(result, path.name)}"
     )
 

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import pytest
 from bench.compiled import compiled
 from bench.copies import CALLS, Copies, loop_of
 from bench.engine import __main__ as command
-from bench.engine import experiment, page, plans, tables
+from bench.engine import experiment, page, plans, tables, worker
 from bench.engine.plans import BURSTS, PLANS, STREAM, Traffic, Workload
 
 # --- the copies beside ---------------------------------------------------------------------------
@@ -340,6 +341,44 @@ def test_names_say_what_runs_beside() -> None:
     assert Workload("prompt", 4096, traffic=STREAM).name == "prompt-4096+stream"
     assert Workload("open", rate=2.5).name == "open-2.5/s"
     assert Workload("chat", 200, traffic=Traffic(1, 1)).name == "chat-200+copies"
+
+
+def test_each_rank_is_asked_for_what_concerns_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, str]] = []
+
+    def serve(rank: int, server: socket.socket) -> None:
+        while True:
+            connection, _ = server.accept()
+            with connection, connection.makefile("rw") as file:
+                op = json.loads(file.readline())["op"]
+                asked.append((rank, op))
+                if op == "end":
+                    return
+                answer = {"error": "no"} if op == "bad" else {"stages": 10 + rank, "rank": rank}
+                file.write(json.dumps(answer) + "\n")
+
+    monkeypatch.setenv("PYSTAGE_ENGINE_CONTROL", str(tmp_path / "on.control"))
+    threads = []
+    for rank in range(3):
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        server.bind(str(tmp_path / f"on.control.{rank}"))
+        server.listen()
+        threads.append(Thread(target=serve, args=(rank, server)))
+        threads[-1].start()
+    try:
+        assert worker.control("bypass", ranks=3, on=True) == {"stages": 33}
+        assert worker.control("traffic", ranks=3, on=False)["rank"] == 0
+        assert asked == [(0, "bypass"), (1, "bypass"), (2, "bypass"), (0, "traffic")]
+        with pytest.raises(RuntimeError, match="in the scheduler of rank 0: no"):
+            worker.control("bad")
+    finally:
+        for rank, thread in enumerate(threads):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+                link.connect(str(tmp_path / f"on.control.{rank}"))
+                link.sendall(b'{"op": "end"}\n')
+            thread.join()
 
 
 def test_without_sglang_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """A plugin of SGLang that answers the experiment from inside the scheduler's process.
 
 While no trace is on, nothing of it is on the path of a request. A thread listens on the Unix socket
-``PYSTAGE_ENGINE_CONTROL``, one JSON object a line:
+``PYSTAGE_ENGINE_CONTROL`` with a dot and its GPU's number behind, one JSON object a line:
 
 ``traffic``   copies beside the forwards, from a C loop that holds no GIL    {"on", "mib", ...}
 ``bypass``    pystage's pool is taken away from its hooks, or given back     {"on"}
@@ -60,7 +60,8 @@ def _weights(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
 def _run_event_loop(
     original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any
 ) -> None:
-    control = Control(scheduler, os.environ["PYSTAGE_ENGINE_CONTROL"])
+    gpu = getattr(scheduler.tp_worker.model_runner, "gpu_id", 0)  # a rank's own
+    control = Control(scheduler, f"{os.environ['PYSTAGE_ENGINE_CONTROL']}.{gpu}")
     threading.Thread(target=control.serve, daemon=True).start()
     original(scheduler, *args, **kwargs)
 
