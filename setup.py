@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 from setuptools import setup
@@ -32,6 +33,18 @@ except ImportError as error:
     sys.exit(
         f"pystage builds against the torch it will run with, and {error.name} is not importable "
         f"here (an isolated build never sees yours). Run:\n    {INSTALL}"
+    )
+
+# pip lets the files of two projects overwrite each other, and what is imported then is a mixture.
+try:
+    other = metadata.version("pystage")
+except metadata.PackageNotFoundError:
+    pass
+else:
+    sys.exit(
+        f"the distribution pystage {other} is installed here: another project, whose package has "
+        "the name of this one's. Both cannot be in one environment. Run:\n"
+        "    pip uninstall pystage\nor install pystage-h2d into another environment"
     )
 
 ROOT = Path(__file__).resolve().parent

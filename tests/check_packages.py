@@ -123,15 +123,20 @@ def check_wheel(wheel: Path) -> None:
         if metadata["Name"] != "pystage-h2d" or not metadata["Requires-Python"]:
             sys.exit(f"{wheel.name}: {metadata.items()}")
         extracted = Path(archive.extract(binary, wheel.parent / "binary"))
-    exported = {line.split()[-1] for line in run("nm", "-D", "--defined-only", extracted).splitlines()}
+    exported = {
+        line.split()[-1] for line in run("nm", "-D", "--defined-only", extracted).splitlines()
+    }
     same(f"symbols that {wheel.name} exports", exported, {"PyInit__C"})
     dynamic = run("readelf", "-d", "-W", extracted)
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
     if strange := [name for name in needed if not LIBRARIES.fullmatch(name)]:
         sys.exit(f"{wheel.name} needs {strange}")
     if paths := re.findall(r"\((?:RUNPATH|RPATH)\).*\[(.*)\]", dynamic):
-        sys.exit(f"{wheel.name} looks for libraries in {paths}: folders of the machine it was built on")
-    print(f"{wheel.name}: {wheel.stat().st_size >> 10} KiB, extension {extracted.stat().st_size >> 10} KiB")
+        sys.exit(
+            f"{wheel.name} looks for libraries in {paths}: folders of the machine it was built on"
+        )
+    sizes = f"{wheel.stat().st_size >> 10} KiB, extension {extracted.stat().st_size >> 10} KiB"
+    print(f"{wheel.name}: {sizes}")
 
 
 def check_installed(wheel: Path, out: Path, cuda: bool) -> None:

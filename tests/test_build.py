@@ -60,6 +60,17 @@ def test_without_torch_it_names_the_command() -> None:
     assert "torch>=2.11" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_the_other_project_of_that_name_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "pystage-0.1.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pystage\nVersion: 0.1.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SystemExit, match=r"pystage 0\.1\.1 .*\n +pip uninstall pystage\n"):
+        runpy.run_path(str(SETUP))
+
+
 @pytest.mark.parametrize(
     ("mode", "torch_cuda", "expected"),
     [
