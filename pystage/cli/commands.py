@@ -73,7 +73,10 @@ def demo(
     batches: Annotated[
         int,
         typer.Option(
-            min=1, max=10_000_000, metavar="N", help="Batches to measure; the trace repeats as needed."
+            min=1,
+            max=10_000_000,
+            metavar="N",
+            help="Batches to measure; the trace repeats as needed.",
         ),
     ] = demo_command.DEFAULT_BATCHES,
     chunk: Annotated[
