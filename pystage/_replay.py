@@ -16,7 +16,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from . import trace
-from .pool import Issue, StagingPool, StagingStats, resolve
+from .pool import Issue, StagingPool, resolve
+from .stats import StagingStats
 
 WARM_UP_BATCHES = 20
 _ID_BYTES = 8
