@@ -29,7 +29,8 @@ from .errors import (
     TokenRangeError,
     UnresolvedInputsError,
 )
-from .pool import StagedTokens, StagingPool, StagingStats, resolve, resolve_mixed
+from .pool import StagedTokens, StagingPool, resolve, resolve_mixed
+from .stats import StagingStats
 
 __all__ = [
     "BuildInfo",

@@ -112,9 +112,9 @@ class Control:
         """Without a pool the hooks leave a batch to SGLang: the same process, without pystage."""
         module = sys.modules["pystage.integrations.sglang"]
         if on:
-            module._pools.of = lambda device: None  # type: ignore[method-assign]
+            module.process.pools.of = lambda device: None  # type: ignore[method-assign]
         else:
-            vars(module._pools).pop("of", None)
+            vars(module.process.pools).pop("of", None)
         return {"stages": sum(stats.stages for stats in module.pool_stats())}
 
     def stats(self) -> dict[str, Any]:
