@@ -12,15 +12,13 @@ needs SciPy (extra `pp`), `pystage.pp.plot` matplotlib (extra `plot`).
 
 from pystage.pp.model import FitError, FitReport, LatencyModel, QualityGate
 from pystage.pp.profile import (
-    Profile,
     ProfileError,
-    Sample,
     SamplePlan,
     Step,
-    Timing,
     profile_prefill,
     random_token_ids,
 )
+from pystage.pp.samples import Profile, Sample, Timing
 from pystage.pp.share import RemoteProfileError, share_profile
 from pystage.pp.sizer import ChunkSizer, simulate_pipeline
 
