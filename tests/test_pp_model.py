@@ -26,7 +26,7 @@ from pystage.pp import (
     Timing,
     profile_prefill,
 )
-from pystage.pp.fitting import Data, folds, left_out_errors, scipy_optimize
+from pystage.pp.fitting import Data, cross_validate, folds, scipy_optimize
 
 pytest.importorskip("scipy")
 
@@ -296,7 +296,7 @@ def test_the_reported_errors_are_those_of_points_left_out() -> None:
     data = Data.of(samples)
     report = LatencyModel.fit(samples, forms=["law"]).report
     assert not report.rejected
-    errors = np.abs(np.expm1(left_out_errors(scipy_optimize(), ["law"], data, 0)["law"]))
+    errors = np.abs(np.expm1(cross_validate(scipy_optimize(), ["law"], data, 0)[0]["law"]))
     assert report.holdout_median == pytest.approx(np.median(errors))
     assert report.holdout_p95 == pytest.approx(np.quantile(errors, 0.95))
 
@@ -307,14 +307,14 @@ def test_a_sample_left_out_has_no_part_in_the_fit_that_predicts_it(form: str) ->
     tile and the wave are found without it too."""
     samples = samples_of(law, noise=0.08, seed=3, points=PLAN.points)
     data, optimize = Data.of(samples), scipy_optimize()
-    before = left_out_errors(optimize, [form], data, 0)[form]
+    before = cross_validate(optimize, [form], data, 0)[0][form]
     assert np.isfinite(before).all()
     moved_others = 0
     for fold in range(5):
         out = folds(data, 0) == fold
         factor = np.where(out, np.linspace(1.1, 1.3, out.size), 1.0)
         moved = dataclasses.replace(data, ms=data.ms * factor)
-        after = left_out_errors(optimize, [form], moved, 0)[form]
+        after = cross_validate(optimize, [form], moved, 0)[0][form]
         assert after[out] - before[out] == pytest.approx(np.log(factor[out]), abs=1e-12)
         moved_others += int((after[~out] != before[~out]).sum())
     assert moved_others > len(samples)  # the other fits do see them

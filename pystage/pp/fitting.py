@@ -97,13 +97,15 @@ def folds(data: Data, seed: int) -> NDArray[np.int64]:
     return np.asarray((order % _FOLDS)[which.ravel()], dtype=np.int64)
 
 
-def left_out_errors(
+def cross_validate(
     optimize: ModuleType, names: Sequence[str], data: Data, seed: int
-) -> dict[str, Floats]:
-    """By form: log(measured / predicted), each sample predicted by a fit without its point."""
+) -> tuple[dict[str, Floats], dict[str, tuple[Form, ...]]]:
+    """By form: log(measured / predicted), each sample predicted by a fit without its point; and
+    those fits, one a fold."""
     held_with = folds(data, seed)
     # Infinite where nothing could be held out: all samples at one point.
     errors = {name: np.full_like(data.ms, np.inf) for name in names}
+    fits: dict[str, list[Form]] = {name: [] for name in names}
     for fold in range(_FOLDS):
         test = held_with == fold
         if not test.any() or test.all():
@@ -113,7 +115,14 @@ def left_out_errors(
         for name in names:
             form, _, _ = fit_form(optimize, name, train, pair)
             errors[name][test] = np.log(seen.ms) - np.log(form.predict(seen.history, seen.chunk))
-    return errors
+            fits[name].append(form)
+    return errors, {name: tuple(forms) for name, forms in fits.items()}
+
+
+def jackknife(values: Floats) -> Floats:
+    """Standard error along axis 0 of values that leave out one of as many parts each."""
+    parts = len(values)
+    return np.asarray(values.std(axis=0) * math.sqrt(parts - 1), dtype=np.float64)
 
 
 def simplest_as_good(errors: dict[str, Floats]) -> str:

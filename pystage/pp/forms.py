@@ -23,6 +23,7 @@ cross-validated error; a simpler form wins unless a richer one is clearly better
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,11 @@ class Form:
     tile: int = 1
     wave: int = 1
     knots: tuple[float, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Form:
+        lists = {name: tuple(data[name]) for name in ("coefficients", "knots")}
+        return cls(**(data | lists))
 
     def terms(self) -> list[str]:
         if self.name == "linear":
@@ -83,7 +89,13 @@ class Form:
         return np.column_stack([one, history, behind, ramps, area[:, None] * plain, waved])
 
     def predict(self, history: Floats, chunk: Floats) -> Floats:
-        body = self.design(history, chunk) @ np.asarray(self.coefficients)
+        # Term by term: a matrix product differs in the last bit between BLAS kernels, so between
+        # ranks on unlike CPUs.
+        body = np.zeros(chunk.shape)
+        for column, coefficient in zip(
+            self.design(history, chunk).T, self.coefficients, strict=True
+        ):
+            body = body + coefficient * column
         return soft_max(body, self.floor_ms)
 
 

@@ -138,15 +138,14 @@ MUTANTS: Mutants = {
         ),
         "plan-unusable-rest-zero": M("[rest] * <|bool(rest)|>", "1"),
         "plan-first-stretch-only": M("if plans[-1][0] <= _EVEN:", "if True:"),
-        "plan-least-even": M("return <|min|>(plans, key=lambda plan: plan[0])[1]", "max"),
+        "plan-least-even": M(
+            "return <|min(plans, key=lambda plan: plan[0])[1]|>\n\n    def _fewest", "max(plans)[1]"
+        ),
+        "fastest-last-cut-elsewhere": M("chunks[<|-1|>] -= cells * grain - prompt_len", "0"),
         "plan-without-even-tail": M(
             "chunks = <|self._even_tail(self._fewest(prompt_len, self.target_ms * stretch))|>",
             "self._fewest(prompt_len, self.target_ms * stretch)",
         ),
-        "fastest-ranks-ignored": M("cost[:, -1] + <|(ranks - 1) * caps|>", "0 * caps"),
-        "fastest-last-cut-elsewhere": M("chunks[<|0|>] -= cells * grain - prompt_len", "-1"),
-        "fastest-not-reversed": M("return chunks[::-1]", "return chunks"),
-        "fastest-ranks-zero": M("if ranks < <|1|>:", "0"),
         "usable-says-each-time": M("self._told = True", "pass"),
         "far-over-never": M(
             "if times[at] < _UNDER and at + 1 < times.size and times[at + 1] <= _FAR_OVER:",
@@ -184,14 +183,17 @@ MUTANTS: Mutants = {
             "",
         ),
         "histories-inclusive": M("return np.cumsum(sizes)<| - sizes|>", ""),
-        "pipeline-hop-everywhere": M(
-            """        if stage:
-            arrived = arrived + hops""",
-            "        arrived = arrived + hops",
-        ),
-        "pipeline-no-wait": M("done = <|max(done, arrived[i])|> + ms", "done"),
-        "pipeline-no-queue": M("done = <|max(done, arrived[i])|> + ms", "arrived[i]"),
+    },
+    "pystage/pp/makespan.py": {
+        "pipeline-hop-everywhere": M("        if <|stage|>:\n            arrived", "True"),
+        "pipeline-no-wait": M("np.maximum.accumulate(<|arrived|> - (ends - row))", "0 * arrived"),
+        "pipeline-no-queue": M("<|np.maximum.accumulate|>(arrived - (ends - row))", ""),
         "pipeline-first-chunk": M("return float(arrived[<|-1|>])", "0"),
+        "makespan-ranks-ignored": M("ms.sum() + <|(len(factors) - 1)|> * ms.max()", "0"),
+    },
+    "pystage/pp/choice.py": {
+        "cover-not-reversed": M("plans.append(<|chunks[::-1]|>)", "chunks"),
+        "cover-last-not-cut": M("<|chunks[-1] -= sum(chunks) - q.prompt_len|>", "pass"),
     },
     "pystage/pp/samples.py": {
         "sample-negative-history": M("if <|self.history_len < 0 or |>self.chunk_len <= 0:", ""),
