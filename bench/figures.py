@@ -30,6 +30,7 @@ def sections(root: Path) -> dict[str, str]:
     assert plugin is not None
     return {
         "sglang": sglang_tables(plugin),
+        "logits": logits_text(newest_on_gpu(root / RESULTS, "logits")),
         "sglang-when": when_it_helps(
             engine.newest_runs(root / RESULTS).get("copies"), load(plugin)
         ),
@@ -81,6 +82,23 @@ def target_table(result: dict[str, Any]) -> str:
     ]
     head = ["measure", "target", "measured", *(["at the lower bound"] if limits else []), "met"]
     return tabulate(head, rows)
+
+
+def logits_text(path: Path | None) -> str:
+    """What a model made of the same batches."""
+    if path is None:
+        return "Not compared on a GPU yet: `python bench/sglang_logits.py`."
+    result = load(path)
+    logits, made = result["logits"], result["init_new"]
+    kinds = ", ".join(f"{count:,} with {kind}" for kind, count in logits["requests"].items())
+    different = ", ".join(f"{count} {name}" for name, count in logits["different"].items())
+    before, after = (len(made[side]) for side in ("without", "with pystage"))
+    return (
+        f"A tiny Llama over {logits['batches']:,} batches of the trace, each with and without, bit "
+        f"by bit; of the requests {kinds}. Different: {different}. `ForwardBatch.init_new` gives "
+        f"the forward stream {before} kernels and copies without, {after} with pystage.\n\n"
+        f"{source(result, path.name)}"
+    )
 
 
 def sglang_tables(path: Path) -> str:

@@ -95,6 +95,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "csrc/ids_view.cpp": ("pytest tests/test_integrations.py -k view", PYTHON_TESTS),
     "csrc/ops.cpp": ("pytest tests/test_ops.py", PYTHON_TESTS),
     "pystage/pool.py": (PYTHON_TESTS, BATCHES, LIVES),
+    "pystage/_tensor_like.py": (PYTHON_TESTS, BATCHES, LIVES),
+    "pystage/stats.py": (PYTHON_TESTS,),
     "pystage/batch.py": (
         "pytest tests/test_batch.py -k 'not equals_cat'",
         "pytest tests/test_batch.py -k equals_cat",
@@ -108,24 +110,32 @@ TESTS: dict[str, tuple[str, ...]] = {
     "pystage/trace.py": ("pytest tests/test_trace.py", "pytest tests/test_cli.py"),
     "pystage/cli.py": ("pytest tests/test_cli.py tests/test_doctor.py",),
     "pystage/doctor.py": ("pytest tests/test_doctor.py",),
+    "pystage/pp/forms.py": (f"{MODEL} {QUICK_FITS}", f"{MODEL} {SLOW_FITS}"),
+    "pystage/pp/fitting.py": (f"{MODEL} {QUICK_FITS}", f"{MODEL} {SLOW_FITS}"),
     "pystage/pp/model.py": (f"{MODEL} {QUICK_FITS}", f"{MODEL} {SLOW_FITS}"),
+    "pystage/pp/makespan.py": ("pytest tests/test_pp_sizer.py -k 'simulation or stages'",),
+    "pystage/pp/budget.py": ("pytest tests/test_pp_budget.py",),
+    "pystage/pp/choice.py": ("pytest tests/test_pp_sizer.py tests/test_pp_choice.py",),
+    "pystage/pp/samples.py": ("pytest tests/test_pp_profile.py -k 'not importing'",),
     "pystage/pp/sizer.py": (
         "pytest tests/test_pp_sizer.py -k 'not plans_cover_any'",
         "pytest tests/test_pp_sizer.py -k plans_cover_any",
     ),
     "pystage/pp/profile.py": ("pytest tests/test_pp_profile.py -k 'not importing'",),
     "pystage/pp/share.py": ("pytest tests/test_pp_share.py",),
-    "pystage/integrations/sglang.py": (
-        "pytest tests/test_integrations.py",
-        "sglang tests/test_sglang.py",
-    ),
-    "pystage/integrations/sglang_small.py": (
+    **{
+        f"pystage/integrations/sglang/{name}.py": (
+            "pytest tests/test_integrations.py",
+            "sglang tests/test_sglang.py",
+        )
+        for name in (
+            *("entry", "hooks", "metrics", "pp", "process", "resolving", "settings", "sizer"),
+            *("staging", "symbols", "validation", "verification"),
+        )
+    },
+    "pystage/integrations/sglang/small.py": (
         SMALL,
         "sglang tests/test_sglang.py -k 'small or rows or same_with or leaves_torch'",
-    ),
-    "pystage/integrations/sglang_pp.py": (
-        "pytest tests/test_integrations.py",
-        "sglang tests/test_sglang.py",
     ),
 }
 
