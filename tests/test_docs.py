@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -24,8 +25,8 @@ INCLUDED = re.compile(r'--8<-- "([\w./-]+):([\w-]+)"')
 GPU_ONLY = {"cuda_graph.py"}
 
 
-def run(*command: str) -> str:
-    """Its output. It must end well, without a warning."""
+def run(*command: str, ends: tuple[int, ...] = (0,)) -> str:
+    """Its output. It must end with one of these exit statuses, without a warning."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-W", "error", *command],
@@ -36,7 +37,7 @@ def run(*command: str) -> str:
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode in ends, done.stdout + done.stderr
     return done.stdout
 
 
@@ -73,11 +74,12 @@ def usage() -> str:
 # --- code ----------------------------------------------------------------------------------------
 
 
-def test_the_readmes_python_runs(tmp_path: Path) -> None:
+def test_the_readmes_python_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = blocks(PAGES[0], "python")
     file = tmp_path / "readme.py"
     file.write_text(code)
-    assert "capacity_bytes" in run(str(file))
+    runpy.run_path(str(file))
+    assert "capacity_bytes" in capsys.readouterr().out
     assert len(code.strip().splitlines()) <= 12
 
 
@@ -87,7 +89,10 @@ def test_the_readmes_python_runs(tmp_path: Path) -> None:
     ids=lambda e: e.name,
 )
 def test_an_example_runs(example: Path) -> None:
-    run(str(example))
+    if "mp.spawn" in example.read_text():  # its processes import it by its file
+        run(str(example))
+    else:
+        runpy.run_path(str(example), run_name="__main__")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -151,7 +156,8 @@ def test_a_command_exists(page: str, line: str) -> None:
 
 @pytest.mark.parametrize("command", ["info", "doctor"])
 def test_the_readmes_checks_run(command: str) -> None:
-    assert "torch" in run("-m", "pystage", command)
+    # The doctor ends with 1 where something is wrong with the machine, which is no fault of it.
+    assert "torch" in run("-m", "pystage", command, ends=(0, 1) if command == "doctor" else (0,))
 
 
 def test_make_help_lists_every_target() -> None:
@@ -178,6 +184,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor and file.name != "api.md":
             titles = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
             assert anchor in map(slug, titles), target
+
+
+def test_files_on_the_map_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for name in re.findall(r"`((?:csrc|pystage|bench|tests|docs|examples)/[\w./*]*)`", text):
+        assert list(ROOT.glob(name)), name
 
 
 def test_the_api_page_has_every_public_name() -> None:
