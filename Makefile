@@ -1,5 +1,5 @@
-# make demo, make test: everything from a fresh clone. On a machine without network, or to use an
-# environment that is there already: make test PYTHON=python3 VENV=
+# `make demo` and `make test` set up everything in a fresh clone. To use your own environment, or
+# without a network: make test PYTHON=python3 VENV=
 PYTHON ?= python3
 VENV ?= .venv
 DEVICE ?=
@@ -16,8 +16,8 @@ endif
 STAMP := build/.installed-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: help demo test coverage sglang-env sglang-test cpp-test mutants fuzz fuzz-coverage bench report build clean
-help:  ## what there is (the default)
+.PHONY: help build demo test lint cpp-test docs coverage sglang-env sglang-test mutants fuzz fuzz-coverage bench report clean
+help:  ## list the targets (the default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 build: $(STAMP)  ## set up the environment and build the extension into it
@@ -35,11 +35,26 @@ else
 endif
 	@mkdir -p $(@D) && touch $@
 
-demo: build  ## replay a serving trace through the pool
+demo: build  ## replay a serving trace through a pool and check every id (DEVICE=cpu)
 	$(PY) -m pystage demo $(if $(DEVICE),--device $(DEVICE))
 
-test: build  ## the test suite
+test: build  ## run the Python tests
 	$(PY) $(COUNTED) -m pytest -q
+
+# Needs the extra `dev`: make build EXTRAS=dev,cli
+C_FILES := csrc/*.h csrc/*.cpp csrc/*.cu csrc/tests/*.h csrc/tests/*.cpp tests/faults/*.c bench/*.c
+lint:  ## ruff, mypy, clang-format, and whether the pages have the figures of bench/results
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(if $(findstring /,$(PY)),$(dir $(PY)))clang-format --dry-run -Werror $(C_FILES)
+	$(PY) bench/report.py --check
+
+docs: $(if $(strip $(VENV)),$(VENV)/bin/python)  ## build the documentation site into build/site, strictly
+	@$(PY) -c 'import material, mkdocstrings_handlers.python' || \
+	  $(PY) -m pip install --quiet mkdocs-material 'mkdocstrings[python]'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo 'build/site/index.html'
 
 # An environment with SGLang, made once. The extension stands in the source folder, built for one
 # torch at a time: the other environments' stamps go, so that they build again.
@@ -50,7 +65,7 @@ sglang-env:  ## install SGLang for the CPU into .venv-sglang
 	@test -e $(SGLANG_STAMP) || { rm -rf $(SGLANG_VENV) && \
 	  $(PYTHON) tests/install_sglang.py $(SGLANG_VENV) && touch $(SGLANG_STAMP); }
 
-sglang-test: sglang-env  ## the plugin in the real SGLang, on the CPU
+sglang-test: sglang-env  ## test the plugin in the real SGLang, on the CPU
 	PYSTAGE_CUDA=0 $(SGLANG_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	@rm -f build/.installed-*
 	PYSTAGE_TEST_SGLANG_OLD=$(SGLANG_VENV)/releases $(SGLANG_VENV)/bin/python $(COUNTED) -m pytest -q -W ignore tests/test_sglang.py tests/test_engine.py
@@ -61,7 +76,7 @@ sglang-test: sglang-env  ## the plugin in the real SGLang, on the CPU
 COVERAGE := $(CURDIR)/build/coverage
 BINDINGS := batch bindings gil hostile integrations ops pool process races small_tensors stage staged_tokens stateful torch_memory
 coverage: export COVERAGE_FILE = $(COVERAGE)/data
-coverage: build  ## the tests in both environments, and the lines they miss
+coverage: build  ## run the tests in both environments and list the lines they miss
 	rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)/tree
 	$(MAKE) --no-print-directory test COUNTED='-m coverage run'
 	cp -r pystage tests bench docs README.md pyproject.toml $(COVERAGE)/tree
@@ -76,10 +91,10 @@ coverage: build  ## the tests in both environments, and the lines they miss
 	wait $$bindings || { cat $(COVERAGE)/bindings.log; exit 1; }; tail -n 1 $(COVERAGE)/bindings.log; \
 	$(PY) tests/measure_coverage.py $(COVERAGE) $$without
 
-cpp-test:  ## the C++ tests of pool and gather; they need doctest
+cpp-test:  ## run the C++ tests of the core (needs doctest)
 	$(MAKE) -C csrc/tests
 
-mutants: build  ## put single faults into pystage: do the tests notice? (ARGS='--only pool.cpp --list')
+mutants: build  ## put single faults into the code; do the tests notice? (ARGS='--only pool.cpp --list')
 	$(PY) -m tests.mutants --sglang $(SGLANG_VENV)/bin/python $(ARGS)
 
 # libFuzzer by way of atheris, the extension under AddressSanitizer (clang), Python's objects each in
@@ -100,12 +115,12 @@ build/fuzz/.built: $(SOURCES) $(wildcard pystage/*.py) $(STAMP)
 	  build_ext --build-lib build/fuzz/lib --build-temp build/fuzz/temp
 	@touch $@
 
-fuzz: build/fuzz/.built  ## requests, views and ops against hostile input, for FUZZ_SECONDS=60
+fuzz: build/fuzz/.built  ## feed requests, views and ops hostile input for FUZZ_SECONDS=60
 	$(FUZZ_RUN) $(PY) tests/fuzz.py build/fuzz/corpus -max_total_time=$(FUZZ_SECONDS) \
 	  -seed=$(FUZZ_SEED) -max_len=200 -len_control=10 -artifact_prefix=build/fuzz/ -timeout=60 \
 	  -rss_limit_mb=4096 -print_final_stats=1
 
-fuzz-coverage:  ## lines and branches of the C++ files that build/fuzz/corpus comes by (gcovr)
+fuzz-coverage:  ## list the lines and branches of C++ that build/fuzz/corpus reaches (gcovr)
 	PYSTAGE_COVERAGE=1 PYSTAGE_CUDA=0 $(PY) setup.py -q build_py --build-lib build/fuzz/counted \
 	  build_ext --build-lib build/fuzz/counted --build-temp build/fuzz/counts
 	find build/fuzz/counts -name '*.gcda' -delete
@@ -113,10 +128,10 @@ fuzz-coverage:  ## lines and branches of the C++ files that build/fuzz/corpus co
 	$(PY) -m gcovr --root . --filter 'csrc/(requests|ids_view|python|staging|gather)' \
 	  --exclude-throw-branches build/fuzz/counts
 
-bench: build  ## measure all peers in all regimes; a whole run on a GPU goes to bench/results (ARGS='--quick --peers DIR')
+bench: build  ## measure pystage and all peers (ARGS='--quick --peers DIR'); a whole run on a GPU goes to bench/results
 	$(PY) -m bench $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
-report:  ## put the figures of bench/results into README and docs, and draw them
+report:  ## write the figures of bench/results into README and docs, and draw the plots
 	$(PY) bench/report.py
 
 clean:  ## remove what was built

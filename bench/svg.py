@@ -43,6 +43,18 @@ def plain(axis: Any) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def fit(figure: Any, height: float) -> None:
+    """Makes a figure that was drawn elsewhere as wide as the others, with text of the same size."""
+    from matplotlib.text import Text
+
+    figure.set_size_inches(WIDTH, height)
+    for axis in figure.axes:
+        if axis.get_xscale() == "linear":
+            axis.locator_params(axis="x", nbins=4)
+    for text in figure.findobj(Text):
+        text.set_fontsize(max(text.get_fontsize(), SMALL))
+
+
 def tell(figure: Any, finding: str, note: str) -> None:
     """Above the plot what it shows, below it on what it was measured."""
     figure.suptitle(textwrap.fill(finding, 84), fontsize=12, x=0.01, ha="left", fontweight="bold")

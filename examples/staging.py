@@ -8,9 +8,7 @@ import torch
 
 import pystage
 
-# --8<-- [start:pool]
 pool = pystage.StagingPool(device=None, capacity_bytes=64 << 20)  # None: the GPU, else the CPU
-# --8<-- [end:pool]
 
 # --8<-- [start:history]
 prompt = array("q", range(100_000))

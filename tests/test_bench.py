@@ -706,6 +706,27 @@ def test_plots_draw_what_was_measured() -> None:
     plt.close("all")
 
 
+def test_plots_are_as_wide_as_a_page_and_their_text_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text_of = pytest.importorskip("matplotlib.text").Text
+    from bench import plots, svg
+
+    drawn: dict[str, Any] = {}
+    written = svg.save
+    monkeypatch.setattr(
+        svg, "save", lambda f, path: (drawn.update({path.stem: f}), written(f, path))
+    )
+    plots.draw(made_up(), tmp_path / "suite.json")
+    figures.draw_pipeline(figures.load(ROOT / figures.PIPELINE), tmp_path / "pp-profile.svg")
+    assert {"suite-host", "suite-stream", "pp-profile"} <= set(drawn)
+    for name, figure in drawn.items():
+        assert figure.get_size_inches()[0] == 9, name
+        assert min(text.get_fontsize() for text in figure.findobj(text_of)) >= 9, name
+        assert "GPU" in figure.get_supxlabel() or "NVIDIA" in figure.get_supxlabel(), name
+        assert 'style="fill: #ffffff"' in (tmp_path / f"{name}.svg").read_text(), name
+
+
 def test_marks_and_figures_fit(site: Path) -> None:
     known = set(pages.sections(None))
     text = (ROOT / "docs/benchmarks.md").read_text()
