@@ -53,8 +53,8 @@ def test_in_the_source_folder_python_says_what_it_imported(source: Path, install
         timeout=120,
     )
     assert done.returncode == 1
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("ImportError: "))
-    assert f"{source.parent} is pystage's source folder" in line
+    line = done.stderr.splitlines()[-1]
+    assert f"ImportError: {source.parent} is pystage's source folder" in line
     assert f"It hides the pystage that is installed in {installed}," in line
     assert "Start Python in another folder" in line
     assert "pip install --no-build-isolation -e ." in line
