@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import pty
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -331,8 +330,8 @@ def test_host_time_is_in_microseconds() -> None:
         (["--device", "mps"], "--device: 'mps' is not cpu, cuda or cuda:N"),
         (["--device", "nothing"], "--device: 'nothing' is not cpu, cuda or cuda:N"),
         (["--issue", "later"], "'later' is not one of 'deferred', 'eager'"),
-        (["--trace", "/none/of.csv"], "File '/none/of.csv' does not exist"),
-        (["--trace", "/"], "File '/' is a directory"),
+        (["--trace", "/none/of.csv"], "--trace: cannot read /none/of.csv: No such file"),
+        (["--trace", "/"], "--trace: cannot read /: Is a directory"),
         (["--sizes", "1"], "No such option: --sizes"),
     ],
 )
@@ -454,37 +453,34 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 # --- without typer
 
 
-def plain(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
-    """The command line in a process that has neither typer nor rich."""
-    return subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys; sys.modules['typer'] = sys.modules['rich'] = None\n"
-            f"from pystage import cli\nfrom pystage.cli import doctor\n{code}\nsys.exit(cli.main())",
-            *arguments,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+@pytest.fixture
+def no_typer(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("typer", "rich", "rich.console"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "pystage.cli.commands", raising=False)
+    monkeypatch.delattr(cli, "commands", raising=False)
 
 
-def test_without_typer_there_is_info() -> None:
-    done = plain("info")
-    assert done.returncode == 0, done.stderr
-    assert f"torch built         {pystage.build_info().torch_built}" in done.stdout.splitlines()
-    assert json.loads(plain("info", "--json", "-").stdout)["version"] == pystage.__version__
+@pytest.mark.usefixtures("no_typer")
+def test_without_typer_there_is_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"torch built         {pystage.build_info().torch_built}" in lines
+    assert cli.main(["info", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["version"] == pystage.__version__
 
 
-def test_without_typer_there_is_the_doctor() -> None:
-    done = plain("doctor", "--device", "cpu", code="doctor.SELF_TEST_SECONDS = 0.05")
-    lines = done.stdout.splitlines()
+@pytest.mark.usefixtures("no_typer")
+def test_without_typer_there_is_the_doctor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor_module, "SELF_TEST_SECONDS", 0.05)
+    status = cli.main(["doctor", "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["check", "state", "found", "what", "to", "do"]
     (device,) = (line for line in lines if line.startswith("device "))
     assert device.split()[1] == "ok"
-    assert done.returncode == (0 if "All 8 checks are well." in lines else 1)
+    assert status == (0 if "All 8 checks are well." in lines else 1)
 
 
 @pytest.mark.parametrize(
@@ -499,11 +495,25 @@ def test_without_typer_there_is_the_doctor() -> None:
         (["--version"], 0, f"pystage {pystage.__version__}"),
     ],
 )
-def test_without_typer_messages_are_the_same(arguments: list[str], status: int, says: str) -> None:
-    done = plain(*arguments)
-    assert done.returncode == status
-    assert says in " ".join((done.stderr if status else done.stdout).split())
-    assert "Traceback" not in done.stderr
+@pytest.mark.usefixtures("no_typer")
+def test_without_typer_messages_are_the_same(
+    arguments: list[str], status: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == status
+    captured = capsys.readouterr()
+    assert says in " ".join((captured.err if status else captured.out).split())
+
+
+def test_without_typer_python_m_runs_too() -> None:
+    code = (
+        "import runpy, sys; sys.modules['typer'] = sys.modules['rich'] = None; "
+        "sys.argv = ['pystage', 'info']; runpy.run_module('pystage', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert pystage.__version__ in done.stdout
 
 
 def test_plain_tables_stay_within_the_terminal() -> None:
@@ -552,16 +562,15 @@ def test_a_reader_that_leaves_is_no_traceback() -> None:
     assert errors == b"" and process.returncode != 0
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor"])
-@pytest.mark.parametrize("typer", ["typer", "plain"])
-def test_control_c_is_quiet(command: str, typer: str) -> None:
-    """The signal comes in the middle of the work, which itself tells that it began."""
-    if (command, typer) == ("demo", "plain"):
-        return  # there is no demo without typer
+@pytest.mark.parametrize(
+    ("command", "missing"), [("demo", ""), ("doctor", ""), ("doctor", "typer")]
+)
+def test_control_c_is_quiet(command: str, missing: str) -> None:
+    """The signal comes in the middle of the work."""
     code = f"""
 import os, signal, sys
-if {typer!r} == "plain":
-    sys.modules["typer"] = sys.modules["rich"] = None
+if {missing!r}:
+    sys.modules[{missing!r}] = None
 from pystage import StagingPool, cli
 stage = StagingPool.stage
 def interrupted(*arguments, **more):
