@@ -33,7 +33,7 @@ _REFRESH_SECONDS = 0.1
 _CPU_NOTE = (
     "Without a GPU a worker thread stands in for it and copies the ids, so these times say nothing "
     "about a GPU, and there is no other path to compare them with. What the run does show: the ids "
-    "are right, and pinned memory stays within the pool's capacity."
+    "are right, and the pool's memory stays within its capacity."
 )
 _CUDA_NOTE = (
     "Host time of the calls, which return before the transfer is done; the device was synchronized "

@@ -389,6 +389,18 @@ MUTANTS: Mutants = {
             "max(0, min(blocks * MOONCAKE_BLOCK_TOKENS, <|length - 1|>))", "length"
         ),
         "budget-of-nothing": M("if chunk_tokens < 1 <|or|> max_requests < 1:", "and"),
+        "blocks-not-remembered": M("    seen.update(ids)\n", ""),
+        "blocks-all-reused": M("if block not in seen), <|len(ids)|>)", "0"),
+        "blocks-anywhere": M(
+            "reused = <|next((at for at, block in enumerate(ids) if block not in seen), len(ids))|>",
+            "sum(block in seen for block in ids)",
+        ),
+        "blocks-of-any-size": M("if len(ids) > -(-length // MOONCAKE_BLOCK_TOKENS):", "if False:"),
+        "true-is-a-count": M(
+            "if <|type(value) is not int|> or value < 0:", "not isinstance(value, int)"
+        ),
+        "negative-count": M("if type(value) is not int<| or value < 0|>:", ""),
+        "json-line-number": M("enumerate(lines, <|1|>):", "0"),
         "row-too-long": M("if <|None in row or |>None in row.values():", ""),
         "row-too-short": M("if None in row<| or None in row.values()|>:", ""),
         "no-requests": M("    if not requests:\n        raise", "    if False:\n        raise"),
