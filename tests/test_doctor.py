@@ -6,6 +6,7 @@ import dataclasses
 import json
 import resource
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,6 +86,20 @@ def test_what_is_wrong_is_shown_with_what_to_do(
     assert "WRONG" in shown and "--force-reinstall" in shown
     build = json.loads(out.read_text())["checks"]["build"]
     assert build["advice"].startswith("pip install --no-build-isolation")
+
+
+@pytest.mark.usefixtures("no_sglang")
+def test_a_terminal_is_told_what_runs_and_is_left_clean(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["doctor", "--device", "cpu"])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    cli.main(["doctor", "--device", "cpu", "--json", "-"])
+    captured = capsys.readouterr()
+    steps = captured.err.split("\r\x1b[K")
+    assert steps[1:-1] == [f"{name} ..." for name in json.loads(captured.out)["checks"]]
+    assert steps[0] == steps[-1] == ""
 
 
 def bus(root: Path, vendor: str = "0x10de", kind: str = "0x030200") -> Path:
