@@ -69,14 +69,6 @@ def test_a_source_folder_that_was_never_built(
     assert text.endswith("Build it in that folder: pip install --no-build-isolation -e .")
 
 
-def test_the_folder_itself_is_not_another_installation(source: Path) -> None:
-    link = source.parent.parent / "link"
-    link.symlink_to(source.parent)
-    (source / "_C.so").touch()
-    text = explain(source, [str(link), str(source.parent)], ERROR)
-    assert "does not load (undefined symbol: _ZN3c10)" in text
-
-
 def test_an_extension_for_another_torch(source: Path, installed: Path) -> None:
     (source / "_C.cpython-310-x86_64-linux-gnu.so").touch()
     elsewhere = installed / "pystage"

@@ -423,8 +423,9 @@ MUTANTS: Mutants = {
     "pystage/_extension.py": {
         "any-folder-is-source": M('if <|not (package.parent / "csrc").is_dir() or |>any', ""),
         "built-is-not-looked-at": M('is_dir()<| or any(package.glob("_C*.so"))|>:', ""),
-        "itself-is-another": M("if <|other != package.resolve() and |>any(other", ""),
-        "another-without-extension": M('package.resolve()<| and any(other.glob("_C*.so"))|>:', ""),
+        "another-without-extension": M(
+            'for package in packages<| if any(package.glob("_C*.so"))|>)', ""
+        ),
     },
     "pystage/cli/__init__.py": {
         "errors-escape": M(
