@@ -1090,7 +1090,7 @@ def test_figures_reach_prometheus(tmp_path: Path) -> None:
 def test_the_doctor_asks_sglang() -> None:
     """Without the stand-ins SGLang cannot be imported on this machine, or can: it says which."""
     done = subprocess.run(
-        [sys.executable, "-m", "pystage", "doctor", "--json", "--device", "cpu"],
+        [sys.executable, "-m", "pystage", "doctor", "--json", "-", "--device", "cpu"],
         capture_output=True,
         text=True,
         timeout=300,

@@ -77,6 +77,7 @@ LIVES = "pytest tests/test_races.py tests/test_process.py"
 HOSTILE = "pytest tests/test_hostile.py tests/test_bindings.py tests/test_gil.py"
 STATES = "pytest tests/test_stateful.py"
 SMALL = "pytest tests/test_small_tensors.py"
+CLI = "pytest tests/test_cli.py"
 POOL = ("cpp -tce=*stress*", "schedules", "pytest tests/test_pool.py", "cpp", LIVES, STATES)
 MODEL = "pytest tests/test_pp_model.py"
 QUICK_FITS = "-k 'not spikes and not never_fall and not waves'"
@@ -105,11 +106,14 @@ TESTS: dict[str, tuple[str, ...]] = {
     "pystage/errors.py": (PYTHON_TESTS, BATCHES),
     "pystage/testing.py": (PYTHON_TESTS, "pytest tests/test_testing.py tests/test_races.py"),
     "pystage/_build.py": ("pytest tests/test_process.py tests/test_build.py tests/test_doctor.py",),
-    "pystage/_replay.py": ("pytest tests/test_cli.py",),
-    "pystage/_chunks.py": ("pytest tests/test_cli.py tests/test_pp_pipeline.py",),
-    "pystage/trace.py": ("pytest tests/test_trace.py", "pytest tests/test_cli.py"),
-    "pystage/cli.py": ("pytest tests/test_cli.py tests/test_doctor.py",),
-    "pystage/doctor.py": ("pytest tests/test_doctor.py",),
+    "pystage/_extension.py": ("pytest tests/test_extension.py",),
+    "pystage/cli/replay.py": (CLI,),
+    "pystage/cli/chunks.py": (CLI, "pytest tests/test_pp_pipeline.py"),
+    "pystage/trace.py": ("pytest tests/test_trace.py", CLI),
+    "pystage/cli/__init__.py": (CLI,),
+    "pystage/cli/demo.py": (CLI,),
+    "pystage/cli/doctor.py": ("pytest tests/test_doctor.py", CLI),
+    "pystage/cli/output.py": (CLI,),
     "pystage/pp/forms.py": (f"{MODEL} {QUICK_FITS}", f"{MODEL} {SLOW_FITS}"),
     "pystage/pp/fitting.py": (f"{MODEL} {QUICK_FITS}", f"{MODEL} {SLOW_FITS}"),
     "pystage/pp/model.py": (f"{MODEL} {QUICK_FITS}", f"{MODEL} {SLOW_FITS}"),
