@@ -254,11 +254,7 @@ def run_gate(item: Item) -> dict[str, Any]:
         "reason": model.report.reason,
         "error": round(float(np.median(errors)), 4),
         "plan_vs_8192": round(gain, 4),
-        "wrong": "accept"
-        if usable and gain > 0.01
-        else "reject"
-        if not usable and gain < -0.01
-        else "",
+        "wrong": wrong,
     }
 
 
@@ -506,9 +502,6 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def row(measure: str, sign: str, limit: float, unit: str, value: float) -> None:
-        target = (
-            f"{sign} {limit:+g} {unit}" if unit == "%" and limit else f"{sign} {limit:g} {unit}"
-        )
         met = value <= limit if sign == "<=" else value >= limit
         rows.append(
             {
