@@ -26,7 +26,7 @@ from pystage.pp import (
     Timing,
     profile_prefill,
 )
-from pystage.pp.model import _Data, _folds, _left_out_errors, scipy_optimize
+from pystage.pp.fitting import Data, cross_validate, folds, scipy_optimize
 
 pytest.importorskip("scipy")
 
@@ -293,10 +293,10 @@ def test_each_limit_of_the_gate_itself_still_passes() -> None:
 
 def test_the_reported_errors_are_those_of_points_left_out() -> None:
     samples = samples_of(law, noise=0.08, points=PLAN.points)
-    data = _Data.of(samples)
+    data = Data.of(samples)
     report = LatencyModel.fit(samples, forms=["law"]).report
     assert not report.rejected
-    errors = np.abs(np.expm1(_left_out_errors(scipy_optimize(), ["law"], data, 0)["law"]))
+    errors = np.abs(np.expm1(cross_validate(scipy_optimize(), ["law"], data, 0)[0]["law"]))
     assert report.holdout_median == pytest.approx(np.median(errors))
     assert report.holdout_p95 == pytest.approx(np.quantile(errors, 0.95))
 
@@ -306,15 +306,15 @@ def test_a_sample_left_out_has_no_part_in_the_fit_that_predicts_it(form: str) ->
     """Its error moves with it, by exactly as much; those left out with it do not move at all. The
     tile and the wave are found without it too."""
     samples = samples_of(law, noise=0.08, seed=3, points=PLAN.points)
-    data, optimize = _Data.of(samples), scipy_optimize()
-    before = _left_out_errors(optimize, [form], data, 0)[form]
+    data, optimize = Data.of(samples), scipy_optimize()
+    before = cross_validate(optimize, [form], data, 0)[0][form]
     assert np.isfinite(before).all()
     moved_others = 0
     for fold in range(5):
-        out = _folds(data, 0) == fold
+        out = folds(data, 0) == fold
         factor = np.where(out, np.linspace(1.1, 1.3, out.size), 1.0)
         moved = dataclasses.replace(data, ms=data.ms * factor)
-        after = _left_out_errors(optimize, [form], moved, 0)[form]
+        after = cross_validate(optimize, [form], moved, 0)[0][form]
         assert after[out] - before[out] == pytest.approx(np.log(factor[out]), abs=1e-12)
         moved_others += int((after[~out] != before[~out]).sum())
     assert moved_others > len(samples)  # the other fits do see them
@@ -351,12 +351,12 @@ def test_the_same_samples_give_the_same_model() -> None:
 
 
 def test_repeats_of_a_point_are_held_out_together() -> None:
-    folds = _folds(_Data.of(samples_of(law)), seed=0)
+    held_with = folds(Data.of(samples_of(law)), seed=0)
     by_point: dict[tuple[int, int], set[int]] = {}
-    for sample, fold in zip(samples_of(law), folds, strict=True):
+    for sample, fold in zip(samples_of(law), held_with, strict=True):
         by_point.setdefault((sample.history_len, sample.chunk_len), set()).add(int(fold))
     assert all(len(f) == 1 for f in by_point.values())
-    assert len(set(folds.tolist())) == 5
+    assert len(set(held_with.tolist())) == 5
 
 
 def test_a_saved_model_predicts_the_same_without_scipy(
@@ -487,7 +487,7 @@ def test_a_refit_that_is_as_good_changes_nothing(monkeypatch: pytest.MonkeyPatch
     model = LatencyModel.fit(samples_of(law, noise=0.02))
     form = model.form
     monkeypatch.setattr(
-        "pystage.pp.model._fit_form", lambda *_: (dataclasses.replace(form), None, None)
+        "pystage.pp.model.fit_form", lambda *_: (dataclasses.replace(form), None, None)
     )
     assert not model.update(chunks_run(law, 2 * model.REFIT_EVERY, seed=3))
     assert model.form is form

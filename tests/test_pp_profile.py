@@ -21,8 +21,9 @@ from pystage.pp import (
     Timing,
     profile_prefill,
 )
-from pystage.pp.model import Form
-from pystage.pp.profile import Point, Timer, _Run, cuda_timer, host_timer, random_token_ids
+from pystage.pp.forms import Form
+from pystage.pp.profile import Timer, _Run, cuda_timer, host_timer, random_token_ids
+from pystage.pp.samples import Point
 
 
 def law(history: int, chunk: int) -> float:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pystage.pp import ChunkSizer, LatencyModel, simulate_pipeline
-from pystage.pp.model import FitReport, Form
+from pystage.pp.forms import Form
+from pystage.pp.model import FitReport
 
 
 def model_of(form: Form, *, usable: bool = True) -> LatencyModel:

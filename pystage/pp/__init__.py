@@ -10,21 +10,22 @@ Knows an engine only as `step(history_len, chunk_len)`. Importing needs torch an
 needs SciPy (extra `pp`), `pystage.pp.plot` matplotlib (extra `plot`).
 """
 
+from pystage.pp.choice import Choice
+from pystage.pp.makespan import simulate_pipeline
 from pystage.pp.model import FitError, FitReport, LatencyModel, QualityGate
 from pystage.pp.profile import (
-    Profile,
     ProfileError,
-    Sample,
     SamplePlan,
     Step,
-    Timing,
     profile_prefill,
     random_token_ids,
 )
+from pystage.pp.samples import Profile, Sample, Timing
 from pystage.pp.share import RemoteProfileError, share_profile
-from pystage.pp.sizer import ChunkSizer, simulate_pipeline
+from pystage.pp.sizer import ChunkSizer
 
 __all__ = [
+    "Choice",
     "ChunkSizer",
     "FitError",
     "FitReport",

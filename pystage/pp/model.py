@@ -1,28 +1,4 @@
-"""Latency of a prefill chunk as a function of history and chunk length.
-
-Note [What a chunk costs]
-For a dense decoder the time of a chunk of x tokens behind L cached ones starts from
-
-    t(L, x) = c + g L + b x + a (2 L + x) x          (ms; L and x in tokens)
-
-c: launches and weight reads; b: the projections; a: causal attention, whose work is the area
-(2 L x + x^2) / 2; g: reading the history. Engines run another attention kernel once there is
-history, so b may be larger there. Real devices bend this in two more places. Short forwards are
-bound by the host launching kernels, so t has a floor. And kernels run in tiles and waves: the
-matrix products see x rounded up to a tile, and attention sees it rounded up to the number of query
-rows that fill the device once (on an H100 with FlashAttention-2, 128-row blocks, 2 a
-multiprocessor, 32 heads: 132 * 2 * 128 / 32 = 1,056 tokens; a half-filled wave takes half), which
-makes short chunks behind a long history a staircase. Both the tile and the wave are found from the
-samples, not from a device table.
-
-So there are nested forms, from two terms to a table over x, each with non-negative terms that do
-not fall with x: every form is monotone by construction. Which one is used is decided by
-cross-validated error; a simpler form wins unless a richer one is clearly better.
-Residuals are logarithms of ratios, so a 20 ms chunk counts as much as a 200 ms one. The fit is
-SciPy's `least_squares` on the median of each point's repeats, with a soft-L1, then a Huber loss
-scaled by the median absolute residual; samples far outside are set aside with the reason in the
-report.
-"""
+"""Latency of a prefill chunk as a function of history and chunk length."""
 
 from __future__ import annotations
 
@@ -33,28 +9,26 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from pystage.pp.profile import Profile, Sample, samples_from_json, samples_to_json
-
-if TYPE_CHECKING:
-    from types import ModuleType
+from pystage.pp.fitting import (
+    Data,
+    Repeats,
+    cross_validate,
+    find_tile_and_wave,
+    fit_form,
+    jackknife,
+    knots_of,
+    simplest_as_good,
+)
+from pystage.pp.fitting import scipy_optimize as scipy_optimize  # noqa: PLC0414
+from pystage.pp.forms import FORMS, Floats, Form
+from pystage.pp.samples import Profile, Sample, samples_from_json, samples_to_json
 
 logger = logging.getLogger(__name__)
-
-Floats = NDArray[np.float64]
-
-FORMS = ("linear", "law", "waves", "table")
-"""Simplest first; the order breaks ties."""
-
-_TILES = (1, 64, 128, 256)
-_WAVES = tuple(round(64 * 2 ** (i / 6)) for i in range(12, 37))  # 256 to 4,096 tokens
-_SHARPNESS = 12.0  # of the soft maximum with the launch floor: 6 % above both where they cross
-_FOLDS = 5
-_REJECT_RATIO = 1.35  # nothing closer to the fit than this factor is called an outlier
 
 
 class FitError(ValueError):
@@ -69,67 +43,6 @@ class QualityGate:
     max_holdout_p95: float = 0.60
     max_rejected: float = 0.34
     min_samples: int = 10
-
-
-@dataclass(frozen=True)
-class Form:
-    """One form with its coefficients. `knots` in tokens, only for the table."""
-
-    name: str
-    coefficients: tuple[float, ...] = ()
-    floor_ms: float = 0.0
-    tile: int = 1
-    wave: int = 1
-    knots: tuple[float, ...] = ()
-
-    def terms(self) -> list[str]:
-        if self.name == "linear":
-            return ["1", "x"]
-        if self.name == "law":
-            return ["1", "L", "x", "x behind L", "(2L+x)x"]
-        if self.name == "waves":
-            return [
-                *("1", "L", "x", "x behind L", "x up to tile"),
-                *("(2L+x)x", "(2L+x)(x up to wave)"),
-            ]
-        ramps = range(len(self.knots) + 1)
-        return [
-            *("1", "L", "x behind L"),
-            *(f"ramp{i}" for i in ramps),
-            *(f"(2L+x)ramp{i}" for i in ramps),
-            "(2L+x)(x up to wave)",
-        ]
-
-    def design(self, history: Floats, chunk: Floats) -> Floats:
-        """One column a term, [n, terms]."""
-        one = np.ones_like(chunk)
-        if self.name == "linear":
-            return np.stack([one, chunk], axis=1)
-        area = 2.0 * history + chunk
-        behind = np.where(history > 0, chunk, 0.0)
-        if self.name == "law":
-            return np.stack([one, history, chunk, behind, area * chunk], axis=1)
-        tiled = np.ceil(chunk / self.tile) * self.tile
-        waved = area * (np.ceil(tiled / self.wave) * self.wave)  # blocks of rows fill the waves
-        if self.name == "waves":
-            return np.stack([one, history, chunk, behind, tiled, area * chunk, waved], axis=1)
-        edges = np.array([0.0, *self.knots, np.inf])
-        lower, width = edges[:-1], np.diff(edges)
-        ramps = np.clip(tiled[:, None] - lower, 0.0, width)
-        plain = np.clip(chunk[:, None] - lower, 0.0, width)
-        return np.column_stack([one, history, behind, ramps, area[:, None] * plain, waved])
-
-    def predict(self, history: Floats, chunk: Floats) -> Floats:
-        body = self.design(history, chunk) @ np.asarray(self.coefficients)
-        return _soft_max(body, self.floor_ms)
-
-
-def _soft_max(body: Floats, floor: float) -> Floats:
-    if floor <= 0.0:
-        return body
-    high = np.maximum(body, floor)
-    low = np.minimum(body, floor)
-    return np.asarray(high * (1.0 + (low / high) ** _SHARPNESS) ** (1.0 / _SHARPNESS))
 
 
 @dataclass(frozen=True)
@@ -171,7 +84,7 @@ class _Live:
 
 
 class LatencyModel:
-    """Predicts chunk latency in ms. See Note [What a chunk costs].
+    """Predicts chunk latency in ms. See Note [What a chunk costs] in forms.py.
 
     Reading (`predict`) is safe from any thread; `update` must be called from one at a time.
     """
@@ -179,9 +92,18 @@ class LatencyModel:
     REFIT_EVERY = 32
     """Reported chunks between two attempts at a refit."""
 
-    def __init__(self, form: Form, report: FitReport, samples: Sequence[Sample]) -> None:
+    def __init__(
+        self,
+        form: Form,
+        report: FitReport,
+        samples: Sequence[Sample],
+        committee: Sequence[Form] = (),
+    ) -> None:
         self.form = form
         self.report = report
+        self.committee = tuple(committee)
+        """The fits without a fifth of the points each: how far they differ is how far the samples
+        leave a prediction open."""
         self._samples = tuple(samples)
         self._live = _Live()
 
@@ -226,17 +148,17 @@ class LatencyModel:
             raise FitError(f"{len(kept)} samples: at least 4 are needed")
         if not all(math.isfinite(s.latency_ms) and s.latency_ms > 0 for s in kept):
             raise FitError("a sample's latency is not a positive number")
-        points = _Point.of(kept)
-        data = _Data.of_points(points)
+        points = Repeats.of(kept)
+        data = Data.of_points(points)
 
         # A form with more than half as many terms as samples cannot be told from noise.
         names = [name for name in FORMS if name in forms]
-        few = [n for n in names if len(points) >= 2 * len(Form(n, knots=_knots(data)).terms())]
-        left_out = _left_out_errors(optimize, few or names[:1], data, seed)
+        few = [n for n in names if len(points) >= 2 * len(Form(n, knots=knots_of(data)).terms())]
+        left_out, fits = cross_validate(optimize, few or names[:1], data, seed)
         capped = {n: np.minimum(np.abs(errors), 0.3) for n, errors in left_out.items()}
-        name = _simplest_as_good(capped)
-        pair = _find_tile_and_wave(optimize, data) if name in ("waves", "table") else (1, 1)
-        form, used, scale = _fit_form(optimize, name, data, pair)
+        name = simplest_as_good(capped)
+        pair = find_tile_and_wave(optimize, data) if name in ("waves", "table") else (1, 1)
+        form, used, scale = fit_form(optimize, name, data, pair)
         errors = np.abs(np.expm1(left_out[name][used]))
         measured = bool(np.isfinite(errors).all())
         residual = np.log(data.ms) - np.log(form.predict(data.history, data.chunk))
@@ -265,7 +187,7 @@ class LatencyModel:
         )
         if reason := _gate_reason(report, gate):
             report = replace(report, usable=False, reason=reason)
-        return cls(form, report, kept)
+        return cls(form, report, kept, fits[name])
 
     # --- use ---------------------------------------------------------------------------------
 
@@ -278,9 +200,22 @@ class LatencyModel:
         ms = self.form.predict(history.ravel(), chunk.ravel()).reshape(history.shape)
         return float(ms) if ms.ndim == 0 else ms
 
+    def uncertainty(self, history_len: ArrayLike, chunk_len: ArrayLike) -> Any:
+        """Relative standard error of `predict` there, by how the fits without a fifth of the
+        points differ (a jackknife): 0.05 is 5 %. Zero for a model without such fits."""
+        history, chunk = np.broadcast_arrays(
+            np.asarray(history_len, dtype=np.float64), np.asarray(chunk_len, dtype=np.float64)
+        )
+        if not self.committee:
+            error = np.zeros(history.shape)
+        else:
+            logs = np.log([f.predict(history.ravel(), chunk.ravel()) for f in self.committee])
+            error = jackknife(logs).reshape(history.shape)
+        return float(error) if error.ndim == 0 else error
+
     def errors(self, samples: Iterable[Sample]) -> Floats:
         """log(measured / predicted) of each sample: 0.03 is 3 % slower than predicted."""
-        data = _Data.of(tuple(samples))
+        data = Data.of(tuple(samples))
         ratio = data.ms / self.form.predict(data.history, data.chunk)
         return np.asarray(np.log(ratio), dtype=np.float64)
 
@@ -314,8 +249,8 @@ class LatencyModel:
         held = tuple(self._live.holdout)
         pool = self._samples + tuple(self._live.fit)
         pair = (self.form.tile, self.form.wave)
-        data = _Data.of_points(_Point.of(pool))
-        form, _, _ = _fit_form(scipy_optimize(), self.form.name, data, pair)
+        data = Data.of_points(Repeats.of(pool))
+        form, _, _ = fit_form(scipy_optimize(), self.form.name, data, pair)
         candidate = LatencyModel(form, self.report, ())
         old, new = np.abs(self.errors(held)), np.abs(candidate.errors(held))
         better = np.median(new) < np.median(old)
@@ -350,6 +285,7 @@ class LatencyModel:
         return {
             "version": 1,
             "form": asdict(self.form),
+            "committee": [asdict(form) for form in self.committee],
             "report": report,
             "samples": samples_to_json(self._samples),
         }
@@ -358,14 +294,16 @@ class LatencyModel:
     def from_json(cls, data: dict[str, Any]) -> LatencyModel:
         if data.get("version") != 1:
             raise ValueError(f"unknown latency model version {data.get('version')!r}, 1 is known")
-        form = dict(data["form"])
-        form["coefficients"] = tuple(form["coefficients"])
-        form["knots"] = tuple(form["knots"])
         report = dict(data["report"])
         report["rejected"] = tuple(
             (samples_from_json([row])[0], str(why)) for row, why in report["rejected"]
         )
-        return cls(Form(**form), FitReport(**report), samples_from_json(data["samples"]))
+        return cls(
+            Form.from_json(data["form"]),
+            FitReport(**report),
+            samples_from_json(data["samples"]),
+            [Form.from_json(form) for form in data.get("committee", ())],
+        )
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
@@ -374,68 +312,6 @@ class LatencyModel:
     def load(cls, path: str | Path) -> LatencyModel:
         """Needs no SciPy: a saved model predicts with NumPy alone."""
         return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-
-
-def scipy_optimize() -> ModuleType:
-    """What the fit needs; ImportError says how to get it."""
-    try:
-        from scipy import optimize
-    except ImportError as error:
-        raise ImportError(
-            "fitting a latency model needs SciPy: pip install 'pystage-h2d[pp]'"
-        ) from error
-    return optimize  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class _Point:
-    """All samples of one (history, chunk). The fit sees their centre, with the square root of their
-    number as weight: against noise they should count in full, but the points that are measured
-    again are those that fit worst, and would bend it."""
-
-    centre: Sample
-    repeats: tuple[Sample, ...]
-    slow: tuple[Sample, ...]
-    """Far over the fastest: something else ran, or a kernel was loaded."""
-
-    @classmethod
-    def of(cls, samples: Iterable[Sample]) -> list[_Point]:
-        points: dict[tuple[int, int], list[Sample]] = {}
-        for sample in samples:
-            points.setdefault((sample.history_len, sample.chunk_len), []).append(sample)
-        return [cls._of_one(repeats) for repeats in points.values()]
-
-    @classmethod
-    def _of_one(cls, repeats: list[Sample]) -> _Point:
-        limit = _REJECT_RATIO * min(s.latency_ms for s in repeats)
-        near = tuple(s for s in repeats if s.latency_ms <= limit)
-        centre = replace(near[0], latency_ms=float(np.median([s.latency_ms for s in near])))
-        return cls(centre, near, tuple(s for s in repeats if s.latency_ms > limit))
-
-
-@dataclass(frozen=True)
-class _Data:
-    history: Floats
-    chunk: Floats
-    ms: Floats
-    weight: Floats
-
-    @classmethod
-    def of(cls, samples: Sequence[Sample]) -> _Data:
-        return cls(
-            np.array([s.history_len for s in samples], dtype=np.float64),
-            np.array([s.chunk_len for s in samples], dtype=np.float64),
-            np.array([s.latency_ms for s in samples], dtype=np.float64),
-            np.ones(len(samples)),
-        )
-
-    @classmethod
-    def of_points(cls, points: Sequence[_Point]) -> _Data:
-        data = cls.of([p.centre for p in points])
-        return replace(data, weight=np.sqrt([float(len(p.repeats)) for p in points]))
-
-    def pick(self, mask: NDArray[np.bool_]) -> _Data:
-        return _Data(self.history[mask], self.chunk[mask], self.ms[mask], self.weight[mask])
 
 
 def _gate_reason(report: FitReport, gate: QualityGate) -> str:
@@ -449,153 +325,3 @@ def _gate_reason(report: FitReport, gate: QualityGate) -> str:
     if not report.holdout_p95 <= gate.max_holdout_p95:
         return f"p95 error {report.holdout_p95:.0%} over {gate.max_holdout_p95:.0%}"
     return ""
-
-
-def _folds(data: _Data, seed: int) -> NDArray[np.int64]:
-    """A fold per sample; repeats of one point share theirs, else they would predict each other."""
-    points, which = np.unique(np.stack([data.history, data.chunk]), axis=1, return_inverse=True)
-    order = np.random.default_rng(seed).permutation(points.shape[1])
-    return np.asarray((order % _FOLDS)[which.ravel()], dtype=np.int64)
-
-
-def _left_out_errors(
-    optimize: ModuleType, names: Sequence[str], data: _Data, seed: int
-) -> dict[str, Floats]:
-    """By form: log(measured / predicted), each sample predicted by a fit without its point."""
-    folds = _folds(data, seed)
-    # Infinite where nothing could be held out: all samples at one point.
-    errors = {name: np.full_like(data.ms, np.inf) for name in names}
-    for fold in range(_FOLDS):
-        test = folds == fold
-        if not test.any() or test.all():
-            continue
-        train, seen = data.pick(~test), data.pick(test)
-        pair = _find_tile_and_wave(optimize, train) if {"waves", "table"} & set(names) else (1, 1)
-        for name in names:
-            form, _, _ = _fit_form(optimize, name, train, pair)
-            errors[name][test] = np.log(seen.ms) - np.log(form.predict(seen.history, seen.chunk))
-    return errors
-
-
-def _simplest_as_good(errors: dict[str, Floats]) -> str:
-    """The first form whose errors are within one standard error of the best form's, paired."""
-    best = errors[min(errors, key=lambda name: float(errors[name].mean()))]
-
-    def as_good(name: str) -> bool:
-        gap = errors[name] - best
-        return bool(gap.mean() <= gap.std() / math.sqrt(gap.size) + 5e-4)
-
-    return next(name for name in errors if as_good(name))
-
-
-def _knots(data: _Data) -> tuple[float, ...]:
-    low, high = float(data.chunk.min()), float(data.chunk.max())
-    if high <= low:
-        return ()
-    return tuple(float(k) for k in np.geomspace(low, high, 5)[:-1])
-
-
-def _fit_form(
-    optimize: ModuleType, name: str, data: _Data, pair: tuple[int, int]
-) -> tuple[Form, NDArray[np.bool_], float]:
-    """The fitted form, which samples it rests on, and the noise (relative, one sigma)."""
-    everything = np.ones(data.ms.shape, dtype=np.bool_)
-    form = Form(name, tile=pair[0], wave=pair[1], knots=_knots(data) if name == "table" else ())
-    form = _solve(optimize, form, data, "soft_l1", 0.1)
-    used, scale = everything, 0.0
-    for _ in range(2):
-        residual = np.log(data.ms) - np.log(form.predict(data.history, data.chunk))
-        scale = max(1.4826 * float(np.median(np.abs(residual[used]))), 1e-3)
-        used = np.abs(residual) <= max(4.0 * scale, math.log(_REJECT_RATIO))
-        if used.sum() < min(4, data.ms.size):
-            return form, everything, scale
-        form = _solve(optimize, form, data.pick(used), "huber", 1.345 * scale)
-    return form, used, scale
-
-
-def _find_tile_and_wave(optimize: ModuleType, data: _Data) -> tuple[int, int]:
-    """The pair whose linear fit, by non-negative least squares, leaves the least relative error.
-
-    Weights of 1 / measured bound what a spike can add, so a spike does not choose the pair.
-    """
-    ones = np.ones_like(data.ms)
-
-    def cost(pair: tuple[int, int]) -> float:
-        form = Form("waves", tile=pair[0], wave=pair[1])
-        design = form.design(data.history, data.chunk) / data.ms[:, None]
-        norms = np.linalg.norm(design, axis=0)
-        coefficients, _ = optimize.nnls(design / norms, ones)
-        left = np.abs(design / norms @ coefficients - 1.0)
-        return float((data.weight * np.minimum(left, 0.3)).sum())
-
-    # Ascending, so that of waves the samples cannot tell apart the shortest is taken: a chunk just
-    # below an edge costs little, one just above it a whole wave.
-    coarse = min((1, *_WAVES), key=lambda wave: cost((128, wave)))
-    near = (coarse + offset for offset in range(-(coarse // 10), coarse // 10 + 1, 32))
-    wave = min(sorted({coarse, *near}), key=lambda wave: cost((128, wave)))
-    return min(((tile, wave) for tile in _TILES), key=cost)
-
-
-def _solve(optimize: ModuleType, form: Form, data: _Data, loss: str, f_scale: float) -> Form:
-    """Robust bounded least squares on log ratios; the launch floor is one more parameter.
-
-    Starts from the form's coefficients if it has any."""
-    raw = form.design(data.history, data.chunk)
-    norms = np.linalg.norm(raw / data.ms[:, None], axis=0)
-    norms[norms == 0.0] = 1.0
-    design = raw / norms
-    log_ms = np.log(data.ms)
-    weight = np.sqrt(data.weight)  # of a residual, for the loss squares it
-    with_floor = form.name != "linear"
-
-    def body_and_time(p: Floats) -> tuple[Floats, Floats]:
-        body = design @ p[: design.shape[1]] + 1e-9
-        return body, _soft_max(body, float(p[-1]) if with_floor else 0.0)
-
-    def residuals(p: Floats) -> Floats:
-        return np.asarray(weight * (np.log(body_and_time(p)[1]) - log_ms), dtype=np.float64)
-
-    def jacobian(p: Floats) -> Floats:
-        body, ms = body_and_time(p)
-        out = design * ((body / ms) ** (_SHARPNESS - 1.0) / ms)[:, None]
-        if with_floor:
-            out = np.column_stack([out, (p[-1] / ms) ** (_SHARPNESS - 1.0) / ms])
-        return np.asarray(weight[:, None] * out, dtype=np.float64)
-
-    if form.coefficients:
-        starts = [np.append(np.multiply(form.coefficients, norms), form.floor_ms)]
-        starts[0] = starts[0][: design.shape[1] + with_floor]
-    else:
-        starts = _starts(optimize, design, data.ms, with_floor)
-    solutions = [
-        optimize.least_squares(
-            residuals,
-            np.maximum(p0, 1e-6),
-            jac=jacobian,
-            bounds=(0.0, np.inf),
-            loss=loss,
-            f_scale=f_scale,
-            max_nfev=60,
-        )
-        for p0 in starts
-    ]
-    best = min(solutions, key=lambda s: float(s.cost))
-    found = np.asarray(best.x, dtype=np.float64)
-    floor = float(found[-1]) if with_floor else 0.0
-    coefficients = found[: design.shape[1]] / norms
-    return replace(form, coefficients=tuple(float(v) for v in coefficients), floor_ms=floor)
-
-
-def _starts(optimize: ModuleType, design: Floats, ms: Floats, with_floor: bool) -> list[Floats]:
-    """The plain relative fit of all samples with a floor below them, and that of the samples well
-    above the fastest ones with the floor there."""
-    plain, _ = optimize.nnls(design / ms[:, None], np.ones_like(ms))
-    if not with_floor:
-        return [plain]
-    quick = float(np.sort(ms)[min(2, ms.size - 1)])
-    starts = [np.append(plain, 0.2 * quick)]
-    above = ms > 1.3 * quick
-    if above.sum() > design.shape[1]:
-        upper, _ = optimize.nnls(design[above] / ms[above, None], np.ones(int(above.sum())))
-        starts.append(np.append(upper, quick))
-    return starts

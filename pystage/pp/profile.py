@@ -14,21 +14,20 @@ import logging
 import math
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from pystage.pp.model import LatencyModel
+from pystage.pp.model import LatencyModel, QualityGate
+from pystage.pp.samples import Point, Profile, Sample, Timing
+from pystage.pp.samples import samples_to_json as samples_to_json  # noqa: PLC0414
+from pystage.pp.sizer import ChunkSizer
 
 logger = logging.getLogger(__name__)
-
-Point = tuple[int, int]
-"""(history_len, chunk_len), both in tokens."""
 
 # Kronecker sequence on the plastic number: an even cover of the unit square for any prefix, so a
 # profile that is cut short by its budget has still seen the whole region.
@@ -51,86 +50,7 @@ class Step(Protocol):
     def __call__(self, history_len: int, chunk_len: int, /) -> object: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """One timed forward, in ms. `latency_ms` is device time where there is a device clock."""
-
-    latency_ms: float
-    host_ms: float
-
-
 Timer = Callable[[Callable[[], object]], Timing]
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One measured chunk: lengths in tokens, times in ms."""
-
-    history_len: int
-    chunk_len: int
-    latency_ms: float
-    host_ms: float = math.nan
-
-    def __post_init__(self) -> None:
-        if self.history_len < 0 or self.chunk_len <= 0:
-            raise ValueError(f"impossible lengths in {self}: history >= 0 and chunk > 0 are needed")
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What a profiling run measured, and what it cost. Iterates over its samples."""
-
-    samples: tuple[Sample, ...]
-    forwards: int
-    """Forwards run in all, warm-up and repeats included."""
-    seconds: float
-    """Wall time of the whole run."""
-    stop_reason: str
-    warmup_ms: tuple[float, ...] = ()
-    skipped: tuple[Point, ...] = ()
-    """Points given up because the device ran out of memory there."""
-
-    def __iter__(self) -> Iterator[Sample]:
-        return iter(self.samples)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "samples": samples_to_json(self.samples),
-            "forwards": self.forwards,
-            "seconds": self.seconds,
-            "stop_reason": self.stop_reason,
-            "warmup_ms": list(self.warmup_ms),
-            "skipped": [list(p) for p in self.skipped],
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Profile:
-        return cls(
-            samples=samples_from_json(data["samples"]),
-            forwards=int(data["forwards"]),
-            seconds=float(data["seconds"]),
-            stop_reason=str(data["stop_reason"]),
-            warmup_ms=tuple(float(v) for v in data["warmup_ms"]),
-            skipped=tuple((int(h), int(c)) for h, c in data["skipped"]),
-        )
-
-
-def samples_to_json(samples: Sequence[Sample]) -> list[list[float | None]]:
-    """Rows of [history_len, chunk_len, latency_ms, host_ms]; an unknown host time is null."""
-    return [
-        [s.history_len, s.chunk_len, s.latency_ms, s.host_ms if math.isfinite(s.host_ms) else None]
-        for s in samples
-    ]
-
-
-def samples_from_json(rows: Sequence[Sequence[Any]]) -> tuple[Sample, ...]:
-    return tuple(
-        Sample(int(h), int(c), float(ms), math.nan if host is None else float(host))
-        for h, c, ms, host in rows
-    )
 
 
 @dataclass(frozen=True)
@@ -348,8 +268,6 @@ class _Run:
 
     def fit(self) -> LatencyModel:
         """The model of the samples so far; without the costliest form, this is between forwards."""
-        from pystage.pp.model import LatencyModel, QualityGate
-
         if self.fitted is None or len(self.fitted.samples) != len(self.samples):
             self.fitted = LatencyModel._fit(
                 self.samples, ("linear", "law", "waves"), QualityGate(), seed=0
@@ -365,8 +283,6 @@ class _Run:
     def on_policy_points(self) -> Iterator[Point]:
         """Where a sizer would go, and both sides of the edges it stops at: there a misplaced edge
         costs a whole wave, and one measurement moves it."""
-        from pystage.pp.sizer import ChunkSizer
-
         plan = self.plan
         if len(self.samples) < 2 * plan.check_every or not plan.on_policy:
             return

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from pystage.pp.profile import Profile
+from pystage.pp.samples import Profile
 
 
 class RemoteProfileError(RuntimeError):

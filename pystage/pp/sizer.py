@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pystage.pp.choice import Choice, Planner, Question, TimeChunks, cheapest_covers
+from pystage.pp.makespan import makespan
+from pystage.pp.makespan import simulate_pipeline as simulate_pipeline  # noqa: PLC0414
 from pystage.pp.model import LatencyModel
 
 logger = logging.getLogger(__name__)
@@ -144,27 +147,72 @@ class ChunkSizer:
         history = np.arange(cells) * grain
         ms = self.model.predict(history[:, None], sizes * grain)
         caps = np.geomspace(ms[:, 0].max(), ms.max(), 24)
-        cost = np.full((caps.size, cells + 1), np.inf)
-        cost[:, 0] = 0.0
-        came_from = np.zeros((caps.size, cells + 1), dtype=np.int64)
-        for cell in range(cells):
-            # The last chunk may be shorter than its size: what lies beyond the prompt is cut off.
-            ends = np.minimum(cell + sizes, cells)
-            total = np.where(ms[cell] <= caps[:, None] * 1.0001, ms[cell] + cost[:, [cell]], np.inf)
-            keep = slice(0, int(np.searchsorted(ends, cells)) + 1)
-            ends, total = ends[keep], total[:, keep]
-            better = total < cost[:, ends]
-            cost[:, ends] = np.where(better, total, cost[:, ends])
-            came_from[:, ends] = np.where(better, cell, came_from[:, ends])
-        best = int(np.argmin(cost[:, -1] + (ranks - 1) * caps))
-        chunks: list[int] = []
-        cell = cells
-        while cell:
-            before = int(came_from[best, cell])
-            chunks.append((cell - before) * grain)
-            cell = before
-        chunks[0] -= cells * grain - prompt_len
-        return chunks[::-1]
+        plans = []
+        for cover in cheapest_covers(ms, sizes, caps):
+            chunks = [size * grain for size in cover]
+            chunks[-1] -= cells * grain - prompt_len
+            plans.append((makespan(self._times(chunks), [1.0] * ranks), chunks))
+        return min(plans, key=lambda plan: plan[0])[1]
+
+    def choose(
+        self,
+        prompt_len: int,
+        ranks: int,
+        *,
+        time: TimeChunks | None = None,
+        budget: int = 64,
+        stage_factors: Sequence[float] | None = None,
+        overhead_ms: float = 0.0,
+    ) -> Choice:
+        """The plan for one prompt alone: a fixed size, unless another is clearly faster.
+
+        Args:
+            prompt_len: tokens.
+            ranks: pipeline stages.
+            time: runs chunks on the engine, given as (history_len, chunk_len), and returns the ms
+                of each. With it the finalists are timed; without it predictions alone decide, and
+                a plan must gain more.
+            budget: most forwards for that.
+            stage_factors: time of each stage as a multiple of the model's, [ranks]; default all 1.
+            overhead_ms: what the engine adds to each chunk on each stage.
+
+        See Note [The best of many predictions]. The base size is one of the candidates; `smooth`
+        does not matter. 0.1 to 1 s of host time.
+        """
+        if ranks < 1:
+            raise ValueError(f"ranks={ranks} must be positive")
+        if not 0 < prompt_len <= self.context_len:
+            raise ValueError(f"prompt_len={prompt_len} must be in 1..{self.context_len}")
+        factors = tuple(stage_factors) if stage_factors is not None else (1.0,) * ranks
+        if len(factors) != ranks or not all(f > 0 for f in factors):
+            raise ValueError(f"stage_factors={stage_factors}: {ranks} positive numbers are needed")
+        if not overhead_ms >= 0:
+            raise ValueError(f"overhead_ms={overhead_ms} must not be negative")
+        question = Question(
+            prompt_len,
+            factors,
+            overhead_ms,
+            self.page_size,
+            smallest=min(self._floor, self.base_chunk),
+            largest=max(self._cap, self.base_chunk),
+            base=self.base_chunk,
+        )
+        planner = Planner(self.model, question)
+        if not self._usable():
+            base = planner.fixed(self.base_chunk)
+            why = f"the latency model is not usable: {self.model.report.reason}"
+            return Choice(
+                "static",
+                base.chunks,
+                base.total,
+                self.base_chunk,
+                base.total,
+                base.total,
+                0,
+                0,
+                why,
+            )
+        return planner.choose(time, budget)
 
     def _usable(self) -> bool:
         report = self.model.report
@@ -231,27 +279,3 @@ def _up(value: int, step: int) -> int:
 def _histories(chunks: Sequence[int]) -> NDArray[np.int64]:
     sizes = np.asarray(chunks, dtype=np.int64)
     return np.cumsum(sizes) - sizes
-
-
-def simulate_pipeline(
-    stage_ms: Sequence[Sequence[float]], transfer_ms: Sequence[float] | None = None
-) -> float:
-    """Time in ms until the last stage has finished the last chunk.
-
-    `stage_ms[s][i]` is the time of chunk i on stage s, `transfer_ms[i]` that of its hidden states
-    between two stages. A stage starts a chunk when it is done with the one before and the hidden
-    states are there; transfers overlap with compute.
-    """
-    times = np.asarray(stage_ms, dtype=np.float64)
-    if times.ndim != 2 or times.size == 0:
-        raise ValueError(f"stage_ms must be stages x chunks, got shape {times.shape}")
-    hops = np.zeros(times.shape[1]) if transfer_ms is None else np.asarray(transfer_ms, np.float64)
-    arrived = np.zeros(times.shape[1])
-    for stage, row in enumerate(times):
-        if stage:
-            arrived = arrived + hops
-        done = 0.0
-        for i, ms in enumerate(row):
-            done = max(done, arrived[i]) + ms
-            arrived[i] = done
-    return float(arrived[-1])

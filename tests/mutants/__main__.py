@@ -108,7 +108,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "pystage/trace.py": ("pytest tests/test_trace.py", "pytest tests/test_cli.py"),
     "pystage/cli.py": ("pytest tests/test_cli.py tests/test_doctor.py",),
     "pystage/doctor.py": ("pytest tests/test_doctor.py",),
+    "pystage/pp/forms.py": (f"{MODEL} {QUICK_FITS}", f"{MODEL} {SLOW_FITS}"),
+    "pystage/pp/fitting.py": (f"{MODEL} {QUICK_FITS}", f"{MODEL} {SLOW_FITS}"),
     "pystage/pp/model.py": (f"{MODEL} {QUICK_FITS}", f"{MODEL} {SLOW_FITS}"),
+    "pystage/pp/makespan.py": ("pytest tests/test_pp_sizer.py -k 'simulation or stages'",),
+    "pystage/pp/choice.py": ("pytest tests/test_pp_sizer.py tests/test_pp_choice.py",),
+    "pystage/pp/samples.py": ("pytest tests/test_pp_profile.py -k 'not importing'",),
     "pystage/pp/sizer.py": (
         "pytest tests/test_pp_sizer.py -k 'not plans_cover_any'",
         "pytest tests/test_pp_sizer.py -k plans_cover_any",

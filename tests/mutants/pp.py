@@ -5,6 +5,30 @@ from __future__ import annotations
 from . import M, Mutants
 
 MUTANTS: Mutants = {
+    "pystage/pp/forms.py": {
+        "predict-drops-floor": M("return soft_max(body, self.floor_ms)", "return body"),
+        "area-without-history": M("area = <|2.0 * history + |>chunk", ""),
+        "behind-everywhere": M("np.where(history <|>|> 0, chunk, 0.0)", ">="),
+        "wave-floors": M("waved = area * (np.<|ceil|>(tiled / self.wave)", "floor"),
+    },
+    "pystage/pp/fitting.py": {
+        "holdout-fits-on-all": M(
+            "train, seen = data.pick(<|~test|>), data.pick(test)", "test | True"
+        ),
+        "holdout-repeats-split": M(
+            "return np.asarray(<|(order % _FOLDS)[which.ravel()]|>, dtype=np.int64)",
+            "np.arange(data.ms.size) % _FOLDS",
+        ),
+        "point-slow-kept": M(
+            "near = tuple(s for s in repeats if s.latency_ms <= limit)", "near = tuple(repeats)"
+        ),
+        "point-slow-forgotten": M("tuple(s for s in repeats if s.latency_ms > limit))", "())"),
+        "outliers-kept": M(
+            "used = np.abs(residual) <= max(4.0 * scale, math.log(_REJECT_RATIO))",
+            "used = everything",
+        ),
+        "floor-not-fitted": M('with_floor = form.name <|!=|> "linear"', "=="),
+    },
     "pystage/pp/model.py": {
         "gate-min-samples-off": M("if report.samples_used < gate.min_samples:", "if False:"),
         "gate-min-samples-one-off": M(
@@ -25,13 +49,6 @@ MUTANTS: Mutants = {
         "report-p95-is-median": M("np.percentile(errors, <|95|>)) if measured", "50"),
         "usable-in-spite": M(
             "report = replace(report, <|usable=False|>, reason=reason)", "usable=True"
-        ),
-        "holdout-fits-on-all": M(
-            "train, seen = data.pick(<|~test|>), data.pick(test)", "test | True"
-        ),
-        "holdout-repeats-split": M(
-            "return np.asarray(<|(order % _FOLDS)[which.ravel()]|>, dtype=np.int64)",
-            "np.arange(data.ms.size) % _FOLDS",
         ),
         "live-holdout-is-fitted": M(
             "pool = self._samples + tuple(self._live.fit)",
@@ -77,25 +94,12 @@ MUTANTS: Mutants = {
             "self.form.predict(<|history.ravel(), chunk.ravel()|>)",
             "chunk.ravel(), history.ravel()",
         ),
-        "predict-drops-floor": M("return _soft_max(body, self.floor_ms)", "return body"),
-        "area-without-history": M("area = <|2.0 * history + |>chunk", ""),
-        "behind-everywhere": M("np.where(history <|>|> 0, chunk, 0.0)", ">="),
-        "wave-floors": M("waved = area * (np.<|ceil|>(tiled / self.wave)", "floor"),
         "errors-inverted": M(
             "ratio = data.ms / self.form.predict(data.history, data.chunk)",
             "ratio = self.form.predict(data.history, data.chunk) / data.ms",
         ),
-        "point-slow-kept": M(
-            "near = tuple(s for s in repeats if s.latency_ms <= limit)", "near = tuple(repeats)"
-        ),
-        "point-slow-forgotten": M("tuple(s for s in repeats if s.latency_ms > limit))", "())"),
-        "outliers-kept": M(
-            "used = np.abs(residual) <= max(4.0 * scale, math.log(_REJECT_RATIO))",
-            "used = everything",
-        ),
         "rejected-not-reported": M("for i in np.flatnonzero(<|~used|>)", "~(used | True)"),
         "samples-used-all": M("samples_used=len(kept)<| - len(rejected)|>,", ""),
-        "floor-not-fitted": M('with_floor = form.name <|!=|> "linear"', "=="),
         "json-drops-samples": M('"samples": <|samples_to_json(self._samples)|>,', "[]"),
         "json-any-version": M('if data.get("version") != 1:', "if False:"),
         "warning-lost": M(
@@ -134,15 +138,14 @@ MUTANTS: Mutants = {
         ),
         "plan-unusable-rest-zero": M("[rest] * <|bool(rest)|>", "1"),
         "plan-first-stretch-only": M("if plans[-1][0] <= _EVEN:", "if True:"),
-        "plan-least-even": M("return <|min|>(plans, key=lambda plan: plan[0])[1]", "max"),
+        "plan-least-even": M(
+            "return <|min(plans, key=lambda plan: plan[0])[1]|>\n\n    def _fewest", "max(plans)[1]"
+        ),
+        "fastest-last-cut-elsewhere": M("chunks[<|-1|>] -= cells * grain - prompt_len", "0"),
         "plan-without-even-tail": M(
             "chunks = <|self._even_tail(self._fewest(prompt_len, self.target_ms * stretch))|>",
             "self._fewest(prompt_len, self.target_ms * stretch)",
         ),
-        "fastest-ranks-ignored": M("cost[:, -1] + <|(ranks - 1) * caps|>", "0 * caps"),
-        "fastest-last-cut-elsewhere": M("chunks[<|0|>] -= cells * grain - prompt_len", "-1"),
-        "fastest-not-reversed": M("return chunks[::-1]", "return chunks"),
-        "fastest-ranks-zero": M("if ranks < <|1|>:", "0"),
         "usable-says-each-time": M("self._told = True", "pass"),
         "far-over-never": M(
             "if times[at] < _UNDER and at + 1 < times.size and times[at + 1] <= _FAR_OVER:",
@@ -180,18 +183,23 @@ MUTANTS: Mutants = {
             "",
         ),
         "histories-inclusive": M("return np.cumsum(sizes)<| - sizes|>", ""),
-        "pipeline-hop-everywhere": M(
-            """        if stage:
-            arrived = arrived + hops""",
-            "        arrived = arrived + hops",
-        ),
-        "pipeline-no-wait": M("done = <|max(done, arrived[i])|> + ms", "done"),
-        "pipeline-no-queue": M("done = <|max(done, arrived[i])|> + ms", "arrived[i]"),
-        "pipeline-first-chunk": M("return float(arrived[<|-1|>])", "0"),
     },
-    "pystage/pp/profile.py": {
+    "pystage/pp/makespan.py": {
+        "pipeline-hop-everywhere": M("        if <|stage|>:\n            arrived", "True"),
+        "pipeline-no-wait": M("np.maximum.accumulate(<|arrived|> - (ends - row))", "0 * arrived"),
+        "pipeline-no-queue": M("<|np.maximum.accumulate|>(arrived - (ends - row))", ""),
+        "pipeline-first-chunk": M("return float(arrived[<|-1|>])", "0"),
+        "makespan-ranks-ignored": M("ms.sum() + <|(len(factors) - 1)|> * ms.max()", "0"),
+    },
+    "pystage/pp/choice.py": {
+        "cover-not-reversed": M("plans.append(<|chunks[::-1]|>)", "chunks"),
+        "cover-last-not-cut": M("<|chunks[-1] -= sum(chunks) - q.prompt_len|>", "pass"),
+    },
+    "pystage/pp/samples.py": {
         "sample-negative-history": M("if <|self.history_len < 0 or |>self.chunk_len <= 0:", ""),
         "sample-empty-chunk": M("if self.history_len < 0 or self.chunk_len <|<=|> 0:", "<"),
+    },
+    "pystage/pp/profile.py": {
         "plan-without-points": M("if not self.points:", "if False:"),
         "plan-two-forwards": M("if self.max_forwards < <|3|>:", "1"),
         "spread-page-floor": M("size = <|max(align(chunk), page_size)|>", "int(chunk)"),

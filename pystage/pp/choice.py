@@ -1,0 +1,380 @@
+"""Which plan to run: fixed sizes, equal times, and cheapest covers, against each other.
+
+Note [The best of many predictions]
+The plan with the lowest predicted time is the one whose prediction errs most to the low side: of
+many candidates, and the more so the freer they are. Three things keep that in bounds. Candidates
+are covers made of a few sizes (eight an octave), not of any page. Each is judged by what the fits
+without a fifth of the samples say of it against the best fixed size: by how much it gains with all
+of them, less their disagreement, less a share of the model's hold-out error that grows with the
+freedom the plan had. And where the engine is at hand the finalists are timed: the forwards of each
+are spread over its chunks in proportion to their predicted time, which measures the ratio of its
+true work to the predicted one with few of them. What then is not clearly better than the best fixed
+size gives way to it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pystage.pp.fitting import jackknife
+from pystage.pp.forms import Floats
+from pystage.pp.makespan import makespan
+from pystage.pp.model import LatencyModel
+from pystage.pp.samples import Point
+
+TimeChunks = Callable[[Sequence[Point]], Sequence[float]]
+"""Runs each (history_len, chunk_len) on the engine as one forward; returns its ms."""
+
+_CAPS = 24
+_CELLS = 2048
+_PER_OCTAVE = 8
+_FREEDOM = {"fixed": 0.0, "steps": 0.1, "equal time": 0.15, "fastest": 0.3}
+"""Share of the hold-out error that a plan of the kind has to gain before it is believed."""
+_LEAST_GAIN = 0.002
+_SPIKE = 1.35  # a timing this far over the plan's median ratio counts as that far
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan for prompts of one length, and what speaks for it. Times in ms, sizes in tokens."""
+
+    kind: str
+    """"fixed", "steps" or "equal time" or "fastest"; "static" where the model is not usable."""
+    chunks: tuple[int, ...]
+    predicted_ms: float
+    """Time to first token of a lone prompt, as predicted, corrected by what was timed."""
+    fixed_size: int
+    """The best fixed size; `fixed_ms` is its time."""
+    fixed_ms: float
+    base_ms: float
+    """The time with chunks of the base size."""
+    error: float
+    """Standard error of `gain`."""
+    forwards: int
+    """Forwards spent on timing the finalists."""
+    why: str
+
+    @property
+    def gain(self) -> float:
+        """Part of the best fixed size's time that the plan saves: 0.02 is 2 %."""
+        return 1.0 - self.predicted_ms / self.fixed_ms if self.fixed_ms else 0.0
+
+    def size_at(self, history_len: int) -> int:
+        """The plan's chunk behind `history_len` tokens: up to the end of the chunk they end in, or
+        all of the next where that leaves less than half of a chunk."""
+        ends = list(itertools.accumulate(self.chunks))
+        at = min(bisect.bisect_right(ends, history_len), len(ends) - 1)
+        left = ends[at] - history_len
+        if 2 * left < self.chunks[at] and at + 1 < len(ends):
+            return left + self.chunks[at + 1]
+        return max(left, 0) or self.chunks[-1]
+
+    def __str__(self) -> str:
+        sizes = [f"{n} x {size:,}" for size, n in _runs(self.chunks)]
+        shown = ", ".join(sizes[:6]) + (", ..." if len(sizes) > 6 else "")
+        return (
+            f"{self.kind}: {self.predicted_ms:.1f} ms, {self.gain:+.1%} (+-{self.error:.1%}) "
+            f"of fixed {self.fixed_size:,} ({self.fixed_ms:.1f} ms), base {self.base_ms:.1f} ms; "
+            f"{self.why}; {shown}"
+        )
+
+
+def _runs(chunks: Sequence[int]) -> list[tuple[int, int]]:
+    return [(size, len(list(group))) for size, group in itertools.groupby(chunks)]
+
+
+@dataclass
+class Candidate:
+    """A plan and its times: predicted by the model, and by each member of its committee."""
+
+    kind: str
+    chunks: tuple[int, ...]
+    ms: Floats
+    total: float
+    """The makespan predicted."""
+    totals: Floats
+    """The makespans that the committee predicts, [members]."""
+    work: list[float] = field(default_factory=list)
+    slowest: list[float] = field(default_factory=list)
+    """log(measured / predicted) of timed chunks: spread over the work, and of the slowest ones."""
+    timed: float = 0.0
+    """The makespan after timing; `timed_error` is the standard error of its logarithm."""
+    timed_error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: a prompt over the stages of a pipeline, and the sizes that are allowed."""
+
+    prompt_len: int
+    factors: tuple[float, ...]
+    overhead_ms: float
+    page_size: int
+    smallest: int
+    largest: int
+    base: int
+
+    @property
+    def bubbles(self) -> float:
+        """How often the slowest chunk counts on top of all chunks."""
+        return sum(self.factors) / max(self.factors) - 1.0
+
+
+class Planner:
+    """Makes and judges the candidates for one question."""
+
+    def __init__(self, model: LatencyModel, question: Question) -> None:
+        self.model, self.q = model, question
+
+    # --- candidates --------------------------------------------------------------------------
+
+    def candidate(self, kind: str, chunks: Sequence[int]) -> Candidate:
+        sizes = np.asarray(chunks, dtype=np.float64)
+        history = np.cumsum(sizes) - sizes
+        forms = (self.model.form, *self.model.committee)
+        times = [form.predict(history, sizes) for form in forms]
+        totals = [makespan(ms, self.q.factors, self.q.overhead_ms) for ms in times]
+        return Candidate(kind, tuple(chunks), times[0], totals[0], np.array(totals[1:]))
+
+    def fixed(self, size: int) -> Candidate:
+        whole, rest = divmod(self.q.prompt_len, size)
+        return self.candidate("fixed", [size] * whole + [rest] * bool(rest))
+
+    def fixed_sizes(self) -> list[int]:
+        """Powers of two pages, and of tokens where those are whole pages; the base size."""
+        q = self.q
+        sizes = {q.page_size << k for k in range(32)} | {64 << k for k in range(32)}
+        most = max(q.smallest, min(q.largest, q.prompt_len))
+        return sorted(
+            {s for s in sizes if s % q.page_size == 0 and q.smallest <= s <= most} | {q.base}
+        )
+
+    def covers(self) -> Iterator[tuple[str, list[int]]]:
+        """Plans under caps on the time of a chunk: the largest size each time, of a finer and a
+        coarser ladder, and the cheapest cover."""
+        q = self.q
+        pages = -(-q.prompt_len // q.page_size)
+        grain = q.page_size * -(-pages // _CELLS)
+        cells = -(-q.prompt_len // grain)
+        ladder = _ladder(-(-q.smallest // grain), max(q.largest // grain, 1), _PER_OCTAVE)
+        sizes = np.array([s for s in ladder if s <= cells] or ladder[:1])
+        history = np.arange(cells) * grain
+        forms = self.model.committee or (self.model.form,)
+        at = np.repeat(history, sizes.size).astype(np.float64)
+        chunk = np.tile(sizes * grain, cells).astype(np.float64)
+        ms = sum((f.predict(at, chunk) for f in forms), np.zeros(at.shape)) / len(forms)
+        ms = ms.reshape(cells, sizes.size) + q.overhead_ms
+        caps = np.geomspace(ms[:, 0].max(), max(ms[:, 0].max() * 1.001, ms.max()), _CAPS)
+        coarse = np.isin(sizes, _ladder(int(sizes[0]), int(sizes[-1]), 2))
+        for cap in caps:
+            yield "equal time", _greedy(ms, sizes, cap, cells)
+            yield "steps", _greedy(ms[:, coarse], sizes[coarse], cap, cells)
+        for cells_of_plan in cheapest_covers(ms, sizes, caps):
+            yield "fastest", cells_of_plan
+
+    def candidates(self) -> list[Candidate]:
+        q = self.q
+        pages = -(-q.prompt_len // q.page_size)
+        grain = q.page_size * -(-pages // _CELLS)
+        seen: dict[tuple[int, ...], Candidate] = {}
+        for kind, plan in self.covers():
+            chunks = [size * grain for size in plan]
+            chunks[-1] -= sum(chunks) - q.prompt_len
+            key = tuple(chunks)
+            if key not in seen:
+                seen[key] = self.candidate(kind, chunks)
+        return list(seen.values())
+
+    # --- judgement ---------------------------------------------------------------------------
+
+    def believed(self, plan: Candidate, fixed: Candidate) -> tuple[float, float]:
+        """Relative gain of `plan` over `fixed` after the margins, and its standard error."""
+        gain = -math.log(plan.total / fixed.total)
+        error = 0.0
+        if plan.totals.size:
+            logs = np.log(plan.totals / fixed.totals)
+            error = float(jackknife(logs))
+        doubt = _FREEDOM[plan.kind] * min(self.model.report.holdout_median, 0.2)
+        return gain - error - doubt, math.hypot(error, doubt)
+
+    def choose(self, time: TimeChunks | None, budget: int) -> Choice:
+        sizes = self.fixed_sizes()
+        fixed = {size: self.fixed(size) for size in sizes}
+        best = min(fixed.values(), key=lambda c: c.total)
+        others = self.candidates()
+        ranked = sorted(others, key=lambda c: -self.believed(c, best)[0])
+        if time is not None and budget > 0:
+            return self._timed(fixed, ranked, time, budget)
+        chosen, why = best, "no other plan gains more than it may err"
+        gain, error = self.believed(ranked[0], best) if ranked else (0.0, 0.0)
+        if ranked and gain > _LEAST_GAIN:
+            chosen = ranked[0]
+            why = f"gains {gain:.1%} of the best fixed size after its margin"
+        return self._choice(chosen, best, fixed, error if chosen is not best else 0.0, 0, why)
+
+    def static(self, why: str) -> Choice:
+        """Chunks of the base size."""
+        base = self.fixed(self.q.base)
+        ms = base.total
+        return Choice("static", base.chunks, ms, self.q.base, ms, ms, 0.0, 0, why)
+
+    def _choice(
+        self,
+        chosen: Candidate,
+        best: Candidate,
+        fixed: dict[int, Candidate],
+        error: float,
+        forwards: int,
+        why: str,
+    ) -> Choice:
+        return Choice(
+            kind=chosen.kind,
+            chunks=chosen.chunks,
+            predicted_ms=chosen.timed or chosen.total,
+            fixed_size=next(size for size, c in fixed.items() if c is best),
+            fixed_ms=best.timed or best.total,
+            base_ms=fixed[self.q.base].timed or fixed[self.q.base].total,
+            error=error,
+            forwards=forwards,
+            why=why,
+        )
+
+    # --- timing the finalists ----------------------------------------------------------------
+
+    def _timed(
+        self, fixed: dict[int, Candidate], ranked: list[Candidate], time: TimeChunks, budget: int
+    ) -> Choice:
+        """Half of the budget for the finalists, the other half for the better two of them."""
+        by_total = sorted(fixed.values(), key=lambda c: c.total)
+        near = [c for c in by_total[:3] if c.total <= 1.06 * by_total[0].total]
+        kinds: list[Candidate] = []
+        for plan in ranked:
+            close = any(abs(math.log(plan.total / k.total)) < 1e-3 for k in kinds)
+            if not close and len(kinds) < 3:
+                kinds.append(plan)
+        forwards = 0
+        finalists = near + kinds
+        for share, keep in ((0.5, 2), (0.5, 0)):
+            each = int(share * budget) // len(finalists)
+            if each < 2:
+                break
+            for plan in finalists:
+                forwards += self._time(plan, time, each)
+            if keep:
+                first = min((c for c in finalists if c.kind == "fixed"), key=lambda c: c.timed)
+                free = [c for c in finalists if c.kind != "fixed"]
+                finalists = [first, *sorted(free, key=lambda c: c.timed)[: keep - 1]]
+        measured = [c for c in (*near, *kinds) if c.timed]
+        if not measured:
+            return self.choose(None, 0)
+        best = min((c for c in measured if c.kind == "fixed"), key=lambda c: c.timed)
+        free = [c for c in measured if c.kind != "fixed"]
+        chosen = min(free, key=lambda c: c.timed, default=best)
+        error = math.hypot(chosen.timed_error, best.timed_error)
+        gain = -math.log(chosen.timed / best.timed)
+        if chosen is best or gain <= max(error, _LEAST_GAIN):
+            why = f"timed: the best other plan gains {gain:.1%}, within the noise of {error:.1%}"
+            return self._choice(best, best, fixed, 0.0, forwards, why)
+        why = f"timed: gains {gain:.1%}, noise {error:.1%}"
+        return self._choice(chosen, best, fixed, error, forwards, why)
+
+    def _time(self, plan: Candidate, time: TimeChunks, forwards: int) -> int:
+        """Times some chunks of the plan, and sets its makespan by what they took."""
+        sizes = np.asarray(plan.chunks)
+        history = np.cumsum(sizes) - sizes
+        slow = forwards // 3
+        share = np.cumsum(plan.ms) / plan.ms.sum()
+        spots = (np.arange(forwards - slow) + 0.5 + 0.25 * len(plan.work) % 1) / (forwards - slow)
+        spread = np.searchsorted(share, np.minimum(spots, 1.0 - 1e-9))
+        top = np.argsort(-plan.ms, kind="stable")
+        slowest = np.resize(top[: max(1, min(slow, len(top) // 8))], slow)
+        index = np.concatenate([spread, slowest]).astype(np.int64)
+        took = np.asarray(time([(int(history[i]), int(sizes[i])) for i in index]), dtype=np.float64)
+        if took.shape != index.shape or not (np.isfinite(took).all() and (took > 0).all()):
+            raise ValueError(f"time gave {took.tolist()} for {index.size} chunks")
+        ratio = np.log(took / plan.ms[index])
+        plan.work += ratio[: spread.size].tolist()
+        plan.slowest += ratio[spread.size :].tolist()
+        self._correct(plan)
+        return int(index.size)
+
+    def _correct(self, plan: Candidate) -> None:
+        q = self.q
+        prior = max(self.model.report.holdout_median, 0.01)
+        work, work_error = _shrunk(plan.work, prior)
+        slow, slow_error = _shrunk(plan.slowest, prior) if plan.slowest else (work, work_error)
+        ms = plan.ms * math.exp(work)
+        total = makespan(ms, q.factors, q.overhead_ms)
+        bubbles = q.bubbles * max(q.factors) * float(plan.ms.max())
+        plan.timed = total + bubbles * (math.exp(slow) - math.exp(work))
+        weight = min(bubbles / plan.timed, 1.0)
+        plan.timed_error = math.hypot((1 - weight) * work_error, weight * slow_error)
+
+
+def _shrunk(ratios: Sequence[float], prior: float) -> tuple[float, float]:
+    """Mean of log ratios, spikes cut, drawn towards 0 as far as it may be noise; its error."""
+    values = np.asarray(ratios)
+    centre = float(np.median(values))
+    values = np.minimum(values, centre + math.log(_SPIKE))
+    scatter = max(1.4826 * float(np.median(np.abs(values - centre))), 0.003)
+    error = scatter / math.sqrt(values.size)
+    keep = prior**2 / (prior**2 + error**2)
+    return keep * float(values.mean()), math.sqrt(keep) * error
+
+
+def _ladder(smallest: int, largest: int, per_octave: int) -> list[int]:
+    """Sizes from `smallest` to `largest`, at most so many an octave, in even steps within each."""
+    sizes = {smallest, largest}
+    octave = 1
+    while octave <= largest:
+        sizes |= {octave + octave * j // per_octave for j in range(per_octave)}
+        octave *= 2
+    return sorted(s for s in sizes if smallest <= s <= largest)
+
+
+def _greedy(ms: Floats, sizes: NDArray[np.int64], cap: float, cells: int) -> list[int]:
+    """The largest size under the cap each time; the smallest where none is."""
+    chunks: list[int] = []
+    done = 0
+    while done < cells:
+        at = max(int((ms[done] <= cap * 1.0001).sum()) - 1, 0)
+        chunks.append(min(int(sizes[at]), cells - done))
+        done += chunks[-1]
+    return chunks
+
+
+def cheapest_covers(ms: Floats, sizes: NDArray[np.int64], caps: Floats) -> list[list[int]]:
+    """For each cap on the time of a chunk, the cover of all cells with the least total time.
+
+    `ms[cell, i]` is the time of a chunk of `sizes[i]` cells that begins at `cell`; the last chunk
+    may reach beyond the end, and is cut off there. A shortest path over cells, all caps at once.
+    """
+    cells = len(ms)
+    cost = np.full((caps.size, cells + 1), np.inf)
+    cost[:, 0] = 0.0
+    came_from = np.zeros((caps.size, cells + 1), dtype=np.int64)
+    for cell in range(cells):
+        ends = np.minimum(cell + sizes, cells)
+        total = np.where(ms[cell] <= caps[:, None] * 1.0001, ms[cell] + cost[:, [cell]], np.inf)
+        keep = slice(0, int(np.searchsorted(ends, cells)) + 1)
+        ends, total = ends[keep], total[:, keep]
+        better = total < cost[:, ends]
+        cost[:, ends] = np.where(better, total, cost[:, ends])
+        came_from[:, ends] = np.where(better, cell, came_from[:, ends])
+    plans = []
+    for row in came_from:
+        chunks: list[int] = []
+        cell = cells
+        while cell:
+            before = int(row[cell])
+            chunks.append(cell - before)
+            cell = before
+        plans.append(chunks[::-1])
+    return plans

@@ -1,0 +1,107 @@
+"""The forms that a chunk's time may take over history and chunk length.
+
+Note [What a chunk costs]
+For a dense decoder the time of a chunk of x tokens behind L cached ones starts from
+
+    t(L, x) = c + g L + b x + a (2 L + x) x          (ms; L and x in tokens)
+
+c: launches and weight reads; b: the projections; a: causal attention, whose work is the area
+(2 L x + x^2) / 2; g: reading the history. Engines run another attention kernel once there is
+history, so b may be larger there. Real devices bend this in two more places. Short forwards are
+bound by the host launching kernels, so t has a floor. And kernels run in tiles and waves: the
+matrix products see x rounded up to a tile, and attention sees it rounded up to the number of query
+rows that fill the device once (on an H100 with FlashAttention-2, 128-row blocks, 2 a
+multiprocessor, 32 heads: 132 * 2 * 128 / 32 = 1,056 tokens; a half-filled wave takes half), which
+makes short chunks behind a long history a staircase. Both the tile and the wave are found from the
+samples, not from a device table.
+
+So there are nested forms, from two terms to a table over x, each with non-negative terms that do
+not fall with x: every form is monotone by construction. Which one is used is decided by
+cross-validated error; a simpler form wins unless a richer one is clearly better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+FORMS = ("linear", "law", "waves", "table")
+"""Simplest first; the order breaks ties."""
+SHARPNESS = 12.0  # of the soft maximum with the launch floor: 6 % above both where they cross
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form with its coefficients. `knots` in tokens, only for the table."""
+
+    name: str
+    coefficients: tuple[float, ...] = ()
+    floor_ms: float = 0.0
+    tile: int = 1
+    wave: int = 1
+    knots: tuple[float, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Form:
+        lists = {name: tuple(data[name]) for name in ("coefficients", "knots")}
+        return cls(**(data | lists))
+
+    def terms(self) -> list[str]:
+        if self.name == "linear":
+            return ["1", "x"]
+        if self.name == "law":
+            return ["1", "L", "x", "x behind L", "(2L+x)x"]
+        if self.name == "waves":
+            return [
+                *("1", "L", "x", "x behind L", "x up to tile"),
+                *("(2L+x)x", "(2L+x)(x up to wave)"),
+            ]
+        ramps = range(len(self.knots) + 1)
+        return [
+            *("1", "L", "x behind L"),
+            *(f"ramp{i}" for i in ramps),
+            *(f"(2L+x)ramp{i}" for i in ramps),
+            "(2L+x)(x up to wave)",
+        ]
+
+    def design(self, history: Floats, chunk: Floats) -> Floats:
+        """One column a term, [n, terms]."""
+        one = np.ones_like(chunk)
+        if self.name == "linear":
+            return np.stack([one, chunk], axis=1)
+        area = 2.0 * history + chunk
+        behind = np.where(history > 0, chunk, 0.0)
+        if self.name == "law":
+            return np.stack([one, history, chunk, behind, area * chunk], axis=1)
+        tiled = np.ceil(chunk / self.tile) * self.tile
+        waved = area * (np.ceil(tiled / self.wave) * self.wave)  # blocks of rows fill the waves
+        if self.name == "waves":
+            return np.stack([one, history, chunk, behind, tiled, area * chunk, waved], axis=1)
+        edges = np.array([0.0, *self.knots, np.inf])
+        lower, width = edges[:-1], np.diff(edges)
+        ramps = np.clip(tiled[:, None] - lower, 0.0, width)
+        plain = np.clip(chunk[:, None] - lower, 0.0, width)
+        return np.column_stack([one, history, behind, ramps, area[:, None] * plain, waved])
+
+    def predict(self, history: Floats, chunk: Floats) -> Floats:
+        # Term by term: a matrix product differs in the last bit between BLAS kernels, so between
+        # ranks on unlike CPUs.
+        body = np.zeros(chunk.shape)
+        for column, coefficient in zip(
+            self.design(history, chunk).T, self.coefficients, strict=True
+        ):
+            body = body + coefficient * column
+        return soft_max(body, self.floor_ms)
+
+
+def soft_max(body: Floats, floor: float) -> Floats:
+    if floor <= 0.0:
+        return body
+    high = np.maximum(body, floor)
+    low = np.minimum(body, floor)
+    return np.asarray(high * (1.0 + (low / high) ** SHARPNESS) ** (1.0 / SHARPNESS))

@@ -1,0 +1,90 @@
+"""What a profile measured: chunk lengths and times, and how they travel as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Point = tuple[int, int]
+"""(history_len, chunk_len), both in tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One timed forward, in ms. `latency_ms` is device time where there is a device clock."""
+
+    latency_ms: float
+    host_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measured chunk: lengths in tokens, times in ms."""
+
+    history_len: int
+    chunk_len: int
+    latency_ms: float
+    host_ms: float = math.nan
+
+    def __post_init__(self) -> None:
+        if self.history_len < 0 or self.chunk_len <= 0:
+            raise ValueError(f"impossible lengths in {self}: history >= 0 and chunk > 0 are needed")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a profiling run measured, and what it cost. Iterates over its samples."""
+
+    samples: tuple[Sample, ...]
+    forwards: int
+    """Forwards run in all, warm-up and repeats included."""
+    seconds: float
+    """Wall time of the whole run."""
+    stop_reason: str
+    warmup_ms: tuple[float, ...] = ()
+    skipped: tuple[Point, ...] = ()
+    """Points given up because the device ran out of memory there."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "samples": samples_to_json(self.samples),
+            "forwards": self.forwards,
+            "seconds": self.seconds,
+            "stop_reason": self.stop_reason,
+            "warmup_ms": list(self.warmup_ms),
+            "skipped": [list(p) for p in self.skipped],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Profile:
+        return cls(
+            samples=samples_from_json(data["samples"]),
+            forwards=int(data["forwards"]),
+            seconds=float(data["seconds"]),
+            stop_reason=str(data["stop_reason"]),
+            warmup_ms=tuple(float(v) for v in data["warmup_ms"]),
+            skipped=tuple((int(h), int(c)) for h, c in data["skipped"]),
+        )
+
+
+def samples_to_json(samples: Sequence[Sample]) -> list[list[float | None]]:
+    """Rows of [history_len, chunk_len, latency_ms, host_ms]; an unknown host time is null."""
+    return [
+        [s.history_len, s.chunk_len, s.latency_ms, s.host_ms if math.isfinite(s.host_ms) else None]
+        for s in samples
+    ]
+
+
+def samples_from_json(rows: Sequence[Sequence[Any]]) -> tuple[Sample, ...]:
+    return tuple(
+        Sample(int(h), int(c), float(ms), math.nan if host is None else float(host))
+        for h, c, ms, host in rows
+    )
