@@ -10,6 +10,7 @@ Knows an engine only as `step(history_len, chunk_len)`. Importing needs torch an
 needs SciPy (extra `pp`), `pystage.pp.plot` matplotlib (extra `plot`).
 """
 
+from pystage.pp.budget import BudgetSizer, Piece
 from pystage.pp.choice import Choice
 from pystage.pp.makespan import simulate_pipeline
 from pystage.pp.model import FitError, FitReport, LatencyModel, QualityGate
@@ -25,11 +26,13 @@ from pystage.pp.share import RemoteProfileError, share_profile
 from pystage.pp.sizer import ChunkSizer
 
 __all__ = [
+    "BudgetSizer",
     "Choice",
     "ChunkSizer",
     "FitError",
     "FitReport",
     "LatencyModel",
+    "Piece",
     "Profile",
     "ProfileError",
     "QualityGate",

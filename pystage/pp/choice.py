@@ -148,9 +148,9 @@ class Planner:
         return self.candidate("fixed", [size] * whole + [rest] * bool(rest))
 
     def fixed_sizes(self) -> list[int]:
-        """Powers of two pages, and of tokens where those are whole pages; the base size."""
+        """Whole pages of 2^k and 3 x 2^k tokens, or as many pages; the base size."""
         q = self.q
-        sizes = {q.page_size << k for k in range(32)} | {64 << k for k in range(32)}
+        sizes = {unit * m << k for unit in (64, q.page_size) for m in (1, 3) for k in range(24)}
         most = max(q.smallest, min(q.largest, q.prompt_len))
         return sorted(
             {s for s in sizes if s % q.page_size == 0 and q.smallest <= s <= most} | {q.base}

@@ -191,6 +191,26 @@ MUTANTS: Mutants = {
         "pipeline-first-chunk": M("return float(arrived[<|-1|>])", "0"),
         "makespan-ranks-ignored": M("ms.sum() + <|(len(factors) - 1)|> * ms.max()", "0"),
     },
+    "pystage/pp/budget.py": {
+        "constant-each-piece": M(
+            "self.model.form.predict_batch(lengths[:, 0], lengths[:, 1])",
+            "self.model.form.predict(lengths[:, 0], lengths[:, 1]).sum()",
+        ),
+        "decodes-not-read": M("ms<| + decodes * self.decode_ms_per_token|>", ""),
+        "chunks-are-decodes": M("lengths[lengths[:, 1] <|==|> 1, 0]", ">="),
+        "budget-over": M("(history_len, size)]) <= <|self.budget_ms|>", "self.budget_ms * 1.1"),
+        "tokens-unbounded": M("room = self.max_tokens<| - sum(chunk for _, chunk in others)|>", ""),
+        "rest-in-pages": M(
+            "if <|left is not None and left <= room and |>self._fits(others, history_len, left):",
+            "False and ",
+        ),
+        "nobody-gets-on": M(
+            "if <|size < self.min_chunk and all(chunk == 1 for _, chunk in others)|>:", "False"
+        ),
+        "all-get-on": M("size < self.min_chunk<| and all(chunk == 1 for _, chunk in others)|>", ""),
+        "order-not-kept": M("if takes[i] < left:\n                <|break|>", "continue"),
+        "unusable-is-fine": M("if not model.report.usable:", "if False:"),
+    },
     "pystage/pp/choice.py": {
         "cover-not-reversed": M("plans.append(<|chunks[::-1]|>)", "chunks"),
         "cover-last-not-cut": M("<|chunks[-1] -= sum(chunks) - q.prompt_len|>", "pass"),

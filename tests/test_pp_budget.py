@@ -1,0 +1,130 @@
+"""Batches that are filled up to a time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pystage.pp import BudgetSizer, LatencyModel, Piece
+from pystage.pp.forms import Form
+from tests.test_pp_sizer import LAW, STAIRS, model_of
+
+C, G, B, A = 4.0, 2e-5, 0.0105, 3.8e-7  # of LAW
+FLOOR = model_of(Form("law", (1.0, 0.0, 0.002, 0.0, 1e-8), floor_ms=20.0))
+
+
+def sizer_of(model: LatencyModel = LAW, **changes: float) -> BudgetSizer:
+    return BudgetSizer(model, **({"budget_ms": 60.0} | changes))  # type: ignore[arg-type]
+
+
+def by_hand(pieces: list[tuple[int, int]]) -> float:
+    return C + sum(G * h + B * x + A * (2 * h + x) * x for h, x in pieces)
+
+
+@pytest.mark.parametrize("model", [LAW, STAIRS, FLOOR], ids=["law", "stairs", "floor"])
+@pytest.mark.parametrize("piece", [(0, 64), (0, 8192), (50_000, 1000), (120_000, 1)])
+def test_a_batch_of_one_piece_takes_what_the_chunk_takes(
+    model: LatencyModel, piece: tuple[int, int]
+) -> None:
+    assert sizer_of(model).batch_ms([piece]) == pytest.approx(model.predict(*piece))
+
+
+@given(st.lists(st.tuples(st.integers(0, 130_000), st.integers(1, 8192)), min_size=1, max_size=20))
+def test_a_batch_costs_its_constant_once_and_attention_by_piece(
+    pieces: list[tuple[int, int]],
+) -> None:
+    assert sizer_of().batch_ms(pieces) == pytest.approx(by_hand(pieces))
+
+
+def test_no_batch_takes_no_time_and_short_forwards_the_floor() -> None:
+    assert sizer_of().batch_ms([]) == 0.0
+    assert sizer_of(FLOOR).batch_ms([Piece(0, 64), Piece(100, 1)]) == pytest.approx(20.0, rel=0.01)
+
+
+def test_a_decode_also_reads_its_history() -> None:
+    decodes = [Piece(9_000, 1), Piece(700, 1)]
+    plain, reads = sizer_of(), sizer_of(decode_ms_per_token=1e-4)
+    assert reads.batch_ms(decodes) - plain.batch_ms(decodes) == pytest.approx(0.97)
+    assert reads.batch_ms([(9_000, 2)]) == plain.batch_ms([(9_000, 2)])
+    assert reads.next_chunk(0, decodes) < plain.next_chunk(0, decodes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 130_000),
+    st.lists(st.tuples(st.integers(0, 60_000), st.integers(1, 900)), max_size=4),
+    st.sampled_from([16, 64, 256]),
+)
+def test_the_chunk_is_the_largest_that_fits(
+    history: int, beside: list[tuple[int, int]], page: int
+) -> None:
+    sizer = sizer_of(page_size=page, min_chunk=page, max_tokens=6000)
+    size = sizer.next_chunk(history, beside)
+    room = 6000 - sum(chunk for _, chunk in beside)
+    assert size % page == 0 and size <= max(room, 0)
+    if size > page:
+        assert sizer.batch_ms([*beside, (history, size)]) <= 60.0
+    if size and size + page <= room:
+        assert sizer.batch_ms([*beside, (history, size + page)]) > 60.0
+
+
+def test_a_prompt_gets_on_where_nothing_fits_and_only_if_nobody_else_does() -> None:
+    sizer = sizer_of(budget_ms=5.0, min_chunk=256)
+    assert sizer.next_chunk(100_000) == 256
+    assert sizer.next_chunk(100_000, [Piece(50, 1)] * 3) == 256
+    assert sizer.next_chunk(100_000, left=100) == 100
+    assert sizer.next_chunk(100_000, [Piece(0, 300)]) == 0
+
+
+def test_what_a_request_has_left_is_taken_whole_if_it_fits() -> None:
+    sizer = sizer_of()
+    assert sizer.next_chunk(0, left=777) == 777
+    largest = sizer.next_chunk(0)
+    assert sizer.next_chunk(0, left=largest + 64) == largest
+    assert sizer.next_chunk(0, [(0, 8192)]) == sizer.next_chunk(0, [(0, 8192)], left=5) == 0
+
+
+def test_requests_fill_a_batch_in_their_order() -> None:
+    sizer = sizer_of(max_tokens=4096)
+    takes = sizer.fill([(20_000, 500), (0, 700), (90_000, 4000), (0, 10)], [Piece(500, 1)])
+    assert takes[:2] == [500, 700] and 0 < takes[2] < 4000 and takes[3] == 0
+    batch = [Piece(500, 1), Piece(20_000, 500), Piece(0, 700), Piece(90_000, takes[2])]
+    assert sizer.batch_ms(batch) <= 60.0
+    longer = [*batch[:3], Piece(90_000, takes[2] + 64)]
+    assert sizer.batch_ms(longer) > 60.0 or sum(n for _, n in longer) > 4096
+    assert sizer.fill([]) == []
+
+
+def test_a_cap_on_chunks_keeps_late_ones_within_it_where_one_size_does_not() -> None:
+    """Over a prompt of 131,072 with 80 ms a chunk: more tokens a second than the best size that
+    keeps to the cap throughout."""
+
+    def ms(history: int, size: int) -> float:
+        return float(LAW.predict(history, size))
+
+    def total(sizes: list[int]) -> float:
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        assert max(map(ms, starts, sizes)) <= 80.0
+        return sum(map(ms, starts, sizes))
+
+    within = max(s for s in range(64, 8193, 64) if ms(131_072 - s, s) <= 80.0)
+    whole, rest = divmod(131_072, within)
+    sizer, done, sizes = sizer_of(budget_ms=80.0), 0, []
+    while done < 131_072:
+        sizes.append(sizer.next_chunk(done, left=131_072 - done))
+        done += sizes[-1]
+    assert total(sizes) < 0.95 * total([within] * whole + [rest] * bool(rest))
+
+
+def test_what_cannot_be_is_refused() -> None:
+    for change in ({"budget_ms": 0.0}, {"page_size": 0}, {"min_chunk": 0}, {"max_tokens": 63}):
+        with pytest.raises(ValueError, match="must be positive"):
+            sizer_of(**change)
+    with pytest.raises(ValueError, match="history_len=-1"):
+        sizer_of().next_chunk(-1)
+    report = dataclasses.replace(LAW.report, usable=False, reason="too few")
+    with pytest.raises(ValueError, match="not usable: too few"):
+        sizer_of(LatencyModel(LAW.form, report, ()))
