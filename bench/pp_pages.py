@@ -50,16 +50,20 @@ def budget_table(result: dict[str, Any]) -> str:
     for row in result["budget"]:
         groups.setdefault((row["family"], row["cap_ms"]), []).append(row)
     rows = []
-    for (family, cap), cells in groups.items():
-        gains = [100 * row["gain"] for row in cells if row["gain"] is not None]
-        sizes = sorted({row["fixed"] for row in cells if row["fixed"] is not None})
+    for (family, cap), runs in groups.items():
+        cells = [row for row in runs if row["fixed"] is not None]
+        if not cells:
+            rows.append([family, f"{cap:.0f}", "none", "", "", "", ""])
+            continue
+        gains = [100 * row["gain"] for row in cells]
+        sizes = sorted({row["fixed"] for row in cells})
         rows.append(
             [
                 family,
                 f"{cap:.0f}",
-                ", ".join(f"{size:,}" for size in sizes) or "none",
-                f"{np.mean(gains):+.1f}%" if gains else "",
-                f"{min(gains):+.1f}%" if gains else "",
+                ", ".join(f"{size:,}" for size in sizes),
+                f"{np.mean(gains):+.1f}%",
+                f"{min(gains):+.1f}%",
                 f"{100 * np.mean([row['over_cap_5%'] for row in cells]):.1f}%",
                 f"{max(row['slowest_ms'] for row in cells):.0f}",
             ]

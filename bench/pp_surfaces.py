@@ -62,7 +62,7 @@ from bench.pp_truth import (
     optimum,
     seed_of,
 )
-from pystage.pp import ChunkSizer, LatencyModel, Sample, SamplePlan, profile_prefill
+from pystage.pp import BudgetSizer, ChunkSizer, LatencyModel, Sample, SamplePlan, profile_prefill
 
 PARTS = ("cells", "gate", "budget", "designs", "blas")
 RANKS = (2, 4, 8, 16)
@@ -104,11 +104,15 @@ def choose(sizer: ChunkSizer, prompt_len: int, ranks: int, engine: Engine | None
     return list(sizer.choose(prompt_len, ranks, time=time).chunks)
 
 
-def budget_chunk(sizer: ChunkSizer, history: int, cap_ms: float) -> int:
-    """The largest chunk predicted to stay within the cap; a page at least."""
-    sizes = np.arange(PAGE, BASE + 1, PAGE)
-    fits = sizes[np.asarray(sizer.model.predict(history, sizes)) <= cap_ms]
-    return int(fits.max(initial=PAGE))
+def within(model: LatencyModel, prompt_len: int, cap_ms: float) -> list[int]:
+    """Chunks of `BudgetSizer`: each the largest predicted to stay within the cap."""
+    sizer = BudgetSizer(model, budget_ms=cap_ms, page_size=PAGE, min_chunk=PAGE, max_tokens=BASE)
+    chunks: list[int] = []
+    done = 0
+    while done < prompt_len:
+        chunks.append(sizer.next_chunk(done, left=prompt_len - done))
+        done += chunks[-1]
+    return chunks
 
 
 @cache
@@ -268,37 +272,38 @@ def run_gate(item: Item) -> dict[str, Any]:
 
 
 def run_budget(item: Item) -> list[dict[str, Any]]:
-    """One profile; by cap, what `within_cap` says."""
-    prompt = max(item.prompts)
-    model = profiled(item.engine("budget"), prompt, base=2048, least=128)
-    sizer = sizer_of(model, prompt, base=2048, least=PAGE)
-    return [within_cap(item, sizer, prompt, cap_ms) for cap_ms in CAPS_MS]
+    """One profile; by cap, what `capped` says."""
+    model = profiled(item.engine("budget"), max(item.prompts), base=2048, least=128)
+    return [capped(item, model, cap_ms) for cap_ms in CAPS_MS]
 
 
-def within_cap(item: Item, sizer: ChunkSizer, prompt: int, cap_ms: float) -> dict[str, Any]:
-    """Tokens per second of one stage with no chunk over the cap, by fixed and by predicted size."""
-    surface = FAMILIES[item.family].stage(item.ranks)
-    within = {}
+def capped(item: Item, model: LatencyModel, cap_ms: float) -> dict[str, Any]:
+    """Tokens per second of one stage with no chunk over the cap, by fixed and by predicted size.
+
+    A model that is not usable keeps the fixed size. There is no gain to speak of where not even a
+    page at a time stays within the cap.
+    """
+    surface, prompt = FAMILIES[item.family].stage(item.ranks), max(item.prompts)
+    keeps: dict[int, float] = {}
     for size in range(PAGE, BASE + 1, PAGE):
         times = chunk_times(surface, fixed(size, prompt))
         if times.max() <= cap_ms:
-            within[size] = float(times.sum())
-    chunks: list[int] = []
-    done = 0
-    while done < prompt:
-        chunks.append(min(budget_chunk(sizer, done, cap_ms), prompt - done))
-        done += chunks[-1]
+            keeps[size] = float(times.sum())
+    best = min(keeps, key=lambda size: keeps[size], default=None)
+    usable = model.report.usable
+    chunks = within(model, prompt, cap_ms) if usable else fixed(best or PAGE, prompt)
     times = chunk_times(surface, chunks)
-    best = min(within, key=lambda size: within[size], default=None)
+    took = float(times.sum())
     return {
         **{name: vars(item)[name] for name in ("family", "ranks", "noise", "seed")},
         "kind": BUDGETS[item.family][0],
         "prompt": prompt,
         "cap_ms": cap_ms,
+        "usable": usable,
         "fixed": best,
-        "fixed_tokens_per_s": None if best is None else round(prompt / within[best] * 1e3, 1),
-        "tokens_per_s": round(prompt / float(times.sum()) * 1e3, 1),
-        "gain": None if best is None else round(within[best] / float(times.sum()) - 1.0, 4),
+        "fixed_tokens_per_s": None if best is None else round(prompt / keeps[best] * 1e3, 1),
+        "tokens_per_s": round(prompt / took * 1e3, 1),
+        "gain": None if best is None else round(keeps[best] / took - 1.0, 4),
         "chunks": len(chunks),
         "over_cap_5%": round(float((times > 1.05 * cap_ms).mean()), 4),
         "slowest_ms": round(float(times.max()), 2),
