@@ -57,7 +57,7 @@ sglang-test: sglang-env  ## the plugin in the real SGLang, on the CPU
 
 # Both suites with the lines of Python that run counted, then the tests that drive the extension
 # once more, on a build that counts its own: beside a copy of the package, so that the extension in
-# the source folder stays what it is. Needs the extra `dev`.
+# the source folder stays what it is; beside those in SGLang. Needs the extra `dev`.
 COVERAGE := $(CURDIR)/build/coverage
 BINDINGS := batch bindings gil hostile integrations ops pool process races small_tensors stage staged_tokens stateful torch_memory
 coverage: export COVERAGE_FILE = $(COVERAGE)/data
@@ -67,11 +67,13 @@ coverage: build  ## the tests in both environments, and the lines they miss
 	cp -r pystage tests bench docs README.md pyproject.toml $(COVERAGE)/tree
 	rm -f $(COVERAGE)/tree/pystage/*.so
 	PYSTAGE_COVERAGE=1 $(PY) setup.py -q build_ext --build-temp $(COVERAGE)/objects --build-lib $(COVERAGE)/tree
-	cd $(COVERAGE)/tree && PYSTAGE_TEST_SCALE=0.05 $(abspath $(PY)) -m pytest -q $(BINDINGS:%=tests/test_%.py)
-	@set -e; without=--without-sglang; \
+	@set -e; (cd $(COVERAGE)/tree && PYSTAGE_TEST_SCALE=0.05 \
+	  $(abspath $(PY)) -m pytest -q $(BINDINGS:%=tests/test_%.py)) > $(COVERAGE)/bindings.log 2>&1 & \
+	bindings=$$!; without=--without-sglang; \
 	if $(MAKE) --no-print-directory sglang-env; then without=; \
 	  $(MAKE) --no-print-directory sglang-test COUNTED='-m coverage run'; \
 	else echo 'SGLang could not be installed here (see above): the plugin is NOT tested in it'; fi; \
+	wait $$bindings || { cat $(COVERAGE)/bindings.log; exit 1; }; tail -n 1 $(COVERAGE)/bindings.log; \
 	$(PY) tests/measure_coverage.py $(COVERAGE) $$without
 
 cpp-test:  ## the C++ tests of pool and gather; they need doctest

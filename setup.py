@@ -1,7 +1,7 @@
 """Builds pystage._C. Everything that is not the extension stands in pyproject.toml.
 
 Environment:
-  PYSTAGE_CUDA          auto (default): CUDA code if torch is a CUDA build and a toolkit is found;
+  PYSTAGE_CUDA          auto (default): CUDA code if torch is a CUDA build, which needs a toolkit;
                         0: never; 1: always, also under a CPU torch (a compile and import check)
   CUDA_HOME             the toolkit, if it is not where nvcc or /usr/local/cuda is
   TORCH_CUDA_ARCH_LIST  e.g. "8.0;9.0+PTX"; the default covers Ampere to Blackwell, PTX for later
@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 from setuptools import setup
@@ -32,6 +33,18 @@ except ImportError as error:
     sys.exit(
         f"pystage builds against the torch it will run with, and {error.name} is not importable "
         f"here (an isolated build never sees yours). Run:\n    {INSTALL}"
+    )
+
+# pip lets the files of two projects overwrite each other, and what is imported then is a mixture.
+try:
+    other = metadata.version("pystage")
+except metadata.PackageNotFoundError:
+    pass
+else:
+    sys.exit(
+        f"the distribution pystage {other} is installed here: another project, whose package has "
+        "the name of this one's. Both cannot be in one environment. Run:\n"
+        "    pip uninstall pystage\nor install pystage-h2d into another environment"
     )
 
 ROOT = Path(__file__).resolve().parent
@@ -76,10 +89,14 @@ def cuda_toolkit() -> Path | None:
         return None
     home = find_toolkit()
     if home is None:
-        if mode == "1":
-            sys.exit("PYSTAGE_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME")
-        print("pystage: torch is a CUDA build, but no toolkit was found: building without CUDA")
-        return None
+        reason = "PYSTAGE_CUDA is 1" if mode == "1" else f"torch {torch.__version__} has CUDA"
+        wanted = f"CUDA {torch.version.cuda.split('.')[0]}" if torch.version.cuda else "CUDA"
+        sys.exit(
+            f"{reason}, but no folder with both bin/nvcc and include/cuda_runtime.h was found "
+            f"in CUDA_HOME, CUDA_PATH, /usr/local/cuda or around the nvcc on the path. Install the "
+            f"toolkit of {wanted} and set CUDA_HOME to it, or build for the CPU alone: "
+            "PYSTAGE_CUDA=0"
+        )
     version = toolkit_version(home)
     if torch.version.cuda and version.split(".")[0] != torch.version.cuda.split(".")[0]:
         sys.exit(
@@ -167,7 +184,7 @@ compile_args = [
 ]
 coverage = os.environ.get("PYSTAGE_COVERAGE", "0") not in ("", "0")
 compile_args += ["-O0", "-g"] if DEBUG or coverage else ["-O3", "-g0"]
-link_args: list[str] = []
+link_args = [f"-Wl,--version-script={ROOT / 'csrc/exports.map'}"]
 if coverage:  # counters are updated atomically: worker threads run the same lines
     compile_args += ["--coverage", "-fprofile-update=atomic"]
     link_args += ["--coverage"]
@@ -197,7 +214,7 @@ setup(
             extra_link_args=link_args,
             depends=[
                 str(p.relative_to(ROOT))
-                for pattern in ("*.h", "*.cu")
+                for pattern in ("*.h", "*.cu", "*.map")
                 for p in (ROOT / "csrc").glob(pattern)
             ],
         )

@@ -30,6 +30,7 @@ def sections(root: Path) -> dict[str, str]:
     assert plugin is not None
     return {
         "sglang": sglang_tables(plugin),
+        "logits": logits_text(newest_on_gpu(root / RESULTS, "logits")),
         "sglang-when": when_it_helps(
             engine.newest_runs(root / RESULTS).get("copies"), load(plugin)
         ),
@@ -63,6 +64,9 @@ def pair(cell: dict[str, float]) -> str:
     return f"{cell['p50']:,.1f} / {cell['p99']:,.1f}"
 
 
+SIDES = {"without": "baseline", "with pystage": "pystage"}  # as the results call them; the heads
+
+
 def target_table(result: dict[str, Any]) -> str:
     targets = result["targets"]
     limits = any(r.get("limit") is not None for r in targets)
@@ -80,25 +84,42 @@ def target_table(result: dict[str, Any]) -> str:
     return tabulate(head, rows)
 
 
+def logits_text(path: Path | None) -> str:
+    """What a model made of the same batches."""
+    if path is None:
+        return "Not compared on a GPU yet: `python bench/sglang_logits.py`."
+    result = load(path)
+    logits, made = result["logits"], result["init_new"]
+    kinds = ", ".join(f"{count:,} with {kind}" for kind, count in logits["requests"].items())
+    different = ", ".join(f"{count} {name}" for name, count in logits["different"].items())
+    before, after = (len(made[side]) for side in ("without", "with pystage"))
+    return (
+        f"A tiny Llama over {logits['batches']:,} batches of the trace, each with and without, bit "
+        f"by bit; of the requests {kinds}. Different: {different}. `ForwardBatch.init_new` gives "
+        f"the forward stream {before} kernels and copies without, {after} with pystage.\n\n"
+        f"{source(result, path.name)}"
+    )
+
+
 def sglang_tables(path: Path) -> str:
     """The plugin in SGLang, with and without."""
     result = load(path)
-    sides = ("with pystage", "without")
+    parts = {"flatten + resolve": "staging and resolving", "prepare + resolve": "the whole batch"}
     cells = [
-        (re.sub(r"(\d)(\d{3})\b", r"\1,\2", shape) + f": {part}", cell[part])
+        (re.sub(r"(\d)(\d{3})\b", r"\1,\2", shape) + f": {words}", cell[part])
         for shape, cell in result.get("host", {}).items()
-        for part in ("flatten + resolve", "prepare + resolve")
+        for part, words in parts.items()
     ]
     cells += [
-        ("8,192 behind 122,880: slice + flatten", c["us"])
+        ("8,192 behind 122,880 of history: staging", c["us"])
         for c in result.get("history", {}).values()
     ]
-    cells += [(f"8,192 ids ready, {w}", c["us"]) for w, c in result.get("latency", {}).items()]
+    cells += [(f"8,192 ids on the GPU, {w}", c["us"]) for w, c in result.get("latency", {}).items()]
     rows = [
-        [name, *(pair(cell[side]) for side in sides), f"{cell['ratio']['p50']:.1f} x"]
+        [name, *(pair(cell[side]) for side in SIDES), f"{cell['ratio']['p50']:.1f} x"]
         for name, cell in cells
     ]
-    table = tabulate(["us, p50 / p99", *sides, "p50"], rows)
+    table = tabulate(["us, p50 / p99", *SIDES.values(), "baseline / pystage, p50"], rows)
     return f"{table}\n\n{target_table(result)}\n\n{source(result, path.name)}"
 
 
@@ -114,17 +135,18 @@ def when_it_helps(run: engine.Run | None, plugin: dict[str, Any]) -> str:
     )
     few, many = (len(plugin["launches"]["1 x 8192"][s]) for s in ("with pystage", "without"))
     bullets = (
-        "**It helps** when copies to the GPU are queued on another stream without a pause: weights "
-        "that are streamed or updated, LoRA loads, another tenant's offload. SGLang does not start "
-        "prompts of 4,096 ids and more while the copies last. With pystage they start at once "
-        f"({ms:.0f} ms against no answer in {patience:g} s, [below](#time-to-first-token)).",
+        "**It helps** when other copies to the GPU are queued without a pause: weights that are "
+        "streamed or updated, LoRA loads, another tenant's offload. SGLang does not start prompts "
+        "of 4,096 ids and more while the copies last. With pystage they start at once "
+        f"({ms:.0f} ms to the first token, where SGLang has no answer in {patience:g} s, "
+        "[below](#time-to-first-token)).",
         f"**It saves a little** elsewhere: {one:.1f} ms of the scheduler's time for a prefill of "
-        f"one request, {paged:.1f} ms for 64 requests with pages of 64 tokens. On the schedule "
-        f"stream {few} kernels are left of {many} kernels and copies. In the time to first token "
+        f"one request, {paged:.1f} ms for 64 requests with pages of 64 tokens. The schedule stream "
+        f"runs {few} kernels in place of {many} kernels and copies. In the time to first token "
         "this is within the noise.",
-        "**It does not help** with HiCache's load-back, by kernels (SGLang's default) or by "
-        "copies: no batch waited there. It does nothing for decode, on a CPU, or where SGLang asks "
-        "for memory that is not pinned.",
+        "**It does not help** where HiCache loads KV cache back from the host, by kernels "
+        "(SGLang's default) or by copies: no batch waited there. It does nothing for decode, on a "
+        "CPU, or where SGLang asks for memory that is not pinned.",
     )
     return "\n".join(
         textwrap.fill(f"- {text}", 100, subsequent_indent="  ", break_on_hyphens=False)
@@ -135,7 +157,6 @@ def when_it_helps(run: engine.Run | None, plugin: dict[str, Any]) -> str:
 def in_place_table(path: Path) -> str:
     """Where the time of a batch of 8,192 ids goes, in SGLang."""
     result = load(path)
-    sides = ("with pystage", "without")
     parts = {
         "flatten_arrays_to_pinned_cpu": "flatten_arrays_to_pinned_cpu",
         "resolve_forward_inputs": "resolve_forward_inputs",
@@ -145,13 +166,13 @@ def in_place_table(path: Path) -> str:
         "sampling info": "&nbsp;&nbsp;sampling info",
     }
     cell = result["host"]["1 x 8192"]
-    rows = [[label, *(pair(cell[part][side]) for side in sides)] for part, label in parts.items()]
+    rows = [[label, *(pair(cell[part][side]) for side in SIDES)] for part, label in parts.items()]
     below = [
         [f"{what}: {part}", pair(values)]
         for what, parts in result.get("bound", {}).items()
         for part, values in parts.items()
     ]
-    tables = [tabulate(["us, p50 / p99", *sides], rows)]
+    tables = [tabulate(["8,192 ids, us, p50 / p99", *SIDES.values()], rows)]
     if below:
         tables.append(tabulate(["the lower bound, us, p50 / p99", ""], below))
     return "\n\n".join([*tables, source(result, path.name)])
@@ -164,7 +185,7 @@ def faults_text(path: Path) -> str:
     """At how many places a driver call was made to fail."""
     result = load(path)
     return (
-        f"Last run: {result['places']} places on an {result['device']}, driver "
+        f"Last run: {result['places']} places, on an {result['device']}, driver "
         f"{result['driver']}, commit `{result['commit'][:9]}`, `bench/results/{path.name}`."
     )
 
@@ -198,9 +219,10 @@ def sustained_table(path: Path | None) -> str:
         for at in some
     ]
     head = ["minute", "batches", "wrong ids", "stage + resolve, us, p50 / p99"]
-    head += ["ready, us, p50 / p99", "resident, MiB", "pools, MiB"]
+    head += ["ids on the GPU, us, p50 / p99", "process, MiB", "pools, MiB"]
     parts = [text, target_table(result), tabulate(head, minutes), source(result, path.name)]
-    return "\n\n".join([*parts, f"![figures of every minute]({SUSTAINED_PLOT.name})"])
+    plot = f"![Times, memory and counts of every minute]({SUSTAINED_PLOT.name})"
+    return "\n\n".join([*parts, plot])
 
 
 # --- the pipeline ---------------------------------------------------------------------------------
@@ -220,7 +242,7 @@ def pipeline_errors(sglang_first: dict[str, Any], ours_first: dict[str, Any]) ->
     """Both orders, since a process is cold once; and what the sizes do, beside the errors."""
     rows = []
     for name, profile in PREDICTORS.items():
-        row = [name.replace("sglang", "SGLang's sweep,")]
+        row = [name.replace("sglang", "SGLang's sweep,").replace("ours", "pystage")]
         row.append(f"{sglang_first[profile]['forwards']}")
         for run in (sglang_first, ours_first):
             error = run["heldout"][name]
@@ -229,7 +251,11 @@ def pipeline_errors(sglang_first: dict[str, Any], ours_first: dict[str, Any]) ->
         row.append(f"{sglang_first[f'ttft 131072 {SIZED_BY[name]}']['ttft_ms']:,.0f}")
         rows.append(row)
     head = ["prediction", "forwards", "run 1, SGLang first: s", "error, median / p95"]
-    head += ["run 2, ours first: s", "error, median / p95", "run 1: first token, 131,072 ids, ms"]
+    head += [
+        "run 2, pystage first: s",
+        "error, median / p95",
+        "run 1: first token, 131,072 ids, ms",
+    ]
     return tabulate(head, rows)
 
 
@@ -314,23 +340,24 @@ def draw_sustained(result: dict[str, Any], path: Path) -> None:
     plt = svg.pyplot()
     rows = result["rows"]
     minutes = [row["minute"] for row in rows]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    figure, axes = plt.subplots(3, 1, figsize=(svg.WIDTH, 7.2), layout="constrained", sharex=True)
+    times, memory, counts = axes
     for part, label, color in (
         ("host", "stage + resolve", "#1f6fb4"),
-        ("ready", "until the ids are there", "#d9822b"),
+        ("ready", "until the ids are on the GPU", "#c2660c"),
     ):
         for percentile, style in (("p99", "-"), ("p50", ":")):
             values = [row[part][percentile] for row in rows]
-            left.plot(minutes, values, style, color=color, label=f"{label}, {percentile}")
-    left.set(title="us", yscale="log", xlabel="minute")
+            times.plot(minutes, values, style, color=color, label=f"{label}, {percentile}")
+    times.set(ylabel="us", ylim=(0, None))
     for name, label in (
-        ("resident_bytes", "the process"),
+        ("resident_bytes", "the process (resident)"),
         ("device_bytes", "the GPU"),
-        ("pool_bytes", "the pools"),
+        ("pool_bytes", "the pools (pinned)"),
     ):
         if rows[0][name] is not None:
-            middle.plot(minutes, [row[name] / 2**20 for row in rows], label=label)
-    middle.set(title="memory, MiB", yscale="log", xlabel="minute")
+            memory.plot(minutes, [row[name] / 2**20 for row in rows], label=label)
+    memory.set(ylabel="memory, MiB", ylim=(0, None))
     for name, label in (
         ("fds", "open files"),
         ("threads", "threads"),
@@ -339,9 +366,13 @@ def draw_sustained(result: dict[str, Any], path: Path) -> None:
         ("wrong", "wrong ids"),
     ):
         if rows[0][name] is not None:
-            right.plot(minutes, [row[name] for row in rows], label=label)
-    right.set(title="counts", xlabel="minute", ylim=(0, None))
-    for axis in (left, middle, right):
-        axis.legend(fontsize=6, frameon=False)
-        svg.plain(axis)
+            counts.plot(minutes, [row[name] for row in rows], label=label)
+    counts.set(xlabel="minute", ylabel="count", ylim=(0, None))
+    for axis in axes:
+        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.grid(axis="y", color="#dddddd")
+    batches, wrong = (sum(row[name] for row in rows) for name in ("batches", "wrong"))
+    finding = f"{result['minutes']:.0f} minutes, {batches / 1e6:.1f} million batches: "
+    finding += f"{wrong:,} wrong ids" if wrong else "no wrong id"
+    svg.tell(figure, finding, f"{result['device']}. A serving trace beside copies kept queued.")
     svg.save(figure, path)

@@ -1,29 +1,42 @@
-"""The tables of docs/benchmarks.md and of the README, from a run of the suite."""
+"""The tables of docs/benchmarks.md, from a run of the suite: one for each question of a reader. The
+JSON has every cell and every contender."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from bench.common import amount
-from bench.contenders import BUFFER, DEFERRED, EMPTY, EVERYBODY, READY, RUNNER, SGLANG, TOTAL
-from bench.suite.cells import SHAPES
-from bench.suite.drift import DRIFTERS, NEW_SIZES
-from bench.suite.latency import (
-    BULK,
-    DIRECTIONS,
-    MOVERS,
-    PIECES,
-    UNPAUSED,
-    UNPAUSED_IDS,
-    WAITED,
-    unpaused_name,
+from bench.contenders import (
+    BUFFER,
+    DEFERRED,
+    EAGER,
+    EMPTY,
+    ENGINE,
+    READY,
+    RUNNER,
+    SGLANG,
+    TORCH,
+    TOTAL,
+    UVA,
+    WIDE,
 )
-from bench.suite.mixed import KERNELS, PLAIN_MIXED
+from bench.suite.drift import DRIFTERS
+from bench.suite.history import CUT
+from bench.suite.latency import BULK, UNPAUSED, UNPAUSED_IDS, unpaused_name
+from bench.suite.mixed import FUSED, KERNELS, MIXED_SGLANG
 from bench.targets import Cells, Missing
 
 NOT_YET = "Not measured yet: `make bench` on a GPU, then `make report`."
-SHORT = ("1 x 128", "1 x 8192", "8 x 1024", "64 x 128", "1 x 16384", "1 x 131072")
+HOST = (
+    *(f"{shape} array" for shape in ("1 x 128", "1 x 8192", "1 x 131072", "1 x 1048576")),
+    *(f"{shape} array" for shape in ("8 x 1024", "64 x 128", "1000 x 8")),
+    "1 x 8192 array, cold",
+    *(f"1 x 8192 {kind}" for kind in ("list", "numpy", "tensor")),
+)
+BASELINES = (SGLANG, BUFFER, UVA, RUNNER)
+HEADS = {DEFERRED: "pystage", SGLANG: "baseline: SGLang"}  # where a contender heads a column
 
 
 def tabulate(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -49,25 +62,18 @@ def indented(measure: str) -> str:
 def sections(result: dict[str, Any] | None) -> dict[str, str]:
     """What stands at each mark, by its name. None: there is no run yet."""
     makers = {
-        "suite": lambda r: _host_summary(r, [f"{shape} array" for shape in SHORT]),
-        "suite-targets": _targets,
         "suite-source": source,
-        "suite-host": lambda r: _host_summary(r, _cells(r, "host")),
-        "suite-contenders": _host_contenders,
+        "suite-notes": _notes,
+        "suite-targets": _targets,
+        "suite-host": _host_summary,
         "suite-stream": _stream,
         "suite-latency": _latency,
-        "suite-calls": _calls,
-        "suite-traffic": _traffic,
         "suite-unpaused": _unpaused,
         "suite-drift": _drift,
-        "suite-new-sizes": _new_sizes,
-        "suite-threads": lambda r: _totals_by_row(r, "threads"),
+        "suite-threads": lambda r: _totals(r, "threads"),
         "suite-processes": _processes,
-        "suite-unpaused-short": lambda r: _unpaused(r, (DEFERRED, SGLANG, BUFFER, RUNNER)),
         "suite-history": lambda r: _totals(r, "history"),
         "suite-mixed": _mixed,
-        "suite-notes": _notes,
-        "suite-plots": _plots,
     }
     if result is None:
         return dict.fromkeys(makers, NOT_YET)
@@ -105,14 +111,16 @@ def _number(value: float | None, form: str = ",.1f") -> str:
 
 
 def _label(cell: str) -> str:
-    """Numbers of a cell's name with commas."""
+    """A cell's name for people: numbers with commas, no plural of one."""
     words = [f"{int(w):,}" if w.isdigit() else w for w in cell.split(" ")]
-    return " ".join(words)
+    text = " ".join(words).replace("Python thread beside", "beside a Python thread")
+    return re.sub(r"^1 (thread|process)(?:es|s)", r"1 \1", text)
 
 
-def _host_summary(result: dict[str, Any], names: Any) -> str:
+def _host_summary(result: dict[str, Any]) -> str:
+    """Both calls together, each alone, and the best peer."""
     look, rows = Cells(result), []
-    for name in names:
+    for name in HOST:
         cell = result["regimes"].get("host", {}).get(name, {})
         ours = cell.get("contenders", {}).get(DEFERRED, {})
         if "total" not in ours:
@@ -138,103 +146,60 @@ def _host_summary(result: dict[str, Any], names: Any) -> str:
                 between,
             ]
         )
-    head = ["host time, us, p50 / p99", "pystage", "stage + resolve", "lower bound", "best peer"]
-    head += ["", "", "passes"]
+    head = ["host time, us, p50 / p99", "pystage", "stage + resolve", "lower bound"]
+    head += ["baseline: best peer", "which", "baseline / pystage", "in the three passes"]
     return tabulate(head, rows)
 
 
-def _host_contenders(result: dict[str, Any]) -> str:
-    cells = _cells(result, "host")
-    shapes = [shape for shape in SHAPES if f"{shape} array" in cells]
-    rows = []
-    for name in EVERYBODY:
-        row = [cells[f"{s} array"]["contenders"].get(name, {}).get("total") for s in shapes]
-        if any(row):
-            rows.append([name, *map(_half, row)])
-    return tabulate(["host time from array, us, p50", *map(_label, shapes)], rows)
-
-
-def _by_contender(result: dict[str, Any], regime: str, kind: str, show: Any, title: str) -> str:
-    """A row for each cell, a column for each contender."""
+def _by_contender(
+    result: dict[str, Any], regime: str, kind: str, show: Any, title: str, only: Sequence[str]
+) -> str:
+    """A row for each cell, a column for each contender of ``only`` that is there."""
     cells = _cells(result, regime)
-    names: dict[str, None] = {}
-    for cell in cells.values():
-        names |= {name: None for name, row in cell["contenders"].items() if kind in row}
+    names = [n for n in only if any(kind in c["contenders"].get(n, {}) for c in cells.values())]
     rows = [
         [_label(name), *(show(cell["contenders"].get(n, {}).get(kind)) for n in names)]
         for name, cell in cells.items()
     ]
-    return tabulate([title, *names], rows)
+    return tabulate([title, *(HEADS.get(n, n) for n in names)], rows)
 
 
 def _stream(result: dict[str, Any]) -> str:
-    return _by_contender(result, "stream", "added", _half, "added to the compute stream, us, p50")
+    only = (DEFERRED, EAGER, ENGINE, WIDE, *BASELINES, READY, EMPTY)
+    return _by_contender(
+        result, "stream", "added", _half, "added to the compute stream, us, p50", only
+    )
 
 
 def _totals(result: dict[str, Any], regime: str) -> str:
-    return _by_contender(result, regime, "total", _pair, "host time, us, p50 / p99")
+    only = (DEFERRED, TORCH, CUT, *BASELINES)
+    return _by_contender(result, regime, "total", _pair, "host time, us, p50 / p99", only)
 
 
 def _latency(result: dict[str, Any]) -> str:
-    return _ready(result, ("alone", BULK), "p50 / p99", {"": ("ready", _pair)})
-
-
-def _ready(
-    result: dict[str, Any],
-    wanted: Sequence[str],
-    percentiles: str,
-    shown: dict[str, tuple[str, Callable[[dict[str, float] | None], str]]],
-) -> str:
-    """Contenders by cells. ``shown``: the times under each title, which if empty is the cell's."""
-    cells = {name: cell for name, cell in _cells(result, "latency").items() if name in wanted}
+    """Contenders by cells."""
+    cells = {n: cell for n, cell in _cells(result, "latency").items() if n in ("alone", BULK)}
     names: dict[str, None] = {}
     for cell in cells.values():
         names |= dict.fromkeys(cell["contenders"])
-    head = [title or name for name in cells for title in shown]
     rows = [
-        [name]
-        + [
-            show(cell["contenders"].get(name, {}).get(kind))
-            for cell in cells.values()
-            for kind, show in shown.values()
-        ]
+        [name, *(_pair(cell["contenders"].get(name, {}).get("ready")) for cell in cells.values())]
         for name in names
     ]
-    return tabulate([f"8,192 ids ready, us, {percentiles}", *head], rows)
+    return tabulate(["8,192 ids on the GPU, us, p50 / p99", *cells], rows)
 
 
-def _calls(result: dict[str, Any]) -> str:
-    """Until the ids are there, and what of it is the call's."""
-    shown = {"": ("ready", _half), "of it the call": ("call", _half)}
-    return _ready(result, (WAITED, BULK), "p50", shown)
-
-
-def _traffic(result: dict[str, Any]) -> str:
-    cells = _cells(result, "latency")
-    head = ["8,192 ids ready, us, p50 / p99"]
-    for mover in MOVERS:
-        head += [f"by {mover}: cudaMemcpyAsync", "pystage"]
-    rows = []
-    for direction in DIRECTIONS:
-        for piece in PIECES:
-            row = [f"{direction}, pieces of {piece}"]
-            for mover in MOVERS:
-                cell = cells.get(f"{direction}, {piece} by {mover}", {}).get("contenders", {})
-                row += [_pair(cell.get(name, {}).get("ready")) for name in (READY, DEFERRED)]
-            rows.append(row)
-    return tabulate(head, rows)
-
-
-def _unpaused(result: dict[str, Any], only: Sequence[str] = ()) -> str:
-    """Contenders by cells; who starved in one is said so."""
+def _unpaused(result: dict[str, Any]) -> str:
+    """Copies that are always queued, by contender; the table says who starved."""
     cells, rows = _cells(result, "latency"), []
+    only = (DEFERRED, *BASELINES)
     names: dict[str, None] = {}
     for mib, depth in UNPAUSED:
         for ids in UNPAUSED_IDS:
             cell = cells.get(unpaused_name(mib, depth, ids), {}).get("contenders", {})
-            names |= dict.fromkeys(n for n in cell if not only or n in only)
+            names |= dict.fromkeys(n for n in only if n in cell)
             if cell:
-                rows.append((f"{depth} x {mib} MiB, {ids:,} ids", cell))
+                rows.append((f"{ids:,} ids, {depth} x {mib} MiB queued", cell))
     if not rows:
         return NOT_YET
 
@@ -244,7 +209,7 @@ def _unpaused(result: dict[str, Any], only: Sequence[str] = ()) -> str:
         return _pair(row.get("ready"))
 
     table = [[label, *(shown(cell.get(name, {})) for name in names)] for label, cell in rows]
-    return tabulate(["always queued; ready, us, p50 / p99", *names], table)
+    return tabulate(["ids on the GPU, us, p50 / p99", *(HEADS.get(n, n) for n in names)], table)
 
 
 def _drift(result: dict[str, Any]) -> str:
@@ -265,97 +230,61 @@ def _drift(result: dict[str, Any]) -> str:
                     _number(row["allocations_after_warm_up"], "d"),
                 ]
             )
-    head = ["us", "call, p50 / p99", "first", "worst", "to make it", "pinned MiB", "allocations"]
-    return tabulate([*head, "after warm-up"], rows)
-
-
-def _new_sizes(result: dict[str, Any]) -> str:
-    cells, rows = _cells(result, "drift"), []
-    for name in DRIFTERS:
-        row = cells.get(f"new sizes, {name}", {}).get("contenders", {}).get(name)
-        if row:
-            first = row["first_call_of_a_size"]
-            rows.append([name, *(_half(first.get(str(n))) for n in NEW_SIZES), _half(row["made"])])
-    return tabulate(
-        ["first call of a size, us, p50", *(f"{n:,}" for n in NEW_SIZES), "to make it"], rows
-    )
-
-
-def _totals_by_row(result: dict[str, Any], regime: str) -> str:
-    rows = []
-    for cell, measured in _cells(result, regime).items():
-        for name, row in measured["contenders"].items():
-            if "total" in row and result["roles"].get(name) != "reference":
-                rate = row.get("batches_per_second")
-                rows.append([_label(cell), name, _pair(row["total"]), _number(rate, ",.0f")])
-    return tabulate(["host time, us, p50 / p99", "", "", "batches a second"], rows)
+    head = ["us", "call, p50 / p99", "first call", "worst call", "to make it", "pinned, MiB"]
+    return tabulate([*head, "pinned allocations", "after warm-up"], rows)
 
 
 def _processes(result: dict[str, Any]) -> str:
-    rows = [
-        [_label(cell), name, _pair(row["total"]), _pair(row["ready"])]
-        for cell, measured in _cells(result, "processes").items()
-        for name, row in measured["contenders"].items()
-        if "total" in row
-    ]
-    return tabulate(["us, p50 / p99", "", "host time", "ids ready"], rows)
+    only = (ENGINE, DEFERRED, TORCH, *BASELINES)
+    return _by_contender(result, "processes", "ready", _pair, "ids on the GPU, us, p50 / p99", only)
 
 
 def _mixed(result: dict[str, Any]) -> str:
+    """One kernel of pystage against SGLang's copy, gather and ``torch.cat``."""
     rows, cells = [], _cells(result, "mixed")
-    counts = cells.pop(KERNELS, {}).get("contenders", {})
+    cells.pop(KERNELS, None)
     for cell, measured in cells.items():
-        plain = measured["contenders"].get(PLAIN_MIXED, {}).get("added")
-        for name, row in measured["contenders"].items():
-            if "total" not in row:
-                continue
-            share = ""
-            if plain and plain["p50"] > 0 and "added" in row:
-                share = f"{row['added']['p50'] / plain['p50']:.0%}"
-            count = counts.get(name, {})
-            rows.append(
-                [
-                    _label(cell),
-                    name,
-                    _pair(row["total"]),
-                    _half(row.get("added")),
-                    share,
-                    _number(count.get("kernels"), "d"),
-                    _number(count.get("copies"), "d"),
-                ]
-            )
-    head = ["us", "", "host time, p50 / p99", "added to the stream, p50", "of the plain way"]
-    return tabulate([*head, "kernels", "copies"], rows)
+        sides = [measured["contenders"].get(name, {}) for name in (FUSED, MIXED_SGLANG)]
+        rows.append(
+            [
+                _label(cell),
+                *(_pair(side.get("total")) for side in sides),
+                *(_half(side.get("added")) for side in sides),
+            ]
+        )
+    head = ["us", "pystage: host time, p50 / p99", "baseline: host time", "pystage: stream, p50"]
+    return tabulate([*head, "baseline: stream"], rows)
+
+
+RATIO = re.compile(
+    r",? of (the lower bound|its p50|an empty kernel|cudaMemcpyAsync|int64's|the best peer's|"
+    r"copy \+ gather \+ cat|without)\b"
+)
+
+
+def _measure(name: str) -> str:
+    """A target's recorded name in the words of the page."""
+    name = re.sub(r"\bours\b", "pystage's", name).replace(" over ", " / ")
+    return indented(RATIO.sub(r" / \1", name).replace("ids ready", "ids on the GPU"))
 
 
 def _targets(result: dict[str, Any]) -> str:
     rows = [
         [
-            indented(row["measure"]),
+            _measure(row["measure"]),
             row["target"],
             amount(row),
             {True: "yes", False: "no", None: "not measured"}[row["met"]],
-            row["where"],
         ]
         for row in result["targets"]
     ]
-    return tabulate(["measure", "target", "measured", "met", "where"], rows)
+    return tabulate(["measure", "target", "measured", "met"], rows)
 
 
 def _notes(result: dict[str, Any]) -> str:
     lines = [f"- {name}: {note}." for name, note in result["notes"].items() if note]
     lines += [f"- {name}: absent, {why}." for name, why in result["absent"].items()]
     lines += [f"- {where}: failed." for where in result["errors"]]
-    lines.append(
-        f"- {EMPTY}: `torch.cuda._sleep(0)`. Caches of the CPU: "
-        f"{result['cpu_cache_bytes'] / 2**20:,.0f} MiB."
-    )
+    lines.append(f"- {EMPTY}: `torch.cuda._sleep(0)`.")
+    lines.append(f"- The CPU has {result['cpu_cache_bytes'] / 2**20:,.0f} MiB of caches.")
     return "\n".join(lines)
-
-
-def _plots(result: dict[str, Any]) -> str:
-    return "\n".join(
-        f"![{name}](suite-{name}.svg)"
-        for name in ("host", "stream", "latency", "drift")
-        if _cells(result, name)
-    )

@@ -1,16 +1,15 @@
-"""Plots of a run of the suite, beside its JSON."""
+"""Plots of a run of the suite, beside its JSON. Each title says what the run found."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 
+from bench import svg
 from bench.contenders import (
+    BATCH,
     BUFFER,
     CUPY,
     DEFERRED,
@@ -18,6 +17,8 @@ from bench.contenders import (
     EMPTY,
     ENGINE,
     READY,
+    READY_BATCH,
+    RUNNER,
     SGLANG,
     TORCH,
     TOTAL,
@@ -25,31 +26,35 @@ from bench.contenders import (
     WIDE,
 )
 from bench.suite.cells import SHAPES
-from bench.suite.latency import DIRECTIONS, ENGINE_MOVER, MOVERS, PIECES
+from bench.suite.drift import DRIFTERS
+from bench.suite.latency import DIRECTIONS, ENGINE_MOVER, KERNEL_MOVER, MOVERS, PIECES
 from bench.suite.stream import STREAM_COUNTS
 
-mpl.use("svg")
-mpl.rcParams["svg.hashsalt"] = "pystage"  # the same figures give the same file
-mpl.rcParams.update({"axes.titlesize": 9, "axes.labelsize": 8})
 COLORS = {
     DEFERRED: "#1f6fb4",
-    EAGER: "#5fb45f",
-    WIDE: "#7fb0dc",
-    TORCH: "#9a9a9a",
-    SGLANG: "#d9822b",
+    EAGER: "#2c8c2c",
+    WIDE: "#6aa3d5",
+    TORCH: "#777777",
+    SGLANG: "#c2660c",
     BUFFER: "#8c5fb4",
-    READY: "#c0392b",
+    READY: "#b03226",
     ENGINE: "#123a5c",
-    UVA: "#c9a227",
+    UVA: "#a8860f",
+    RUNNER: "#c24f8e",
     CUPY: "#2f8f83",
-    EMPTY: "#cccccc",
+    BATCH: "#5c4033",
+    READY_BATCH: "#e07b70",
+    EMPTY: "#999999",
 }
+POINTS = "o^v<>sDPX*ph"
+OPEN = {"ms": 7, "mfc": "none", "mew": 1.5}  # points that coincide show through each other
 
 
 def draw(result: dict[str, Any], path: Path) -> list[Path]:
     """One file for each regime that has something to draw."""
+    plt = svg.pyplot()
     written = []
-    for name, figure in (
+    for name, draw_regime in (
         ("host", _host),
         ("stream", _stream),
         ("latency", _latency),
@@ -57,113 +62,161 @@ def draw(result: dict[str, Any], path: Path) -> list[Path]:
     ):
         cells = result["regimes"].get(name, {})
         if any(cell.get("contenders") for cell in cells.values()):
+            figure, finding, note = draw_regime(plt, cells)
+            svg.tell(figure, finding, f"{result['device_name']}. {note}")
             out = path.with_name(f"{path.stem}-{name}.svg")
-            shape = figure(cells)
-            shape.suptitle(f"{result['device_name']}, commit {result['commit'][:9]}", fontsize=8)
-            shape.savefig(out, metadata={"Date": None})
-            plt.close(shape)
+            svg.save(figure, out)
             written.append(out)
     return written
 
 
-def _p50(cells: dict[str, Any], cell: str, name: str, kind: str, part: str = "p50") -> float:
+def _p50(cells: dict[str, Any], cell: str, name: str, kind: str) -> float:
     row = cells.get(cell, {}).get("contenders", {}).get(name, {})
-    return float(row[kind][part]) if kind in row else float("nan")
+    return float(row[kind]["p50"]) if kind in row else float("nan")
 
 
-def _axes(columns: int) -> tuple[Any, list[Axes]]:
-    figure, axes = plt.subplots(
-        1, columns, figsize=(4.6 * columns, 3.6), layout="constrained", squeeze=False, sharey=True
-    )
-    for axis in axes[0]:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=7)
-    return figure, list(axes[0])
+def _span(values: Any) -> str:
+    """``2.1 to 10.6``; one number where both ends look the same."""
+    least, most = f"{np.nanmin(values):.1f}", f"{np.nanmax(values):.1f}"
+    return least if least == most else f"{least} to {most}"
 
 
-def _log(axis: Axes, x: bool = False) -> None:
-    """Logarithmic, where there is anything to show."""
-    if np.isfinite(axis.dataLim.minposy):
-        axis.set_yscale("log")
-    if x and np.isfinite(axis.dataLim.minposx):
-        axis.set_xscale("log")
+def _comma(shape: str) -> str:
+    return " ".join(f"{int(w):,}" if w.isdigit() else w for w in shape.split(" "))
 
 
-def _legend(axis: Axes) -> None:
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=6, frameon=False)
-
-
-def _host(cells: dict[str, Any]) -> Any:
-    figure, (axis,) = _axes(1)
-    figure.set_size_inches(9, 3.8)
+def _host(plt: Any, cells: dict[str, Any]) -> tuple[Any, str, str]:
+    """Each peer's host time over pystage's, on a linear axis."""
     shapes = [s for s in SHAPES if f"{s} array" in cells]  # a run before a shape was added lacks it
-    names = [DEFERRED, BUFFER, TORCH, SGLANG]
-    for k, name in enumerate(names):
-        at = [i + (k - 1.5) * 0.2 for i in range(len(shapes))]
-        values = [_p50(cells, f"{s} array", name, "total") for s in shapes]
-        axis.bar(at, values, 0.2, color=COLORS[name], label=name)
+    ours = {s: _p50(cells, f"{s} array", DEFERRED, "total") for s in shapes}
+    peers = (SGLANG, TORCH, BUFFER, UVA, CUPY, BATCH)
+    figure, axis = plt.subplots(figsize=(svg.WIDTH, 0.42 * len(shapes) + 1.9), layout="constrained")
+    best = {s: float("inf") for s in shapes}
+    for name, point in zip(peers, POINTS, strict=False):
+        ratios = [_p50(cells, f"{s} array", name, "total") / ours[s] for s in shapes]
+        best |= {s: min(best[s], r) for s, r in zip(shapes, ratios, strict=True) if r == r}  # noqa: PLR0124
+        axis.plot(ratios, range(len(shapes)), point, color=COLORS[name], label=name, **OPEN)
     bounds = [
-        cells.get(f"{s} array", {}).get("bound", {}).get(TOTAL, {}).get("p50", float("nan"))
+        cells[f"{s} array"].get("bound", {}).get(TOTAL, {}).get("p50", float("nan")) / ours[s]
         for s in shapes
     ]
-    axis.plot(range(len(shapes)), bounds, "_", color="black", ms=22, label="the lower bound")
-    axis.set_xticks(range(len(shapes)), shapes, fontsize=7)
-    axis.set(title="host time of a batch from array, us, p50")
-    _log(axis)
-    _legend(axis)
-    return figure
+    axis.plot(bounds, range(len(shapes)), "|", color="black", ms=11, mew=2, label="lower bound")
+    axis.axvline(1, color=COLORS[DEFERRED], lw=2, label="pystage")
+    axis.set_yticks(range(len(shapes)), [f"{_comma(s)}\n{ours[s]:,.1f} us" for s in shapes])
+    axis.set(
+        xlabel="host time of stage + resolve, as a multiple of pystage's (p50)", xlim=(0, None)
+    )
+    axis.set_ylim(len(shapes) - 0.5, -0.5)
+    axis.grid(axis="x", color="#dddddd")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    found = [ratio for ratio in best.values() if np.isfinite(ratio)]
+    finding = "Host time of a batch, by contender"
+    if found:
+        finding = f"The best peer takes {_span(found)} times the host time of pystage"
+    return figure, finding, "Requests x ids, from arrays; below them pystage's time."
 
 
-def _stream(cells: dict[str, Any]) -> Any:
-    figure, (axis,) = _axes(1)
-    for name in (READY, WIDE, DEFERRED, EAGER, EMPTY):
+def _stream(plt: Any, cells: dict[str, Any]) -> tuple[Any, str, str]:
+    """Microseconds; below 1 the axis is linear, so that nothing has to be left out at zero."""
+    figure, axis = plt.subplots(figsize=(svg.WIDTH, 4.6), layout="constrained")
+    names: dict[str, None] = {}
+    for cell in cells.values():
+        names |= dict.fromkeys(n for n, row in cell.get("contenders", {}).items() if "added" in row)
+    for name, point in zip(names, POINTS, strict=False):
         values = [_p50(cells, f"idle, {n} ids", name, "added") for n in STREAM_COUNTS]
-        # A log axis has no zero, which is about what an eager pool adds.
-        axis.plot(
-            STREAM_COUNTS,
-            [max(v, 0.05) if v == v else v for v in values],  # noqa: PLR0124  (NaN stays)
-            "o-",
-            ms=3,
-            color=COLORS[name],
-            label=name,
+        color = COLORS.get(name, "#444444")
+        axis.plot(range(len(values)), values, f"{point}-", lw=1, color=color, label=name, **OPEN)
+    axis.set_yscale("symlog", linthresh=1)
+    axis.set_xticks(range(len(STREAM_COUNTS)), [f"{n:,}" for n in STREAM_COUNTS])
+    axis.minorticks_off()
+    axis.set_yticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1,000"])
+    axis.set(xlabel="ids", ylabel="added to the compute stream, us (p50)", ylim=(-0.3, 3000))
+    axis.grid(axis="y", color="#dddddd")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    at = [n for n in STREAM_COUNTS if n >= 1024]
+    shares = [
+        _p50(cells, f"idle, {n} ids", READY, "added")
+        / _p50(cells, f"idle, {n} ids", DEFERRED, "added")
+        for n in at
+    ]
+    finding = "Time added to the compute stream, by contender"
+    if np.isfinite(shares).any():
+        finding = (
+            f"From 1,024 ids on, cudaMemcpyAsync occupies the stream {_span(shares)} times as "
+            "long as pystage; an eager pool adds next to nothing"
         )
-    axis.set(title="added to the compute stream, us", xlabel="ids")
-    _log(axis, x=True)
-    _legend(axis)
-    return figure
+    return (
+        figure,
+        finding,
+        "Between small kernels on an idle GPU. Linear up to 1 us, then logarithmic.",
+    )
 
 
-def _latency(cells: dict[str, Any]) -> Any:
-    figure, axes = _axes(len(MOVERS))
-    sizes = [size >> 10 for size in PIECES.values()]
+def _latency(plt: Any, cells: dict[str, Any]) -> tuple[Any, str, str]:
+    """A panel for each way to move data; who waits for whom differs by orders of magnitude."""
+    figure, axes = plt.subplots(
+        1, len(MOVERS), figsize=(svg.WIDTH, 4.4), layout="constrained", sharey=True
+    )
+    at, ratios = range(len(PIECES)), {}
     for axis, mover in zip(axes, MOVERS, strict=True):
         for direction, style in zip(DIRECTIONS, ("o-", "s--", "^:"), strict=True):
-            for name in (READY, DEFERRED):
-                values = [
-                    _p50(cells, f"{direction}, {label} by {mover}", name, "ready")
-                    for label in PIECES
-                ]
+            times = {
+                name: [_p50(cells, f"{direction}, {p} by {mover}", name, "ready") for p in PIECES]
+                for name in (READY, DEFERRED)
+            }
+            for name, values in times.items():
+                label = "cudaMemcpyAsync" if name == READY else "pystage"
                 axis.plot(
-                    sizes, values, style, ms=3, color=COLORS[name], label=f"{name}, {direction}"
+                    at, values, style, ms=5, color=COLORS[name], label=f"{label}, {direction}"
                 )
-        axis.set(
-            title=f"8,192 ids ready, us; traffic by {mover}",
-            xlabel="pieces, KiB",
+            ratios[mover, direction] = np.divide(times[READY], times[DEFERRED])
+        axis.set_yscale("log")
+        axis.set_xticks(at, PIECES, rotation=30)
+        axis.set(title=f"by {mover}".replace("Memcpy", "Memcpy\n"), xlabel="size of each copy")
+        axis.grid(axis="y", color="#dddddd")
+    axes[0].set_ylabel("until 8,192 ids are on the GPU, us (p50)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    queued = ratios[ENGINE_MOVER, "H2D"]
+    free = [ratios[mover, way] for mover, way in ratios if mover == KERNEL_MOVER or way == "D2H"]
+    finding = "Until 8,192 ids are on the GPU, beside other traffic"
+    if np.isfinite(queued).any() and np.isfinite(free).any():
+        finding = (
+            "Behind host-to-device copies of the copy engine, cudaMemcpyAsync takes "
+            f"{np.nanmin(queued):.0f} to {np.nanmax(queued):.0f} times as long as pystage; where "
+            f"nothing queues, {_span(free)} times"
         )
-        _log(axis, x=True)
-        if mover == ENGINE_MOVER:
-            _legend(axis)
-    return figure
+    return figure, finding, "H2D: to the device; D2H: from it. Logarithmic."
 
 
-def _drift(cells: dict[str, Any]) -> Any:
-    figure, (axis,) = _axes(1)
-    for cell in cells.values():
-        for name, row in cell.get("contenders", {}).items():
-            if row.get("pinned_bytes_over_batches"):
-                at, held = zip(*row["pinned_bytes_over_batches"], strict=True)
-                axis.plot(at, [h / 2**20 for h in held], color=COLORS.get(name), label=name, lw=1)
-    axis.set(title="pinned memory held over the trace, MiB", xlabel="batches")
-    _legend(axis)
-    return figure
+def _drift(plt: Any, cells: dict[str, Any]) -> tuple[Any, str, str]:
+    """What each held at the start and at the end: most lines over time would cover each other."""
+    held, without = {}, []
+    for name in DRIFTERS:
+        row = cells.get(f"trace, {name}", {}).get("contenders", {}).get(name)
+        if row and row.get("pinned_bytes_over_batches"):
+            held[name] = [b / 2**20 for _, b in row["pinned_bytes_over_batches"]]
+        elif row:
+            without.append(name)
+    figure, axis = plt.subplots(figsize=(svg.WIDTH, 0.4 * len(held) + 1.7), layout="constrained")
+    for at, (name, mib) in enumerate(held.items()):
+        axis.barh(at, max(mib), 0.6, color=COLORS.get(name, "#444444"))
+        axis.text(
+            max(mib), at, f" {mib[0]:.2f} at the start, {mib[-1]:.2f} at the end", va="center"
+        )
+    axis.set_yticks(range(len(held)), list(held))
+    axis.set_ylim(max(len(held), 1) - 0.5, -0.5)
+    most = max((max(mib) for mib in held.values()), default=1.0)
+    axis.set(xlabel="most pinned memory held during the trace, MiB", xlim=(0, 1.45 * most))
+    finding = "Pinned memory over a trace, by contender"
+    ours, rest = (
+        [max(mib) for name, mib in held.items() if name.startswith("pystage") == own]
+        for own in (True, False)
+    )
+    if ours and rest:
+        finding = (
+            f"pystage pins {_span(ours)} MiB when it is made, and no more; peers come to "
+            f"{_span(rest)} MiB in this trace, without a limit"
+        )
+    absent = f" {', '.join(without)}: pinned memory is not its own." if without else ""
+    return figure, finding, f"Batches of a serving trace.{absent}"

@@ -12,13 +12,13 @@ Parts (`--parts`, default all):
   profile   our profile and, with --sglang-wheel, SGLang's 128-length sweep, cold and warm: forwards
             and wall time. A process is cold once: --first says who goes first.
   heldout   prediction error on random (history, chunk) points
-  ttft      for prompts of half and all of the context: chunk times alone on each stage, their
-            spread, time to first token through the pipeline, and the simulation against it
+  ttft      for prompts of a quarter, half and all of the context (--prompts): chunk times alone on
+            each stage, their spread, time to first token through the pipeline (plans in an order
+            drawn anew each round), and the simulation against it
   trace     makespan of a batch of prompts with the lengths of a conversation trace
 
-On 2 x H100 `--model 8b` with all parts is meant to take five to six minutes; `--reps 1` takes off
-about a minute and a half, `--model 1b` runs in about a quarter of the time. PYSTAGE_COMMIT names
-the commit where there is no git.
+On 2 x H100 `--model 8b` with all parts takes some ten minutes; `--prompts 65536 --reps 2` a third
+of that, `--model 1b` about a quarter. PYSTAGE_COMMIT names the commit where there is no git.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import csv
 import logging
 import math
 import os
+import random
 import sys
 import time
 from array import array
@@ -417,7 +418,7 @@ class Bench:
         self.results: dict[str, Any] = {}
         self.policies: dict[str, Callable[[int], list[int]]] = {}
         self.next_sizes: dict[str, Callable[[int], int]] = {}
-        for size in (args.base // 4, args.base // 2, args.base):
+        for size in (args.base // 8, args.base // 4, args.base // 2, args.base):
             self.next_sizes[f"fixed {size}"] = lambda _history, size=size: size
         self.sizer: ChunkSizer | None = None
         self.sglang: dict[str, SglangSizes] = {}
@@ -470,7 +471,31 @@ class Bench:
         self.policies["equal time"] = sizer.plan
         self.policies["equal time, base x 2"] = self._sizer(sizer.model, 2 * args.base).plan
         self.policies["fastest"] = lambda n: sizer.fastest_plan(n, self.ranks)
+        self.policies["choose"] = self._choose
         self.next_sizes["equal time"] = lambda history: sizer.next_chunk(history) or args.base
+
+    def _choose(self, prompt_len: int) -> list[int]:
+        """Rank 0 chooses, and times the finalists on its stage."""
+
+        def choose() -> dict[str, Any]:
+            assert self.sizer is not None
+            began = time.perf_counter()
+            choice = self.sizer.choose(
+                prompt_len,
+                self.ranks,
+                time=lambda points: [
+                    self.timer(lambda p=p: self.step(*p)).latency_ms for p in points
+                ],
+            )
+            told = {"kind": choice.kind, "gain": choice.gain, "error": choice.error}
+            told |= {"fixed_size": choice.fixed_size, "forwards": choice.forwards}
+            told |= {"predicted_ms": choice.predicted_ms, "fixed_ms": choice.fixed_ms}
+            told |= {"why": choice.why, "seconds": time.perf_counter() - began}
+            return told | {"chunks": list(choice.chunks)}
+
+        told = self.results[f"choice {prompt_len}"] = self.on_rank0(choose)
+        chunks: list[int] = told["chunks"]
+        return chunks
 
     def _sizer(self, model: LatencyModel, base: int) -> ChunkSizer:
         return ChunkSizer(
@@ -557,34 +582,50 @@ class Bench:
         per_token = self.pipeline.transfer_ms_per_token(args.base)
         self.results["transfer_ms_per_token"] = per_token
         warm: set[int] = set()
-        for prompt_len in (args.context // 2, args.context):
-            for name, policy in self.policies.items():
-                chunks = policy(prompt_len)
-                batches = batches_of_one(chunks)
+        order = random.Random(args.seed)  # the same on all ranks
+        for prompt_len in args.prompts:
+            plans = {name: policy(prompt_len) for name, policy in self.policies.items()}
+            stages = {}
+            for name, chunks in plans.items():
                 # The first forward of a size loads kernels (tens of ms): not in a server's steady
                 # state, and in nobody's plan.
                 fresh = [[Piece(0, 0, 0, size)] for size in sorted(set(chunks) - warm)]
                 self.pipeline.alone(fresh, [self.prompt])
                 warm.update(chunks)
-                alone = self.pipeline.alone(batches, [self.prompt])
-                stages: list[list[float]] = [[] for _ in range(self.ranks)]
-                dist.all_gather_object(stages, alone)
-                runs = [self.pipeline.run(batches, [self.prompt]) for _ in range(args.reps)]
-                hops = [per_token * c for c in chunks]
-                simulated = simulate_pipeline(stages, hops)
-                layers = np.mean(stages, axis=0) * self.ranks
-                self.results[f"ttft {prompt_len} {name}"] = {
-                    "chunks": chunks,
-                    "stage_ms": stages,
-                    "spread": spread(stages[0]),
-                    "ttft_ms": float(np.median(runs)),
-                    "runs_ms": runs,
-                    "simulated_ms": simulated,
-                    "simulation_error": simulated / float(np.median(runs)) - 1,
-                    "simulated_ms_by_ranks": {
-                        n: simulate_pipeline([layers / n] * n, hops) for n in range(2, 17)
-                    },
-                }
+                alone = self.pipeline.alone(batches_of_one(chunks), [self.prompt])
+                stages[name] = [[0.0]] * self.ranks
+                dist.all_gather_object(stages[name], alone)
+            runs: dict[str, list[float]] = {name: [] for name in plans}
+            for _ in range(args.reps):
+                for name in order.sample([*plans], len(plans)):
+                    runs[name].append(self.pipeline.run(batches_of_one(plans[name]), [self.prompt]))
+            for name, chunks in plans.items():
+                self._told_ttft(prompt_len, name, chunks, stages[name], runs[name], per_token)
+
+    def _told_ttft(
+        self,
+        prompt_len: int,
+        name: str,
+        chunks: list[int],
+        stages: list[list[float]],
+        runs: list[float],
+        per_token: float,
+    ) -> None:
+        hops = [per_token * c for c in chunks]
+        simulated = simulate_pipeline(stages, hops)
+        layers = np.mean(stages, axis=0) * self.ranks
+        self.results[f"ttft {prompt_len} {name}"] = {
+            "chunks": chunks,
+            "stage_ms": stages,
+            "spread": spread(stages[0]),
+            "ttft_ms": float(np.median(runs)),
+            "runs_ms": runs,
+            "simulated_ms": simulated,
+            "simulation_error": simulated / float(np.median(runs)) - 1,
+            "simulated_ms_by_ranks": {
+                n: simulate_pipeline([layers / n] * n, hops) for n in range(2, 17)
+            },
+        }
 
     def trace(self) -> None:
         args = self.args
@@ -679,7 +720,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--page", type=int, help="tokens; default 64, tiny 8")
     parser.add_argument("--min-chunk", type=int, help="tokens; default 512, tiny 16")
     parser.add_argument("--heldout", type=int, default=49, help="held-out points")
-    parser.add_argument("--reps", type=int, default=2, help="pipeline runs of every plan")
+    parser.add_argument("--reps", type=int, default=3, help="pipeline runs of every plan")
+    parser.add_argument(
+        "--prompts",
+        type=lambda text: [int(n) for n in text.split(",")],
+        help="their tokens; default: a quarter, half and all of the context",
+    )
     parser.add_argument("--sglang-wheel", type=Path, help="of 0.5.20 or later, or a folder of it")
     parser.add_argument("--first", choices=("ours", "sglang"), default="sglang")
     parser.add_argument("--trace", type=Path, help="CSV with input_length or ContextTokens")
@@ -693,6 +739,9 @@ def arguments() -> argparse.Namespace:
     for name, (usual, small) in (defaults | {"min_chunk": (512, 16)}).items():
         if getattr(args, name) is None:
             setattr(args, name, small if tiny else usual)
+    args.prompts = args.prompts or [args.context // 4, args.context // 2, args.context]
+    if not all(0 < n <= args.context for n in args.prompts):
+        parser.error(f"--prompts {args.prompts}: between 1 and the context, {args.context}")
     return args
 
 

@@ -62,8 +62,8 @@ class Switch:
 
         self.places: list[tuple[Any, str, Any, Any]] = []
         wrappers: dict[int, Any] = {}
-        for hook in plugin._state.hooks:
-            owner, name = plugin._owner_and_name(hook.target)
+        for hook in plugin.process.state.hooks:
+            owner, name = plugin.symbols.owner_and_name(hook.target)
             hooked = vars(owner)[name]
             function = getattr(hooked, "__func__", hooked)
             original = function.__wrapped__
@@ -340,7 +340,7 @@ class Bench:
         reqs = [self.rig.request(random_ids(HISTORY + CHUNK, rng)) for _ in range(8)]
         for req in reqs:
             req.prefix_len = HISTORY
-        module, hook = self.schedule_batch, self.plugin._prepare_for_extend
+        module, hook = self.schedule_batch, self.plugin.staging.prepare_for_extend
         # The lower bound: a chunk written as int32, and SGLang's wrappers round hooks without work.
         from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
 

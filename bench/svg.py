@@ -1,9 +1,17 @@
-"""What all plots of the pages share. Matplotlib is imported when the first one is drawn."""
+"""What all plots of the pages share. Matplotlib is imported when the first one is drawn.
+
+A page shows a plot some 900 pixels wide. At 9 inches that is 100 pixels an inch, so text of 9
+points stays readable. The background is white, for pages in dark mode.
+"""
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
+
+WIDTH = 9.0  # inches
+SMALL = 9  # points, and the smallest text that any plot has
 
 
 def pyplot() -> Any:
@@ -11,21 +19,39 @@ def pyplot() -> Any:
     import matplotlib as mpl
 
     mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "pystage"
+    mpl.rcParams.update(
+        {
+            "svg.hashsalt": "pystage",
+            "font.size": SMALL,
+            "axes.titlesize": 10,
+            "axes.labelsize": SMALL,
+            "xtick.labelsize": SMALL,
+            "ytick.labelsize": SMALL,
+            "legend.fontsize": SMALL,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "savefig.facecolor": "white",
+        }
+    )
     from matplotlib import pyplot as plt
 
     return plt
 
 
 def plain(axis: Any) -> None:
-    """No frame, small text."""
+    """No frame."""
     axis.spines[["top", "right"]].set_visible(False)
-    axis.title.set_fontsize(9)
-    axis.tick_params(labelsize=7)
+
+
+def tell(figure: Any, finding: str, note: str) -> None:
+    """Above the plot what it shows, below it on what it was measured."""
+    figure.suptitle(textwrap.fill(finding, 84), fontsize=12, x=0.01, ha="left", fontweight="bold")
+    text = textwrap.fill(note, 130)
+    figure.supxlabel(text, fontsize=SMALL, x=0.01, ha="left", color="#444444")
 
 
 def save(figure: Any, path: Path) -> None:
     """Writes the SVG, without a date, and closes the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None}, facecolor="white")
     pyplot().close(figure)

@@ -11,14 +11,9 @@ from . import _interpreter  # noqa: F401  (before torch, which a subinterpreter 
 # isort: split
 import torch  # noqa: F401  (before the extension: it resolves its symbols against torch's)
 
-try:
-    from . import _C  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        f"pystage's extension does not load ({error}). It is built for one torch: after installing "
-        "another, rebuild with: pip install --no-build-isolation ."
-    ) from error
+from . import _extension  # noqa: F401  (before all that use it: it says why it does not load)
 
+# isort: split
 from . import batch, ops
 from ._build import BuildInfo, __version__, build_info
 from .errors import (
@@ -34,7 +29,8 @@ from .errors import (
     TokenRangeError,
     UnresolvedInputsError,
 )
-from .pool import StagedTokens, StagingPool, StagingStats, resolve, resolve_mixed
+from .pool import StagedTokens, StagingPool, resolve, resolve_mixed
+from .stats import StagingStats
 
 __all__ = [
     "BuildInfo",

@@ -5,12 +5,19 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
 from . import _C
 
-__version__ = metadata.version("pystage-h2d")
+try:
+    __version__ = metadata.version("pystage-h2d")
+except metadata.PackageNotFoundError as error:
+    raise ImportError(
+        f"pystage is imported from {Path(__file__).parent}, where it was built but not installed. "
+        "Run there, one folder up: pip install --no-build-isolation -e ."
+    ) from error
 
 
 def _dotted(version: int) -> str | None:

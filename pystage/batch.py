@@ -151,7 +151,9 @@ def mix_with_running(batch: DeferredBatch, mix_running_indices: Tensor) -> None:
     Raises:
         UnresolvedInputsError: the batch has no ids.
         ValueError: it is mixed already.
+        TypeError: the indices are no such tensor. The batch is as before.
     """
+    _check_indices(mix_running_indices)
     parts, indices = _contents(batch)
     if indices is not None:
         raise ValueError(f"{_name(batch)} has running requests already: use merge")
@@ -462,6 +464,18 @@ def _write(part: Part, out: Tensor) -> None:
     if part.device.type == "cuda":
         part.record_stream(torch.cuda.current_stream(part.device))
     out.copy_(part, non_blocking=True)
+
+
+def _check_indices(indices: Tensor) -> None:
+    if not isinstance(indices, Tensor):
+        raise TypeError(
+            f"mix_running_indices is a {type(indices).__name__}, not a tensor: make it one on the "
+            "batch's device, torch.tensor(indices, device=batch.device)"
+        )
+    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"mix_running_indices is {indices.dtype} {list(indices.shape)}, not int32 or int64 [k]"
+        )
 
 
 # --- errors ------------------------------------------------------------------------------------

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .pool import StagingStats
+from .stats import StagingStats
 
 
 class PystageError(RuntimeError):

@@ -2,80 +2,26 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import wraps
 from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from . import _C, _mempool
-from .errors import DeviceError, PoolExhaustedError
+from ._tensor_like import TensorLike
+from .errors import DeviceError, ForkedProcessError, PoolExhaustedError
+from .stats import StagingStats, size
 
 AtCapacity = Literal["wait", "fallback", "raise"]
 Issue = Literal["deferred", "eager"]
 TransferKind = Literal["kernel", "copy_engine"]
 Wire = Literal["auto", "int64"]
-
-
-@dataclass(frozen=True)
-class StagingStats:
-    """A pool's figures at one moment. Sizes in bytes; counts since the pool was made.
-
-    Attributes:
-        capacity_bytes: the cap on ``reserved_bytes``.
-        reserved_bytes: memory held from the device, all waste included.
-        in_use_bytes: of it, in slots that are leased, in flight or quarantined.
-        high_water_bytes: the most ``in_use_bytes`` ever was.
-        pageable_bytes: of ``reserved_bytes``, what should have been pinned and could not be. The
-            host device pins nothing and has none.
-        leased_slots: slots that staged tokens hold.
-        in_flight_slots: slots whose staged tokens are gone and that a stream still reads.
-        quarantined_slots: slots never used again, because a device call failed at a point after
-            which nobody can tell when they are read last.
-        stages: batches staged.
-        tokens: ids in them.
-        wire_bytes: bytes transferred from slots to the device.
-        waits: stages that waited for a slot.
-        wait_seconds: time they waited in all.
-        exhausted: times :class:`PoolExhaustedError` was raised.
-        fallbacks: stages that left the pool for torch's own allocator.
-        allocations: pieces of memory taken from the device (pinned, where it can be).
-        frees: pieces given back.
-        range_errors: times :class:`TokenRangeError` was raised.
-        kernel_transfers: transfers by a kernel (on the host device: by a worker thread).
-        copy_engine_transfers: transfers by ``cudaMemcpyAsync``.
-        eager_transfers: of these two, launched at stage time.
-        fallback_transfers: copies out of torch's own memory, after a fallback.
-    """
-
-    capacity_bytes: int
-    reserved_bytes: int
-    in_use_bytes: int
-    high_water_bytes: int
-    pageable_bytes: int
-    leased_slots: int
-    in_flight_slots: int
-    quarantined_slots: int
-    stages: int
-    tokens: int
-    wire_bytes: int
-    waits: int
-    wait_seconds: float
-    exhausted: int
-    fallbacks: int
-    allocations: int
-    frees: int
-    range_errors: int
-    kernel_transfers: int
-    copy_engine_transfers: int
-    eager_transfers: int
-    fallback_transfers: int
 
 
 class StagingPool:
@@ -111,6 +57,7 @@ class StagingPool:
 
     Raises:
         ValueError: an argument out of range.
+        TypeError: a size that is no int, such as ``"64M"`` or ``1e6``.
         DeviceError: no such device, no driver, or a failed device call.
 
     Where pinned memory cannot be had (memlock limit, WSL, Confidential Computing, or
@@ -134,10 +81,12 @@ class StagingPool:
         _require("issue", issue, ("deferred", "eager"))
         _require("transfer", transfer, ("kernel", "copy_engine"))
         _require("wire", wire, ("auto", "int64"))
+        capacity_bytes = _as_bytes("capacity_bytes", capacity_bytes)
         if capacity_bytes < 4096:
             raise ValueError(f"capacity_bytes is {capacity_bytes}; it takes at least a page (4096)")
         if reserve_bytes is None:
             reserve_bytes = min(capacity_bytes, 8 << 20)
+        reserve_bytes = _as_bytes("reserve_bytes", reserve_bytes)
         if not 0 <= reserve_bytes <= capacity_bytes:
             raise ValueError(f"reserve_bytes is {reserve_bytes}, outside [0, {capacity_bytes}]")
         if not 0 <= timeout_s <= 1e6:  # also refuses NaN
@@ -283,15 +232,25 @@ class StagingPool:
         self.close()
 
     def __repr__(self) -> str:
-        return f"StagingPool(device={str(self._device)!r})"
+        try:
+            s, closed = self.stats(), self.closed
+        except ForkedProcessError:
+            return f"<StagingPool on {self._device}, of another process>"
+        pageable = f", {size(s.pageable_bytes)} of it pageable" if s.pageable_bytes else ""
+        return (
+            f"<{'closed ' if closed else ''}StagingPool on {self._device}: {size(s.in_use_bytes)} "
+            f"in use of {size(s.reserved_bytes)} reserved{pageable}, capacity "
+            f"{size(s.capacity_bytes)}>"
+        )
 
 
-class StagedTokens(_C.StagedTokens):
+class StagedTokens(TensorLike):
     """Token ids in a slot of a pool: a 1-D int64 CPU tensor as far as readers can tell.
 
     It is no ``torch.Tensor`` (making one costs as much as staging) but stands in for one: torch
     functions and tensor methods take it, and read a copy of the ids. It is read-only. Where torch
-    wants a tensor proper (as an index: ``table[staged]``), pass ``.cpu()``.
+    wants a tensor proper (as an index: ``table[staged]``), pass ``.cpu()``. So do code that mypy or
+    pyright check: to them it is no tensor, and ``torch.cat([staged.cpu(), other])`` passes.
 
     While it lives, or any slice of it, its slot is not handed out again; after that, not before
     every stream that reads it is done. So every way to a device is safe: ``.to``, ``.cuda``,
@@ -299,41 +258,6 @@ class StagedTokens(_C.StagedTokens):
     """
 
     __slots__ = ()
-
-    # --- as a tensor tells of itself
-
-    dtype = torch.int64
-    layout = torch.strided
-    device = torch.device("cpu")
-    ndim = 1
-    is_cpu = True
-    is_cuda = False
-    requires_grad = False
-
-    @property
-    def shape(self) -> torch.Size:
-        """``[n]``."""
-        return torch.Size((len(self),))
-
-    def size(self, dim: int | None = None) -> torch.Size | int:
-        """As ``Tensor.size``."""
-        return self.shape if dim is None else self.shape[dim]
-
-    def dim(self) -> int:
-        """1."""
-        return 1
-
-    def numel(self) -> int:
-        """The number of ids."""
-        return len(self)
-
-    def is_pinned(self, device: torch.device | str | None = None) -> bool:
-        """Whether the ids lie in pinned memory. False on the host device."""
-        return self._is_pinned
-
-    def is_contiguous(self) -> bool:
-        """True."""
-        return True
 
     @property
     def pool(self) -> StagingPool:
@@ -345,154 +269,15 @@ class StagedTokens(_C.StagedTokens):
         """Their type in the slot and on the bus: ``torch.int32`` where all fit."""
         return torch.int32 if self._wire_bits == 32 else torch.int64
 
-    # --- to a device
-
-    def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As ``Tensor.to``; always a new tensor.
-
-        To the pool's device: by the pool's transfer, ordered on the current stream, without
-        waiting if ``non_blocking``. Elsewhere to the CPU, or to a dtype: a copy on the host.
-
-        Raises:
-            ValueError: another device than the pool's, or int32 asked of ids that do not fit.
-            CaptureError, ForkedProcessError, DeviceError: as :func:`resolve`.
-        """
-        kwargs.pop("copy", None)  # it always is one; the parser below takes no such argument
-        if args:
-            args = args[: 2 if isinstance(args[0], (torch.dtype, Tensor)) else 3]
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        here = self._pool._device
-        if device is None or (device.type == "cpu" and here.type != "cpu"):
-            return self.cpu() if dtype is None else self.cpu().to(dtype)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        if device != here:
-            self._wrong_device(device)
-        if dtype is None or dtype is torch.int64 or dtype is torch.int32:
-            return self._resolve(None, dtype, not non_blocking)
-        return _there(self._resolve(None, torch.int64, False).to(dtype), non_blocking)
-
-    def cuda(
-        self, device: torch.device | int | str | None = None, non_blocking: bool = False
-    ) -> Tensor:
-        """As ``Tensor.cuda``."""
-        if device is None:
-            device = "cuda"
-        elif isinstance(device, int):
-            device = torch.device("cuda", device)
-        return self.to(device, non_blocking=non_blocking)
-
-    def _copy_into(self, out: Tensor, non_blocking: bool) -> Tensor:
-        """``out.copy_(self)``."""
-        here = self._pool._device
-        if out.device == here and here.type != "cpu":
-            plain = out.dtype in (torch.int32, torch.int64) and out.is_contiguous()
-            if plain and out.shape == self.shape:
-                return self._resolve(out, None, not non_blocking)
-            return _there(out.copy_(self._resolve(None, torch.int64, False)), non_blocking)
-        if out.device.type != "cpu":
-            self._wrong_device(out.device)
-        return out.copy_(self.cpu())
-
-    def _wrong_device(self, device: torch.device) -> NoReturn:
-        raise ValueError(
-            f"these ids are staged for {self._pool._device}, not {device}: stage them in a pool of "
-            "that device, or copy them with .cpu() first"
-        )
-
-    # --- on the host
-
-    def cpu(self) -> Tensor:
-        """A plain int64 CPU tensor with a copy of the ids, in memory of its own."""
-        return self._copy()
-
-    def pin_memory(self) -> StagedTokens:
-        """Itself: pinned already, where it can be."""
-        return self
-
-    def contiguous(self) -> StagedTokens:
-        """Itself."""
-        return self
-
-    def detach(self) -> StagedTokens:
-        """Itself: nothing to detach from."""
-        return self
-
-    def __getitem__(self, key: Any) -> Any:
-        """A slice of step 1 shares the slot; anything else is a copy, as ``cpu()[key]``."""
-        if isinstance(key, slice):
-            start, stop, step = key.indices(len(self))
-            if step == 1:
-                return self._slice(start, max(start, stop))
-        elif isinstance(key, int) and not isinstance(key, bool):
-            size = len(self)
-            if not -size <= key < size:
-                raise IndexError(f"index {key} is out of bounds for {size} staged ids")
-            at = key % size
-            return self._slice(at, at + 1)._copy()[0]
-        return self.cpu()[key]
-
-    def __setitem__(self, key: Any, value: Any) -> NoReturn:
-        _read_only("__setitem__")
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.cpu())
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        ids = self.cpu().numpy()
-        return ids if dtype is None else ids.astype(dtype)
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError("staged tokens belong to a pool of this process: pickle .cpu() instead")
-
-    def __deepcopy__(self, memo: Any) -> Tensor:
-        return self.cpu()
-
     def __repr__(self) -> str:
-        return f"StagedTokens({self.cpu()!r}, pool={self._pool!r})"
+        return f"StagedTokens({self.cpu()!r}, pool on {self._pool._device})"
 
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else a tensor has, of a copy of the ids."""
-        if name.startswith("__") or not hasattr(Tensor, name):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        if name.endswith("_"):
-            _read_only(name)
-        if name in _OF_STORAGE:
-            raise TypeError(
-                f"{name} of staged tokens would outlive what guards their slot: use .cpu().{name}"
-            )
-        return getattr(self.cpu(), name)
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Routes to a device go through the pool; any other function reads copies."""
-        kwargs = kwargs or {}
-        if func is Tensor.copy_:
-            source, non_blocking = _copy_arguments(*args, **kwargs)
-            return source._copy_into(args[0], non_blocking)
-        name = getattr(func, "__name__", "").partition(".")[0]  # less an overload: add_.Tensor
-        written = [kwargs.get("out")]
-        if _is_in_place(name) or kwargs.get("inplace"):
-            written += args[:1] or [kwargs.get("self"), kwargs.get("input")]
-        if any(isinstance(leaf, StagedTokens) for leaf in pytree.tree_leaves(written)):
-            _read_only(name)  # the copies below would be written, and nobody would be told
-        ops = torch.ops.pystage
-        if func in (ops.transfer, ops.transfer.default):
-            return _op_transfer(*args, **kwargs)
-        if func in (ops.transfer_out, ops.transfer_out.default):
-            return _op_transfer_out(*args, **kwargs)
-        args, kwargs = pytree.tree_map_only(StagedTokens, StagedTokens.cpu, (args, kwargs))
-        return func(*args, **kwargs)
+_C.set_staged_tokens_type(StagedTokens)
 
 
 def resolve(
-    staged: StagedTokens, out: Tensor | None = None, dtype: torch.dtype = torch.int64
+    staged: StagedTokens, out: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Staged ids as a tensor on the pool's device, ordered on the current stream.
 
@@ -504,7 +289,8 @@ def resolve(
         staged: what :meth:`StagingPool.stage` returned, or a slice of it.
         out: int64 or int32 [n], contiguous, on the pool's device, to be written on the current
             stream. Memory of another stream must be kept alive as for ``Tensor.copy_``.
-        dtype: of the result without ``out``: ``torch.int64`` or ``torch.int32``.
+        dtype: of the result, ``torch.int64`` or ``torch.int32``. Default: that of ``out``, or
+            ``torch.int64`` without one.
 
     Returns:
         ``out``, or a new tensor that belongs to the current stream (of an eager pool: to the
@@ -515,14 +301,18 @@ def resolve(
 
     Raises:
         ValueError: ``out`` does not fit, or int32 asked of ids that do not fit it.
-        TypeError: another dtype, or something not staged.
+        TypeError: another dtype, also than that of ``out``; or something not staged.
         CaptureError: the current stream captures a CUDA graph.
         ForkedProcessError: in a child of the process that staged them.
         DeviceError: a device call failed.
     """
     if not isinstance(staged, StagedTokens):
         raise TypeError(f"resolve takes StagedTokens, not {type(staged).__name__}")
-    return staged._resolve(out, dtype if out is None else None, False)
+    if out is not None and dtype is not None:
+        if isinstance(out, Tensor) and out.dtype != dtype:
+            raise TypeError(f"out is {out.dtype}, but dtype is {dtype}: leave dtype out")
+        dtype = None
+    return staged._resolve(out, dtype, False)
 
 
 def resolve_mixed(
@@ -557,63 +347,13 @@ def resolve_mixed(
     return staged._resolve_mixed(relay, indices, out)
 
 
-def _there(ids: Tensor, non_blocking: bool) -> Tensor:
-    """``ids``, once the current stream has made them, unless `non_blocking`."""
-    if ids.is_cuda and not non_blocking:
-        torch.cuda.current_stream(ids.device).synchronize()
-    return ids
-
-
-_OF_STORAGE = frozenset(
-    ["data_ptr", "storage", "untyped_storage", "set_", "data", "share_memory_", "record_stream"]
-)
-_IN_PLACE = "add sub mul floordiv truediv mod pow and or xor lshift rshift"
-_MUTATING_DUNDERS = frozenset(["__setitem__", *(f"__i{name}__" for name in _IN_PLACE.split())])
-
-
-def _is_in_place(name: str) -> bool:
-    return (name.endswith("_") and not name.endswith("__")) or name in _MUTATING_DUNDERS
-
-
-def _read_only(name: str) -> NoReturn:
-    raise TypeError(f"staged tokens are read-only, so no {name}: change a .cpu() copy, then stage")
-
-
-def _copy_arguments(
-    self: Tensor, src: StagedTokens, non_blocking: bool = False
-) -> tuple[StagedTokens, bool]:
-    return src, non_blocking
-
-
-def _op_transfer(
-    wire: StagedTokens, *, dtype: torch.dtype = torch.int64, device: torch.device | None = None
-) -> Tensor:
-    return wire.to(device or "cpu", dtype, non_blocking=True)
-
-
-def _op_transfer_out(wire: StagedTokens, out: Tensor) -> None:
-    wire._copy_into(out, non_blocking=True)
-
-
-def _operator(name: str) -> Callable[..., Any]:
-    function = getattr(Tensor, name)
-
-    @wraps(function)
-    def method(self: StagedTokens, *args: Any) -> Any:
-        args = tuple(a.cpu() if isinstance(a, StagedTokens) else a for a in args)
-        return function(self.cpu(), *args)
-
-    return method
-
-
-_OPERATORS = """
-    add sub mul floordiv truediv mod pow and or xor lshift rshift radd rsub rmul rfloordiv rtruediv
-    rmod rpow eq ne lt le gt ge neg invert abs bool int float index contains
-"""
-for _name in _OPERATORS.split():
-    setattr(StagedTokens, f"__{_name}__", _operator(f"__{_name}__"))
-StagedTokens.__hash__ = object.__hash__  # type: ignore[method-assign, assignment]
-_C.set_staged_tokens_type(StagedTokens)
+def _as_bytes(name: str, value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"{name} is {value!r}; it is a number of bytes, as an int: 64 << 20 is 64 MiB"
+        ) from None
 
 
 def _require(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -7,11 +7,14 @@ order of the file; arrival times are not used.
 from __future__ import annotations
 
 import csv
+import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -74,21 +77,25 @@ class Batch:
 
 
 def read_trace(path: str | os.PathLike[str]) -> list[Request]:
-    """Reads a CSV file with the columns of the Azure or of the Mooncake trace.
+    """Reads the Azure or the Mooncake trace, as CSV or as JSON Lines (one object a line).
 
-    Azure: ``TIMESTAMP,ContextTokens,GeneratedTokens``. Mooncake:
+    CSV of Azure: ``TIMESTAMP,ContextTokens,GeneratedTokens``. CSV of Mooncake:
     ``timestamp_ms,input_length,output_length,reused_prefix_blocks``, where the prefix is history,
-    in blocks of 512 tokens. Other columns beside these are ignored.
+    in blocks of 512 tokens. Other columns are ignored.
+
+    JSON Lines: ``ContextTokens``, or ``input_length`` with ``reused_prefix_blocks`` or, as Mooncake
+    publishes it, with ``hash_ids``: one id for each block of 512 tokens. Leading blocks whose ids
+    an earlier request had are history. Other fields are ignored.
 
     Raises:
-        TraceError: other columns, no requests, or a bad row.
+        TraceError: other columns or fields, no requests, or a bad row.
         OSError: the file cannot be read.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as lines:
             return parse_trace(lines, os.fspath(path))
     except UnicodeDecodeError as error:
-        raise TraceError(f"{os.fspath(path)}: not a CSV file in UTF-8 ({error})") from error
+        raise TraceError(f"{os.fspath(path)}: not a text file in UTF-8 ({error})") from error
 
 
 def sample_trace() -> list[Request]:
@@ -99,11 +106,16 @@ def sample_trace() -> list[Request]:
 
 
 def parse_trace(lines: Iterable[str], name: str) -> list[Request]:
-    """Reads a trace from lines of CSV; ``name`` stands for it in errors.
+    """Reads a trace from lines of CSV or JSON; ``name`` stands for it in errors.
 
     Raises:
         TraceError: as :func:`read_trace`.
     """
+    lines = iter(lines)
+    first = next(lines, "")
+    lines = chain([first], lines)
+    if first.lstrip().startswith("{"):
+        return _parse_json_lines(lines, name)
     reader = csv.DictReader(lines)
     try:
         header = reader.fieldnames or ()
@@ -222,8 +234,10 @@ def _azure_request(row: Mapping[str, str]) -> Request:
 
 
 def _mooncake_request(row: Mapping[str, str]) -> Request:
-    length = _count(row, "input_length")
-    blocks = _count(row, "reused_prefix_blocks")
+    return _request_behind_blocks(_count(row, "input_length"), _count(row, "reused_prefix_blocks"))
+
+
+def _request_behind_blocks(length: int, blocks: int) -> Request:
     # The last block of a prompt may be part filled, and the trace counts it as a whole one.
     if blocks * MOONCAKE_BLOCK_TOKENS >= length + MOONCAKE_BLOCK_TOKENS:
         raise ValueError(
@@ -237,6 +251,57 @@ def _count(row: Mapping[str, str], column: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 16):
         raise ValueError(f"{column} is {text[:40]!r}, not a count of tokens")
     return int(text)
+
+
+def _parse_json_lines(lines: Iterable[str], name: str) -> list[Request]:
+    requests: list[Request] = []
+    seen = set[int | str]()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            requests.append(_json_request(json.loads(line), seen))
+        except json.JSONDecodeError as error:
+            text = f"not JSON: {error.msg} at column {error.colno}"
+            raise TraceError(f"{name}, line {number}: {text}") from error
+        except (ValueError, RecursionError) as error:
+            raise TraceError(f"{name}, line {number}: {error}") from error
+    return requests
+
+
+def _json_request(row: Any, seen: set[int | str]) -> Request:
+    """The request of one object; adds the ids of its blocks to those ``seen`` before."""
+    if not isinstance(row, dict):
+        raise ValueError("not an object")
+    if "ContextTokens" in row:
+        return Request(_number(row, "ContextTokens"))
+    if "input_length" in row and "reused_prefix_blocks" in row:
+        return _request_behind_blocks(
+            _number(row, "input_length"), _number(row, "reused_prefix_blocks")
+        )
+    if "input_length" not in row or "hash_ids" not in row:
+        raise ValueError(
+            f"its fields are {', '.join(row) or 'none'}; expected ContextTokens (Azure), or "
+            "input_length and hash_ids or reused_prefix_blocks (Mooncake)"
+        )
+    length, ids = _number(row, "input_length"), row["hash_ids"]
+    if not isinstance(ids, list) or not all(isinstance(i, (int, str)) for i in ids):
+        raise ValueError("hash_ids is not a list of block ids")
+    if len(ids) > -(-length // MOONCAKE_BLOCK_TOKENS):
+        raise ValueError(
+            f"{len(ids)} hash_ids for a prompt of {length} tokens: a block is of "
+            f"{MOONCAKE_BLOCK_TOKENS} tokens"
+        )
+    reused = next((at for at, block in enumerate(ids) if block not in seen), len(ids))
+    seen.update(ids)
+    return _request_behind_blocks(length, reused)
+
+
+def _number(row: Mapping[str, Any], field: str) -> int:
+    value = row[field]
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{field} is {json.dumps(value)[:40]}, not a count of tokens")
+    return value
 
 
 def _require_whole(row: Mapping[str | None, str | None], columns: int) -> None:

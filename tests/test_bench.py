@@ -629,7 +629,7 @@ def suite(site: Path, name: str = "suite-nvidia-h100.json", **changes: Any) -> d
 def test_pages_follow_the_results_and_check_notices_a_changed_figure(site: Path) -> None:
     pytest.importorskip("matplotlib")
     suite(site)
-    with pytest.raises(SystemExit, match=r"README\.md, benchmarks\.md: other figures"):
+    with pytest.raises(SystemExit, match=r"^benchmarks\.md: other figures"):
         check(site)
     report.main(["--root", str(site)])
     check(site)
@@ -665,14 +665,50 @@ def test_only_whole_runs_on_a_gpu_count_and_the_newest_of_them(site: Path) -> No
     assert newest["commit"] == "newer"
 
 
-def test_of_ids_ready_the_call_is_told_apart() -> None:
-    text = pages.sections(made_up() | {"targets": []})["suite-calls"]
-    assert re.search(r"pystage deferred +\| +30\.0 \| +15\.0 \| +30\.0 \| +15\.0 \|", text)
+def test_tables_name_pystage_and_the_baseline() -> None:
+    result = made_up() | {"targets": []}
+    cell = result["regimes"]["host"]["1 x 8192 array"]
+    for regime in ("history", "threads"):
+        result["regimes"][regime] = {"1 threads": cell}
+    texts = pages.sections(result)
+    heads = {
+        name: [cell.strip() for cell in text.splitlines()[0].split("|")]
+        for name, text in texts.items()
+    }
+    assert {"pystage", "baseline: best peer"} <= set(heads["suite-host"])
+    for name in ("suite-history", "suite-threads"):
+        assert {"pystage", "baseline: SGLang"} <= set(heads[name]), name
+    assert "baseline: host time" in heads["suite-mixed"]
+    assert pages._label("1 processes, 8 x 1024 array") == "1 process, 8 x 1,024 array"
+    assert pages._measure("  its p99 of its p50") == "&nbsp;&nbsp;its p99 / its p50"
+    assert pages._measure("SGLang over ours") == "SGLang / pystage's"
+
+
+def test_plots_draw_what_was_measured() -> None:
+    """Zero, and below, where that came out; and each contender of the drift."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    from bench import plots
+
+    regimes = made_up()["regimes"]
+    cell = regimes["stream"]["idle, 8192 ids"]["contenders"]
+    cell[EAGER] = {"added": summary([-0.02])}
+    figure, finding, _ = plots._stream(plt, regimes["stream"])
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert set(lines) == {name for name, row in cell.items() if "added" in row}
+    assert -0.02 in lines[EAGER].get_ydata() and figure.axes[0].get_yscale() == "symlog"
+    assert "us" in figure.axes[0].get_ylabel()
+
+    held = {"pinned_bytes_over_batches": [[0, 0], [200, 1 << 20]]}
+    drift = {f"trace, {n}": {"contenders": {n: held}} for n in (DEFERRED, TORCH, UVA)}
+    figure, finding, _ = plots._drift(plt, drift)
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == [DEFERRED, TORCH, UVA] and "1.0 MiB" in finding
+    plt.close("all")
 
 
 def test_marks_and_figures_fit(site: Path) -> None:
     known = set(pages.sections(None))
-    text = (ROOT / "README.md").read_text() + (ROOT / "docs/benchmarks.md").read_text()
+    text = (ROOT / "docs/benchmarks.md").read_text()
     assert known <= {match[2] for match in report.MARK.finditer(text)}
     readme = site / "README.md"
     readme.write_text(readme.read_text() + "<!-- figures: unknown -->\n<!-- end -->\n")

@@ -60,6 +60,17 @@ def test_without_torch_it_names_the_command() -> None:
     assert "torch>=2.11" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_the_other_project_of_that_name_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "pystage-0.1.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pystage\nVersion: 0.1.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SystemExit, match=r"pystage 0\.1\.1 .*\n +pip uninstall pystage\n"):
+        runpy.run_path(str(SETUP))
+
+
 @pytest.mark.parametrize(
     ("mode", "torch_cuda", "expected"),
     [
@@ -95,13 +106,42 @@ def test_another_major_version_is_an_error(
         build["cuda_toolkit"]()
 
 
-def test_no_toolkit(build: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("mode", "torch_cuda", "reason"),
+    [
+        ("auto", "13.0", r"torch .* has CUDA, .* toolkit of CUDA 13 "),
+        ("1", "13.0", r"PYSTAGE_CUDA is 1, .* toolkit of CUDA 13 "),
+        ("1", None, r"PYSTAGE_CUDA is 1, .* toolkit of CUDA "),
+    ],
+)
+def test_cuda_torch_without_a_toolkit_is_an_error(
+    build: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    torch_cuda: str | None,
+    reason: str,
+) -> None:
+    """A build that left CUDA out in silence would be noticed only by the server that it slows."""
     monkeypatch.setitem(build, "find_toolkit", lambda: None)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert build["cuda_toolkit"]() is None
-    monkeypatch.setenv("PYSTAGE_CUDA", "1")
-    with pytest.raises(SystemExit, match="CUDA_HOME"):
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setenv("PYSTAGE_CUDA", mode)
+    with pytest.raises(SystemExit, match=reason + r".*CUDA_HOME.*PYSTAGE_CUDA=0"):
         build["cuda_toolkit"]()
+
+
+@pytest.mark.parametrize(("mode", "torch_cuda"), [("0", "13.0"), ("auto", None)])
+def test_a_build_without_cuda_needs_no_toolkit(
+    build: dict[str, Any], monkeypatch: pytest.MonkeyPatch, mode: str, torch_cuda: str | None
+) -> None:
+    monkeypatch.setitem(build, "find_toolkit", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setenv("PYSTAGE_CUDA", mode)
+    assert build["cuda_toolkit"]() is None
+
+
+def test_a_mistyped_mode_is_an_error(
+    build: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYSTAGE_CUDA", "yes")
     with pytest.raises(SystemExit, match="auto, 0 or 1"):
         build["cuda_toolkit"]()

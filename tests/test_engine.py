@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import random
+import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +20,7 @@ import pytest
 from bench.compiled import compiled
 from bench.copies import CALLS, Copies, loop_of
 from bench.engine import __main__ as command
-from bench.engine import experiment, page, plans, tables
+from bench.engine import experiment, page, plans, tables, worker
 from bench.engine.plans import BURSTS, PLANS, STREAM, Traffic, Workload
 
 # --- the copies beside ---------------------------------------------------------------------------
@@ -290,13 +294,16 @@ def test_the_page_has_the_newest_run_of_each_plan_on_a_gpu(tmp_path: Path) -> No
         "kernel": "engine-c.json",
     }
     text = page.table(runs)
-    assert "a prompt of 4,096 ids, weights streamed beside" in text
+    assert "a prompt of 4,096 ids, while copies are always queued" in text
     assert "no answer in 20 s" in text and "not run" in text
-    assert "Not whole: the run's time was over." in text
-    assert text.count("To disclose: that.") == 1 and "`python x`" in text
+    assert "This run is not complete: the run's time was over." in text
+    assert text.count("What differs from a usual installation: that.") == 1 and "`python x`" in text
     assert "1.50 (1.00 to 2.00)" in text  # of pairs 119 - 117 and 120 - 119
     first = page.first_table(runs)
-    assert "a prompt of 4,096 ids, copies beside" in first and "loaded back" not in first
+    assert (
+        "a prompt of 4,096 ids, while copies are always queued" in first
+        and "loaded back" not in first
+    )
     assert "no answer in 20 s" in first and "engine-b.json" in first
 
 
@@ -311,7 +318,22 @@ def test_the_plot_says_who_starved(tmp_path: Path) -> None:
     runs = written(tmp_path, ("", "copies", "01", 1))
     page.draw(runs["copies"], tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text()
-    assert "no answer in 20 s" in text and text.count("4,096 ids") == 2
+    assert (
+        "no answer in 20 s" in text and text.count("4,096 ids") == 3
+    )  # the title's and each panel's
+
+
+def test_the_plots_title_says_no_more_than_was_measured() -> None:
+    rows = {row["workload"]: row for row in made_up_run()["plans"]["copies"]["rows"]}
+    text = "While copies are queued, SGLang does not start prompts of 4,096 ids"
+    assert (
+        page.finding(rows, [4096])
+        == f"{text}; with pystage every prompt takes as long as without copies"
+    )
+    rows["prompt-4096+stream"]["on"]["ttft_ms"]["p50"] = 130.0
+    assert page.finding(rows, [4096]) == text
+    rows["prompt-4096+stream"]["off"]["starved"] = 0
+    assert page.finding(rows, [4096]) == "Time to first token in SGLang, with and without pystage"
 
 
 # --- plans ---------------------------------------------------------------------------------------
@@ -337,6 +359,44 @@ def test_names_say_what_runs_beside() -> None:
     assert Workload("prompt", 4096, traffic=STREAM).name == "prompt-4096+stream"
     assert Workload("open", rate=2.5).name == "open-2.5/s"
     assert Workload("chat", 200, traffic=Traffic(1, 1)).name == "chat-200+copies"
+
+
+def test_each_rank_is_asked_for_what_concerns_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, str]] = []
+
+    def serve(rank: int, server: socket.socket) -> None:
+        while True:
+            connection, _ = server.accept()
+            with connection, connection.makefile("rw") as file:
+                op = json.loads(file.readline())["op"]
+                asked.append((rank, op))
+                if op == "end":
+                    return
+                answer = {"error": "no"} if op == "bad" else {"stages": 10 + rank, "rank": rank}
+                file.write(json.dumps(answer) + "\n")
+
+    monkeypatch.setenv("PYSTAGE_ENGINE_CONTROL", str(tmp_path / "on.control"))
+    threads = []
+    for rank in range(3):
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        server.bind(str(tmp_path / f"on.control.{rank}"))
+        server.listen()
+        threads.append(Thread(target=serve, args=(rank, server)))
+        threads[-1].start()
+    try:
+        assert worker.control("bypass", ranks=3, on=True) == {"stages": 33}
+        assert worker.control("traffic", ranks=3, on=False)["rank"] == 0
+        assert asked == [(0, "bypass"), (1, "bypass"), (2, "bypass"), (0, "traffic")]
+        with pytest.raises(RuntimeError, match="in the scheduler of rank 0: no"):
+            worker.control("bad")
+    finally:
+        for rank, thread in enumerate(threads):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+                link.connect(str(tmp_path / f"on.control.{rank}"))
+                link.sendall(b'{"op": "end"}\n')
+            thread.join()
 
 
 def test_without_sglang_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,3 +452,26 @@ def test_the_real_engine_on_a_cpu(
     for variant in tables.VARIANTS:
         assert starved[variant]["starved"] == 1 and starved[variant]["answered"] == 0
         assert starved[variant]["given_up_after_s"] == 0.0005
+
+
+@pytest.mark.sglang
+def test_logits_are_equal_with_and_without(tmp_path: Path) -> None:
+    pytest.importorskip("sglang.srt")
+    out, root = tmp_path / "logits.json", Path(__file__).resolve().parent.parent
+    command = [sys.executable, "bench/sglang_logits.py", "--device", "cpu", "--batches", "12"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [*command, "--out", str(out)],
+        check=False,
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    logits = result["logits"]
+    assert logits["batches"] == 12 and logits["tokens"] == 12 * 512
+    assert set(logits["different"].values()) == {0}
+    some = [kind for kind in ("logit bias", "penalties", "logprobs") if logits["requests"][kind]]
+    assert some and result["plugin"]["active"]

@@ -32,7 +32,7 @@ from pystage import StagedTokens, StagingPool, TokenRangeError, doctor
 from pystage._C import ids_view
 from pystage.batch import PrefillBatch, forgotten_resolves, prepare_for_extend
 from pystage.integrations import sglang as plugin
-from pystage.integrations import sglang_code, sglang_pp
+from pystage.integrations.sglang import known_code, pp
 from pystage.pp import ProfileError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,9 +156,9 @@ def test_bad_ids(ids: list[int], error: str | None) -> None:
     req = SimpleNamespace(
         origin_input_ids=array("q", ids), multimodal_inputs=None, input_embeds=None
     )
-    assert plugin._bad_id(req, 512) == error
+    assert plugin.validation.bad_id(req, 512) == error
     req.multimodal_inputs = object()
-    assert plugin._bad_id(req, 512) is None
+    assert plugin.validation.bad_id(req, 512) is None
 
 
 # --- what SGLang's code does ---------------------------------------------------------------------
@@ -227,27 +227,27 @@ OTHER = [name for name in vars(Forms) if not name.startswith(("get_0", "__"))]
 
 @pytest.mark.parametrize("name", REAL)
 def test_get_fill_ids_of_releases_is_known(name: str) -> None:
-    end_of = sglang_code.end_of_fill_ids(getattr(Forms, name))
+    end_of = known_code.end_of_fill_ids(getattr(Forms, name))
     req = SimpleNamespace(fill_len=5, extend_range=SimpleNamespace(end=5), extend_end=5)
     assert end_of(req) == 5
 
 
 @pytest.mark.parametrize("name", OTHER)
 def test_other_forms_of_get_fill_ids_are_not(name: str) -> None:
-    with pytest.raises(sglang_code.OtherCodeError, match="get_fill_ids "):
-        sglang_code.end_of_fill_ids(getattr(Forms, name))
+    with pytest.raises(known_code.OtherCodeError, match="get_fill_ids "):
+        known_code.end_of_fill_ids(getattr(Forms, name))
 
 
 def test_what_another_form_gives_is_told() -> None:
-    with pytest.raises(sglang_code.OtherCodeError, match=r"with extend_end = 0, it gives .* of 1,"):
-        sglang_code.end_of_fill_ids(Forms.one_more)
+    with pytest.raises(known_code.OtherCodeError, match=r"with extend_end = 0, it gives .* of 1,"):
+        known_code.end_of_fill_ids(Forms.one_more)
     theirs = array  # may do anything later
-    with pytest.raises(sglang_code.OtherCodeError):
-        sglang_code.end_of_fill_ids(
+    with pytest.raises(known_code.OtherCodeError):
+        known_code.end_of_fill_ids(
             lambda self: theirs("q", self.full_untruncated_fill_ids[: self.extend_end])
         )
-    with pytest.raises(sglang_code.OtherCodeError):
-        sglang_code.end_of_fill_ids(len)
+    with pytest.raises(known_code.OtherCodeError):
+        known_code.end_of_fill_ids(len)
 
 
 def function(text: str) -> Callable[..., Any]:
@@ -267,7 +267,7 @@ def test_a_fingerprint_is_of_what_the_code_says() -> None:
         "    'What it does.'\n    # why\n"
         "    if (a is not\n            None):\n        return (a + 1)  # how\n"
     )
-    assert sglang_code.fingerprint(plain) == sglang_code.fingerprint(same)
+    assert known_code.fingerprint(plain) == known_code.fingerprint(same)
     for text in (
         "def f(a, b=None):\n    if a is not None:\n        return a + 2\n",
         "def f(a, b=None):\n    if a is not None:\n        return a - 1\n",
@@ -277,10 +277,10 @@ def test_a_fingerprint_is_of_what_the_code_says() -> None:
         "@callable\ndef f(a, b=None):\n    if a is not None:\n        return a + 1\n",
     ):
         other = function(text.replace("@callable", "@(lambda f: f)"))
-        assert sglang_code.fingerprint(plain) != sglang_code.fingerprint(other)
-    assert sglang_code.fingerprint(len) == ""
-    with pytest.raises(sglang_code.OtherCodeError, match="it has no source"):
-        sglang_code.release_of(sglang_code.RESOLVE, len)
+        assert known_code.fingerprint(plain) != known_code.fingerprint(other)
+    assert known_code.fingerprint(len) == ""
+    with pytest.raises(known_code.OtherCodeError, match="it has no source"):
+        known_code.release_of(known_code.RESOLVE, len)
 
 
 # --- the hooks -----------------------------------------------------------------------------------
@@ -370,12 +370,12 @@ def sglang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Small]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYSTAGE_SGLANG_CPU", "1")
     monkeypatch.setenv("PYSTAGE_SGLANG_SMALL", "0")  # the small SGLang makes no small tensors
-    monkeypatch.setattr(plugin, "_state", plugin._State())
-    monkeypatch.setattr(plugin, "_pools", plugin._Pools())
-    monkeypatch.setattr(plugin, "_warned", set())
+    monkeypatch.setattr(plugin.process, "state", plugin.process.State())
+    monkeypatch.setattr(plugin.process, "pools", plugin.process.Pools())
+    monkeypatch.setattr(plugin.process, "_warned", set())
     yield Small(tmp_path / "small")
-    assert plugin._here.pool is None and not plugin._here.views
-    plugin._pools.close()
+    assert plugin.process.here.pool is None and not plugin.process.here.views
+    plugin.process.pools.close()
     for name in [name for name in sys.modules if name.partition(".")[0] == "sglang"]:
         del sys.modules[name]
 
@@ -479,7 +479,9 @@ def test_ids_of_another_type_get_no_view(sglang: Small) -> None:
     batch.reqs[0].full_untruncated_fill_ids = np.arange(1000)
     batch.reqs[1].extend_end = None
     seen: list[Any] = []
-    plugin._prepare_for_extend(lambda b: seen.extend(r.get_fill_ids() for r in b.reqs), batch)
+    plugin.staging.prepare_for_extend(
+        lambda b: seen.extend(r.get_fill_ids() for r in b.reqs), batch
+    )
     assert [type(ids) for ids in seen] == [np.ndarray, array]
     assert [len(ids) for ids in seen] == [900, 5]
 
@@ -631,7 +633,7 @@ def left_to_sglang() -> int:
 def test_a_closed_pool_ends_nothing(sglang: Small, caplog: pytest.LogCaptureFixture) -> None:
     sglang.load()
     sglang.run()
-    (pool,) = plugin._pools._pools.values()
+    (pool,) = plugin.process.pools._pools.values()
     assert pool is not None
     pool.close()
     for count in (1, 2):
@@ -649,7 +651,7 @@ def test_a_failed_device_call_ends_nothing(sglang: Small) -> None:
     from array import array
     import torch
     from pystage.integrations import sglang as plugin
-    plugin._state.settings = plugin.Settings(capacity_mib=1 << 14, cpu=True)
+    plugin.process.state.settings = plugin.Settings(capacity_mib=1 << 14, cpu=True)
     ids = array("q", [1 << 40]) * (256 << 17)  # 256 MiB
     def own(parts, pin):
         resource.setrlimit(resource.RLIMIT_AS, limits)
@@ -658,13 +660,13 @@ def test_a_failed_device_call_ends_nothing(sglang: Small) -> None:
     def prepare(batch):
         limit = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (limit + (64 << 20), limits[1]))
-        return plugin._flatten(own, [ids], False)
+        return plugin.staging.flatten(own, [ids], False)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     batch = types.SimpleNamespace(device="cpu")
-    plugin._pools.of("cpu").stage([ids[:10]])
+    plugin.process.pools.of("cpu").stage([ids[:10]])
     try:
-        plugin._pools.of("cpu")._pool
-        assert plugin._prepare_for_extend(prepare, batch) == "SGLang's"
+        plugin.process.pools.of("cpu")._pool
+        assert plugin.staging.prepare_for_extend(prepare, batch) == "SGLang's"
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     print(plugin.status()["counts"]["sglang_stagings"])
@@ -687,12 +689,12 @@ def test_no_slot(sglang: Small, monkeypatch: pytest.MonkeyPatch, policy: str) ->
     monkeypatch.setenv("PYSTAGE_SGLANG_AT_CAPACITY", policy)
     sglang.load()
     pool = StagingPool("cpu", 4096, at_capacity=policy, timeout_s=0.01)  # type: ignore[arg-type]
-    plugin._pools._pools["cpu", -1] = pool
+    plugin.process.pools._pools["cpu", -1] = pool
     held = pool.stage([array("q", [1 << 40]) * 500], [0])
     if policy == "raise":
         with pytest.raises(pystage.PoolExhaustedError):
             sglang.run()
-        assert plugin._here.pool is None and not plugin._here.views
+        assert plugin.process.here.pool is None and not plugin.process.here.views
         # A batch that another error stops is not what was asked to be told of.
         pool.close()
         sglang.run()
@@ -702,6 +704,36 @@ def test_no_slot(sglang: Small, monkeypatch: pytest.MonkeyPatch, policy: str) ->
         assert type(staged) is (StagedTokens if policy == "fallback" else torch.Tensor)
         assert left_to_sglang() == (policy == "wait")
     del held
+
+
+@small
+@pytest.mark.parametrize("staged", [True, False])
+def test_merging_two_unresolved_prefills(sglang: Small, staged: bool) -> None:
+    """Whoever staged them: without the guard the ids of the second are gone."""
+    sglang.load()
+    first, second = sglang.batch(), sglang.batch()
+    for batch in (first, second):
+        batch.prepare_for_extend()
+        if not staged:
+            batch.prefill_input_ids_cpu = batch.prefill_input_ids_cpu.cpu()
+    first.merge_batch(second)
+    assert sglang.resolve(first) == [*sglang.IDS, *sglang.IDS]
+
+
+@small
+@pytest.mark.parametrize("which", ["running", "mixed", "into mixed"])
+def test_merging_ids_that_only_the_relay_has(sglang: Small, which: str) -> None:
+    sglang.load()
+    first, second = sglang.batch(), sglang.batch()
+    second.prepare_for_extend()
+    if which != "running":
+        first.prepare_for_extend()
+        mixed = second if which == "mixed" else first
+        mixed.mix_running_indices = torch.tensor([3, 4])
+    with pytest.raises(pystage.UnresolvedInputsError, match="would lose the staged ids of a pre"):
+        first.merge_batch(second)
+    assert len(first.reqs) == 2 and second.input_ids is None
+    assert second.prefill_input_ids_cpu.tolist() == [*sglang.IDS]
 
 
 @small
@@ -720,11 +752,13 @@ def test_memory_that_is_not_to_be_pinned(sglang: Small, pin: bool) -> None:
 
 def test_memory_that_is_not_to_be_pinned_is_sglangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same where no GPU is: a CUDA pool is not even asked."""
-    monkeypatch.setattr(plugin, "_state", plugin._State())
+    monkeypatch.setattr(plugin.process, "state", plugin.process.State())
     ids = array("q", range(10))
     pool = SimpleNamespace(device=torch.device("cuda:0"))
-    monkeypatch.setattr(plugin._here, "pool", pool)
-    seen = plugin._flatten(lambda parts, pin: (parts, pin), [ids_view(ids, 2, 5), ids], False)
+    monkeypatch.setattr(plugin.process.here, "pool", pool)
+    seen = plugin.staging.flatten(
+        lambda parts, pin: (parts, pin), [ids_view(ids, 2, 5), ids], False
+    )
     assert seen == ([ids[2:5], ids], False) and left_to_sglang() == 1
 
 
@@ -740,14 +774,14 @@ def test_batches_on_the_cpu_are_sglangs(
     assert type(sglang.run()) is torch.Tensor
     sglang.run_mixed()
     assert plugin.pool_stats() == [] and left_to_sglang() == 0
-    assert plugin._pools.of("npu:0") is None
+    assert plugin.process.pools.of("npu:0") is None
 
 
 @small
 def test_no_pool_where_one_cannot_be_made(
     sglang: Small, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(plugin, "StagingPool", lambda *a, **k: StagingPool("cpu", 5))
+    monkeypatch.setattr(plugin.process, "StagingPool", lambda *a, **k: StagingPool("cpu", 5))
     sglang.load()
     assert type(sglang.run()) is torch.Tensor and plugin.pool_stats() == []
     assert "no pool for cpu (capacity_bytes is 5;" in caplog.text
@@ -770,7 +804,7 @@ def test_views_are_given_until_ids_are_staged(sglang: Small) -> None:
 
     batch = sglang.batch()
     with pytest.raises(LookupError, match="later"):
-        plugin._prepare_for_extend(prepare, batch)
+        plugin.staging.prepare_for_extend(prepare, batch)
     seen.append(batch.reqs[0].get_fill_ids())
     assert [type(ids) is array for ids in seen] == [False, True, True]
     assert [len(ids) for ids in seen] == [900] * 3
@@ -786,7 +820,7 @@ def test_outside_prepare_nothing_is_staged(sglang: Small, error: Any) -> None:
             raise error
 
     try:
-        plugin._prepare_for_extend(prepare, sglang.batch())
+        plugin.staging.prepare_for_extend(prepare, sglang.batch())
     except LookupError:
         assert error
     elsewhere = sglang.common.flatten_arrays_to_pinned_cpu([array("q", [1, 2])], False)
@@ -938,7 +972,7 @@ def test_profiler_and_sizer(sglang: Small, monkeypatch: pytest.MonkeyPatch) -> N
 @small
 def test_sizer_by_setting(sglang: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYSTAGE_SGLANG_SIZER", "1")
-    monkeypatch.setattr(sglang_pp, "profile_and_fit", lambda owner: owner)
+    monkeypatch.setattr(pp, "profile_and_fit", lambda owner: owner)
     status = sglang.load()
     assert "sizer" in status["active"] and "profiler" not in status["active"]
     owner = sglang.module("managers.scheduler_components.dynamic_chunk_sizer").DynamicChunkSizer()
@@ -956,7 +990,7 @@ def test_figures_for_prometheus(sglang: Small) -> None:
     labels = {"model_name": f"small {id(sglang)}"}
     one = collector(labels)
     sglang.run()
-    (pool,) = plugin._pools._pools.values()
+    (pool,) = plugin.process.pools._pools.values()
     one.log_stats(None)
     assert pool is not None
     pool.close()
@@ -971,7 +1005,7 @@ def test_figures_for_prometheus(sglang: Small) -> None:
     assert figure("staged_tokens_total") == len(Small.IDS) and figure("stages_total") == 1
     assert figure("capacity_bytes") == 64 << 20
     assert figure("sglang_stagings_total") == 2 and figure("sglang_mixed_total") == 0
-    for name in (*plugin._GAUGES, *(f"{n}_total" for n in plugin._OF_THE_PLUGIN)):
+    for name in (*plugin.metrics.GAUGES, *(f"{n}_total" for n in plugin.metrics.OF_THE_PLUGIN)):
         assert figure(name) is not None
 
 
@@ -988,7 +1022,7 @@ def test_figures_that_fail_stop_nothing(sglang: Small, caplog: pytest.LogCapture
 
     Broken({"model_name": "broken"}).log_stats(None)
     assert "no figures for Prometheus: ValueError('no such gauge')" in caplog.text
-    plugin._state.metrics = object()  # type: ignore[assignment]
+    plugin.process.state.metrics = object()  # type: ignore[assignment]
     for _ in range(2):
         Broken.log_stats(collector, None)
     assert caplog.text.count("no more figures for Prometheus") == 1
@@ -1117,7 +1151,7 @@ def owner() -> Any:
 
 
 def test_the_plan_fits_the_kv_cache() -> None:
-    plan = sglang_pp.sample_plan(owner())
+    plan = pp.sample_plan(owner())
     assert plan.base == (0, 1024) and plan.page_size == 64
     assert max(history + chunk for history, chunk in plan.points) <= 6000 - 64
     assert max(chunk for _, chunk in plan.points) <= 1280
@@ -1136,11 +1170,11 @@ def stage_rank(rank: int, folder: str, fails_at: int) -> None:
     if rank == 0:
         stage = SimpleNamespace(world_size=2, cpu_group=dist.group.WORLD)
         try:
-            outcome = len(sglang_pp._lead(step, owner(), stage))
+            outcome = len(pp._lead(step, owner(), stage))
         except ProfileError as error:
             outcome = str(error)
     else:
-        sglang_pp._follow(step, dist.group.WORLD)
+        pp._follow(step, dist.group.WORLD)
     Path(folder, f"{rank}.json").write_text(json.dumps([seen, outcome]))
     dist.destroy_process_group()
 

@@ -302,7 +302,7 @@ def test_a_device_that_is_not_there() -> None:
 
 def test_the_host_device_has_no_number() -> None:
     with pystage.StagingPool("cpu:0", PAGE) as pool:
-        assert pool.device == torch.device("cpu") and repr(pool) == "StagingPool(device='cpu')"
+        assert pool.device == torch.device("cpu")
         assert pool.stage([[1, 2]]).to("cpu").tolist() == [1, 2]
 
 

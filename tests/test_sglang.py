@@ -28,7 +28,7 @@ import torch
 import pystage
 from pystage.batch import forgotten_resolves
 from pystage.integrations import sglang as plugin
-from pystage.integrations import sglang_pp
+from pystage.integrations.sglang import pp
 from pystage.testing import synchronize
 
 if importlib.util.find_spec("sglang") is None:
@@ -280,7 +280,7 @@ def engine() -> Iterator[Engine]:
     yield engine
     gc.collect()
     assert engine.figures() == engine.free
-    for pool in [p for p in plugin._pools._pools.values() if p is not None]:
+    for pool in [p for p in plugin.process.pools._pools.values() if p is not None]:
         synchronize(pool)
         stats = pool.stats()
         assert (stats.leased_slots, stats.in_flight_slots, stats.quarantined_slots) == (0, 0, 0)
@@ -458,9 +458,9 @@ def test_the_history_is_not_copied(engine: Engine) -> None:
         return schedule_batch.flatten_arrays_to_pinned_cpu(parts, False)
 
     batch = engine.rig.batch([req])
-    plugin._prepare_for_extend(ids_of, batch)  # the pool is there
+    plugin.staging.prepare_for_extend(ids_of, batch)  # the pool is there
     tracemalloc.start()
-    staged = plugin._prepare_for_extend(ids_of, batch)
+    staged = plugin.staging.prepare_for_extend(ids_of, batch)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert staged.tolist() == list(range(history, history + 500))
@@ -497,11 +497,63 @@ def test_one_batch_of_sglangs_own_benchmark(engine: Engine) -> None:
     engine.rig.release(*reqs)
 
 
+def test_merging_two_unresolved_prefills_keeps_all_ids(engine: Engine) -> None:
+    """SGLang's own merge would keep those of the first batch alone."""
+    rig = engine.rig
+    reqs = [rig.request(range(40)), rig.request(range(100, 125))]
+    first, second = (rig.batch([req]) for req in reqs)
+    for batch in (first, second):
+        batch.prepare_for_extend()
+    first.merge_batch(second)
+    assert len(first.reqs) == 2
+    rig.resolve(first)
+    assert first.input_ids.tolist() == [*range(40), *range(100, 125)]
+    rig.release(*reqs)
+
+
+def test_merging_a_prefill_into_running_requests_is_refused(engine: Engine) -> None:
+    """Before its forward: the ids of the others are in the relay, and its own would be lost."""
+    rig, out = engine.rig, {}
+    running, late = rig.request(range(30)), rig.request(range(200, 212))
+    decode = rig.batch([running])
+    decode.prepare_for_extend()
+    running.output_ids.append(step(rig, decode, out, "extend")[0])
+    prefill = rig.batch([late])
+    prefill.prepare_for_extend()
+    with pytest.raises(pystage.UnresolvedInputsError, match="would lose the staged ids"):
+        decode.merge_batch(prefill)
+    assert len(decode.reqs) == 1 and prefill.prefill_input_ids_cpu.tolist() == [*range(200, 212)]
+    # With its forward done it is merged as SGLang does.
+    late.output_ids.append(step(rig, prefill, out, "late")[0])
+    decode.merge_batch(prefill)
+    assert decode.reqs == [running, late]
+    rig.release(running, late)
+
+
+def test_running_requests_behind_a_mixed_batch_are_refused(engine: Engine) -> None:
+    rig, out = engine.rig, {}
+    running, chunk, late = (rig.request(range(a, a + 20)) for a in (0, 100, 200))
+    decode = rig.batch([running])
+    decode.prepare_for_extend()
+    running.output_ids.append(step(rig, decode, out, "extend")[0])
+    mixed, prefill = rig.batch([chunk]), rig.batch([late])
+    for batch in (mixed, prefill):
+        batch.prepare_for_extend()
+    decode.prepare_for_decode()
+    mixed.mix_with_running(decode)
+    with pytest.raises(pystage.UnresolvedInputsError):
+        mixed.merge_batch(prefill)
+    assert mixed.prefill_input_ids_cpu is not None and prefill.prefill_input_ids_cpu is not None
+    rig.resolve(mixed)
+    assert len(mixed.input_ids) == 21
+    rig.release(running, chunk, late)
+
+
 def test_a_full_pool_falls_back(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = plugin.Settings(capacity_mib=1, at_capacity="fallback", cpu=True)
-    monkeypatch.setattr(plugin._state, "settings", settings)
-    monkeypatch.setattr(plugin, "_pools", plugin._Pools())
-    pool = plugin._pools.of("cpu")
+    monkeypatch.setattr(plugin.process.state, "settings", settings)
+    monkeypatch.setattr(plugin.process, "pools", plugin.process.Pools())
+    pool = plugin.process.pools.of("cpu")
     assert pool is not None
     held = pool.stage([array("q", [1 << 40]) * (1 << 16)])
     more = [pool.stage([array("q", [1 << 40]) * (1 << 15)])]
@@ -518,11 +570,11 @@ def test_a_full_pool_falls_back(engine: Engine, monkeypatch: pytest.MonkeyPatch)
 def test_at_the_cap(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, policy: Any
 ) -> None:
-    monkeypatch.setattr(plugin, "_warned", set())
-    monkeypatch.setattr(plugin._state, "settings", plugin.Settings(at_capacity=policy))
-    monkeypatch.setattr(plugin, "_pools", plugin._Pools())
+    monkeypatch.setattr(plugin.process, "_warned", set())
+    monkeypatch.setattr(plugin.process.state, "settings", plugin.Settings(at_capacity=policy))
+    monkeypatch.setattr(plugin.process, "pools", plugin.process.Pools())
     pool = pystage.StagingPool("cpu", 4096, at_capacity=policy, timeout_s=0.01)
-    plugin._pools._pools["cpu", -1] = pool
+    plugin.process.pools._pools["cpu", -1] = pool
     held = pool.stage([array("q", [1 << 40]) * 400])
     req = engine.rig.request(range(400))
     batch = engine.rig.batch([req])
@@ -542,8 +594,8 @@ def test_at_the_cap(
 
 
 def test_a_closed_pool_ends_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "_pools", plugin._Pools())
-    pool = plugin._pools.of("cpu")
+    monkeypatch.setattr(plugin.process, "pools", plugin.process.Pools())
+    pool = plugin.process.pools.of("cpu")
     assert pool is not None
     pool.close()
     count = plugin.status()["counts"]["sglang_stagings"]
@@ -554,23 +606,23 @@ def test_a_closed_pool_ends_nothing(engine: Engine, monkeypatch: pytest.MonkeyPa
 
 def test_eager(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Launched when the batch is prepared; the ids are the same."""
-    monkeypatch.setattr(plugin._state, "settings", plugin.Settings(issue="eager", cpu=True))
-    monkeypatch.setattr(plugin, "_pools", plugin._Pools())
+    monkeypatch.setattr(plugin.process.state, "settings", plugin.Settings(issue="eager", cpu=True))
+    monkeypatch.setattr(plugin.process, "pools", plugin.process.Pools())
     for scenario in (chunked_mixed_decode, two_chunks):
         after = scenario(engine.rig)
         torch.testing.assert_close(after, engine.before[scenario.__name__], rtol=0, atol=0)
     (stats,) = plugin.pool_stats()
     assert stats.eager_transfers == 4
-    plugin._pools.close()
+    plugin.process.pools.close()
 
 
 def test_no_pool_no_change(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(plugin, "_pools", plugin._Pools())
-    assert plugin._pools.of("npu:0") is None
+    monkeypatch.setattr(plugin.process, "pools", plugin.process.Pools())
+    assert plugin.process.pools.of("npu:0") is None
     assert "no pool for npu:0" in caplog.text
-    plugin._pools._pools["cpu", -1] = None
+    plugin.process.pools._pools["cpu", -1] = None
     after = two_chunks(engine.rig)
     torch.testing.assert_close(after, engine.before["two_chunks"])
     assert plugin.pool_stats() == []
@@ -627,10 +679,10 @@ def test_sglangs_profiler(engine: Engine, forwards: list[torch.Tensor]) -> None:
 def test_pystages_profiler_and_sizer(engine: Engine, forwards: list[torch.Tensor]) -> None:
     pytest.importorskip("scipy")
     owner = sizer_of(engine)
-    model_is_usable = sglang_pp.profile_and_fit(owner)
+    model_is_usable = pp.profile_and_fit(owner)
     assert len(forwards) > 24
     assert max(int(ids.max()) for ids in forwards) < 512
-    sizes = [sglang_pp.predict(owner, history) for history in (0, 1024, 4090)]
+    sizes = [pp.predict(owner, history) for history in (0, 1024, 4090)]
     if model_is_usable:  # a noisy machine may give none, which is right too
         assert sizes[0] in range(64, 1025, 64) and sizes[2] is None
     else:
@@ -646,13 +698,13 @@ def test_a_failed_profile_keeps_the_static_size(
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(engine.rig.runner, "forward", broken)
-    assert not sglang_pp.profile_and_fit(owner)
-    assert sglang_pp.predict(owner, 0) is None
+    assert not pp.profile_and_fit(owner)
+    assert pp.predict(owner, 0) is None
     assert "no such kernel" in caplog.text and "static" in caplog.text
 
 
 def test_a_step_has_the_history_it_says(engine: Engine, forwards: list[torch.Tensor]) -> None:
-    step = sglang_pp.PrefillStep(sizer_of(engine))
+    step = pp.PrefillStep(sizer_of(engine))
     step(256, 64)
     step(0, 64)
     assert [len(ids) for ids in forwards] == [64, 64]
@@ -918,7 +970,7 @@ def test_one_line_once_the_log_is_set_up() -> None:
     from sglang.srt.utils import common
     load_plugins()
     assert "prometheus_client" not in sys.modules  # decides at its import where figures go
-    assert not plugin._state.said
+    assert not plugin.process.state.said
     for _ in range(2):
         common.configure_logger(SimpleNamespace(log_level="info"), prefix=" TP0")
     """
@@ -967,7 +1019,7 @@ def test_validation_refuses_when_the_request_arrives() -> None:
     # A request to generate is refused by its handler, for the error that this returns.
     def arrives(req):
         check = lambda server: scheduler.validate_input_length(req, 1000, False)
-        return plugin._handle_request(check, Server())
+        return plugin.validation.handle_request(check, Server())
     assert arrives(rig.request([1, 2, 200000, -4])) == error
     assert arrives(rig.request(range(20))) is None
     assert "maximum allowed length" in arrives(rig.request(range(1001)))
@@ -981,11 +1033,11 @@ def test_validation_refuses_when_the_request_arrives() -> None:
 def test_sizer_by_setting() -> None:
     code = """
     from sglang.srt.managers.scheduler_components.dynamic_chunk_sizer import DynamicChunkSizer
-    from pystage.integrations import sglang_pp
+    from pystage.integrations.sglang import pp
     from sglang.srt.plugins import load_plugins
     load_plugins()
-    sglang_pp.profile_and_fit = lambda owner: owner == "owner"
-    sglang_pp.predict = lambda owner, history_len: history_len + 1
+    pp.profile_and_fit = lambda owner: owner == "owner"
+    pp.predict = lambda owner, history_len: history_len + 1
     assert DynamicChunkSizer.profile_and_fit("owner") is True
     assert DynamicChunkSizer.predict("owner", 41) == 42
     assert "sizer" in plugin.status()["active"]
@@ -1029,9 +1081,9 @@ def test_figures_reach_prometheus(tmp_path: Path) -> None:
     assert figures["pystage_capacity_bytes"] == 64 << 20
     assert figures["pystage_kernel_transfers_total"] == 2
     assert figures["pystage_fallbacks_total"] == figures["pystage_wait_seconds_total"] == 0
-    for name in plugin._OF_THE_PLUGIN:
+    for name in plugin.metrics.OF_THE_PLUGIN:
         assert figures[f"pystage_{name}_total"] == 0
-    kinds = (plugin._GAUGES, plugin._COUNTERS, plugin._OF_THE_PLUGIN)
+    kinds = (plugin.metrics.GAUGES, plugin.metrics.COUNTERS, plugin.metrics.OF_THE_PLUGIN)
     assert len(figures) == sum(map(len, kinds))
 
 
@@ -1090,7 +1142,7 @@ def test_other_releases(release: str, settings: dict[str, str]) -> None:
         batch.prefill_input_ids_cpu = schedule_batch.flatten_arrays_to_pinned_cpu(parts, False)
     relay = SimpleNamespace(output_tokens_buf=torch.arange(5000, 5010))
     for mixed in (None, torch.tensor([3, 4])):
-        plugin._prepare_for_extend(prepare, batch)
+        plugin.staging.prepare_for_extend(prepare, batch)
         assert isinstance(batch.prefill_input_ids_cpu, pystage.StagedTokens)
         batch.mix_running_indices = mixed
         scheduler.resolve_forward_inputs(batch, relay)

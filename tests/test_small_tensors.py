@@ -360,7 +360,7 @@ def unknown(device: Any, values: list[int]) -> torch.Tensor:
 
 
 def codes() -> tuple[Any, ...]:
-    from pystage.integrations.sglang_small import codes_of
+    from pystage.integrations.sglang.small import codes_of
 
     return codes_of(known, made_at_once)
 
@@ -509,7 +509,7 @@ def test_straight_to_the_device(pool: pystage.StagingPool) -> None:
 
 
 def within(code: Any) -> tuple[Any, ...]:
-    from pystage.integrations.sglang_small import codes_of
+    from pystage.integrations.sglang.small import codes_of
 
     return codes_of(SimpleNamespace(__code__=code))
 
@@ -529,7 +529,7 @@ def test_the_one_minus_one(pool: pystage.StagingPool) -> None:
 
 
 def test_the_scope_puts_torch_back(pool: pystage.StagingPool) -> None:
-    from pystage.integrations.sglang_small import MinusOne, Scope, codes_of
+    from pystage.integrations.sglang.small import MinusOne, Scope, codes_of
 
     full, once = torch.full, MinusOne()
     device = str(pool.device)

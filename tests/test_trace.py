@@ -100,10 +100,62 @@ def test_bad_traces_say_where_and_why(lines: list[str], message: str) -> None:
         parse_trace(lines, "t")
 
 
+def test_json_lines_of_mooncake(tmp_path: Path) -> None:
+    """Leading blocks that an earlier request had are history, wherever it had them."""
+    path = tmp_path / "conversation_trace.jsonl"
+    path.write_text(
+        '{"timestamp": 0, "input_length": 1300, "output_length": 9, "hash_ids": [1, 2, 3]}\n'
+        '{"timestamp": 0, "input_length": 1536, "output_length": 9, "hash_ids": [1, 2, 4]}\n'
+        "\n"
+        '{"timestamp": 9, "input_length": 2000, "output_length": 9, "hash_ids": [5, 1, 2, 4]}\n'
+        '{"timestamp": 9, "input_length": 1500, "output_length": 9, "hash_ids": [3, 4, 6]}\n'
+        '{"timestamp": 9, "input_length": 1300, "output_length": 9, "hash_ids": [1, 2, 3]}\n'
+    )
+    assert read_trace(path) == [
+        Request(1300),
+        Request(1536, history=1024),
+        Request(2000),
+        Request(1500, history=1024),
+        Request(1300, history=1299),
+    ]
+
+
+def test_json_lines_with_the_fields_of_the_csv_traces() -> None:
+    lines = [
+        '{"ContextTokens": 374, "GeneratedTokens": 44}',
+        '{"input_length": 7322, "reused_prefix_blocks": 14}',
+    ]
+    assert parse_trace(lines, "t") == [Request(374), Request(7322, history=14 * 512)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON: Expecting property name enclosed in double quotes at column"),
+        ('{"ContextTokens": 1} x', "not JSON: Extra data at column 22"),
+        ("[1]", "not an object"),
+        ('{"a":' * 100_000, "recursion"),
+        ("{}", r"its fields are none; expected ContextTokens \(Azure\), or input_length and"),
+        ('{"input_length": 5, "x": 1}', "its fields are input_length, x; expected ContextTokens"),
+        ('{"ContextTokens": "374"}', r'ContextTokens is "374", not a count of tokens'),
+        ('{"ContextTokens": true}', "ContextTokens is true, not a count of tokens"),
+        ('{"ContextTokens": 0}', "a request of 0 tokens, outside"),
+        ('{"input_length": -5, "hash_ids": []}', "input_length is -5, not a count of tokens"),
+        ('{"input_length": 5, "hash_ids": 7}', "hash_ids is not a list of block ids"),
+        ('{"input_length": 5, "hash_ids": [[]]}', "hash_ids is not a list of block ids"),
+        ('{"input_length": 512, "hash_ids": [1, 2]}', "2 hash_ids for a prompt of 512 tokens: a"),
+        ('{"input_length": 9, "reused_prefix_blocks": 2}', "reused_prefix_blocks is 2: more than"),
+    ],
+)
+def test_bad_json_lines_say_where_and_why(line: str, message: str) -> None:
+    with pytest.raises(TraceError, match=rf"^t, line 2: .*{message}"):
+        parse_trace(['{"ContextTokens": 374}', line], "t")
+
+
 def test_a_binary_file_is_no_trace(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(TraceError, match=r"trace\.csv: not a CSV file in UTF-8"):
+    with pytest.raises(TraceError, match=r"trace\.csv: not a text file in UTF-8"):
         read_trace(path)
 
 

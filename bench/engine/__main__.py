@@ -23,8 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    gpu = [name for name in PLANS if name != "tiny"]
-    parser.add_argument("--plan", help=f"one or more of {', '.join(PLANS)} (all but tiny)")
+    one_gpu = [n for n, p in PLANS.items() if n != "tiny" and p.gpus == 1]
+    parser.add_argument("--plan", help=f"one or more of {', '.join(PLANS)} (all of one GPU)")
     parser.add_argument("--seconds", type=float, default=1800, help="all of it may take (1800)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of blocks (1)")
     parser.add_argument("--layers", type=int, help="of the model, instead of its own number")
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="the JSON; default: bench/results for whole plans on a GPU, build/bench for less",
     )
     args = parser.parse_args(arguments)
-    names = args.plan.split(",") if args.plan else gpu
+    names = args.plan.split(",") if args.plan else one_gpu
     if unknown := [name for name in names if name not in PLANS]:
         parser.error(f"no plan {', '.join(unknown)}; there are {', '.join(PLANS)}")
     # The pages are made from whole plans on a GPU.

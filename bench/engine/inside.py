@@ -1,7 +1,7 @@
 """A plugin of SGLang that answers the experiment from inside the scheduler's process.
 
 While no trace is on, nothing of it is on the path of a request. A thread listens on the Unix socket
-``PYSTAGE_ENGINE_CONTROL``, one JSON object a line:
+``PYSTAGE_ENGINE_CONTROL`` with a dot and its GPU's number behind, one JSON object a line:
 
 ``traffic``   copies beside the forwards, from a C loop that holds no GIL    {"on", "mib", ...}
 ``bypass``    pystage's pool is taken away from its hooks, or given back     {"on"}
@@ -60,7 +60,8 @@ def _weights(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
 def _run_event_loop(
     original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any
 ) -> None:
-    control = Control(scheduler, os.environ["PYSTAGE_ENGINE_CONTROL"])
+    gpu = getattr(scheduler.tp_worker.model_runner, "gpu_id", 0)  # a rank's own
+    control = Control(scheduler, f"{os.environ['PYSTAGE_ENGINE_CONTROL']}.{gpu}")
     threading.Thread(target=control.serve, daemon=True).start()
     original(scheduler, *args, **kwargs)
 
@@ -111,9 +112,9 @@ class Control:
         """Without a pool the hooks leave a batch to SGLang: the same process, without pystage."""
         module = sys.modules["pystage.integrations.sglang"]
         if on:
-            module._pools.of = lambda device: None  # type: ignore[method-assign]
+            module.process.pools.of = lambda device: None  # type: ignore[method-assign]
         else:
-            vars(module._pools).pop("of", None)
+            vars(module.process.pools).pop("of", None)
         return {"stages": sum(stats.stages for stats in module.pool_stats())}
 
     def stats(self) -> dict[str, Any]:

@@ -9,12 +9,14 @@ from typing import Any
 from bench import svg
 from bench.common import amount, load
 from bench.engine.plans import PLANS
-from bench.engine.tables import HEADS, VARIANTS, cells, targets, verdict
+from bench.engine.tables import HEADS, cells, targets, verdict
 from bench.pages import indented, source, tabulate
 
-COLORS = {"off": "#d9822b", "on": "#1f6fb4"}
-PANELS = {"": "nothing beside", "+stream": "two copies of 256 MiB always queued"}
-BESIDE = {"stream": "weights streamed beside", "bursts": "adapters loaded beside"}
+COLORS = {"off": "#c2660c", "on": "#1f6fb4"}
+SIDES = {"off": "baseline: SGLang", "on": "pystage in SGLang"}
+PANELS = {"": "no other copies", "+stream": "two copies of 256 MiB always queued"}
+BESIDE = {"stream": "while copies are always queued", "bursts": "while LoRA adapters are loaded"}
+AS_LONG = 1.05  # of a time to first token, that is "as long as"
 
 
 def label(workload: str) -> str:
@@ -24,11 +26,24 @@ def label(workload: str) -> str:
     text = {
         "prompt": f"a prompt of {int(size):,} ids" if size.isdigit() else "",
         "chat": f"a chat turn of {size} ids",
-        "loadback": f"{size} ids behind KV that is loaded back",
-        "beside": "a prompt of 2,048 ids beside another's load-back",
+        "loadback": f"{int(size):,} ids, after KV cache is loaded back" if size.isdigit() else "",
+        "beside": "a prompt of 2,048 ids, while another's KV cache is loaded back",
         "open": f"{size} requests of a trace".replace("/s", " a second,"),
     }[kind]
-    return f"{text}, {BESIDE.get(beside, 'copies beside')}" if beside else text
+    return f"{text}, {BESIDE.get(beside, 'while copies run')}" if beside else text
+
+
+def measure(name: str) -> str:
+    """A target's name in the words of the table's heads."""
+    for short, words in (
+        ("TTFT ", "time to first token, "),
+        (", with / ", ", pystage / "),
+        ("/ off", "/ baseline"),
+        ("/ bypassed", "/ pool off"),
+        ("p99 with pystage, copies / none", "p99, pystage, with copies / without"),
+    ):
+        name = name.replace(short, words)
+    return name
 
 
 @dataclass(frozen=True)
@@ -74,24 +89,26 @@ def table(runs: dict[str, Run]) -> str:
         rows = [[label(row["workload"]), *cells(row)] for row in run.found["rows"]]
         parts += [
             f"`{run.plan}`: {run.found['about']}.",
-            tabulate(["TTFT, ms, p50 / p99", *HEADS], rows),
+            tabulate(["time to first token, ms, p50 / p99", *HEADS], rows),
         ]
-        parts += [f"Not whole: {cut}." for cut in run.found["cut"]]
+        parts += [f"This run is not complete: {cut}." for cut in run.found["cut"]]
     rows = []
     every = [row for run in runs.values() for row in run.found["rows"]]
     traces = {f"{r.plan}: {w}": t for r in runs.values() for w, t in r.found["traces"].items()}
     for row in targets(every, traces):
         where = label(row["where"]) if "where" in row else ""
-        rows.append([indented(row["measure"]), row["target"], amount(row), verdict(row), where])
+        rows.append(
+            [indented(measure(row["measure"])), row["target"], amount(row), verdict(row), where]
+        )
     parts.append(tabulate(["measure", "target", "measured", "met", "where"], rows))
     disclosed = dict.fromkeys(text for run in runs.values() for text in run.result["disclosed"])
-    parts += [f"To disclose: {text}." for text in disclosed]
+    parts += [f"What differs from a usual installation: {text}." for text in disclosed]
     sources = dict.fromkeys(run.source for run in runs.values())
     return "\n\n".join([*parts, *sources])
 
 
 def first_table(runs: dict[str, Run]) -> str:
-    """Of the README: prompts with nothing beside, and the same beside copies."""
+    """Of the README: prompts without other copies, and the same prompts beside copies."""
     if "copies" not in runs:
         return "Not measured yet."
     run = runs["copies"]
@@ -99,13 +116,31 @@ def first_table(runs: dict[str, Run]) -> str:
     for name, row in run.rows.items():
         if name.startswith("prompt") and not name.endswith("+bursts"):
             off, _, on, _ = cells(row)
-            rows.append([label(name).replace("weights streamed", "copies"), off, on])
-    head = ["time to first token, ms, p50 / p99", "SGLang", "with pystage"]
+            rows.append([label(name), off, on])
+    head = ["time to first token in SGLang, ms, p50 / p99", "baseline", "pystage"]
     return "\n\n".join([tabulate(head, rows), run.source])
 
 
+def finding(rows: dict[str, dict[str, Any]], sizes: list[int]) -> str:
+    """What the plot shows, in a sentence, as far as these rows bear it out."""
+    beside = {n: rows[f"prompt-{n}+stream"] for n in sizes}
+    late = [f"{n:,}" for n, row in beside.items() if row["off"]["starved"]]
+    calm = {n: rows.get(f"prompt-{n}", {}).get("on", {}).get("ttft_ms") for n in sizes}
+    as_long = all(
+        row["on"]["ttft_ms"]
+        and (alone := calm[n])
+        and not row["on"]["starved"]
+        and row["on"]["ttft_ms"]["p50"] <= AS_LONG * alone["p50"]
+        for n, row in beside.items()
+    )
+    if not late:
+        return "Time to first token in SGLang, with and without pystage"
+    text = f"While copies are queued, SGLang does not start prompts of {' and '.join(late)} ids"
+    return f"{text}; with pystage every prompt takes as long as without copies" if as_long else text
+
+
 def draw(run: Run, path: Path) -> None:
-    """Prompts with nothing beside, and the same beside copies: p50, with a line to p99."""
+    """Prompts without other copies, and the same beside copies: p50, with a line to p99."""
     plt = svg.pyplot()
     rows = run.rows
     sizes = sorted(
@@ -115,30 +150,27 @@ def draw(run: Run, path: Path) -> None:
     shown = [rows[name] for name in names if name in rows]
     times = [r[v]["ttft_ms"]["p99"] for r in shown for v in COLORS if r[v]["ttft_ms"]]
     most = 1.25 * max(times, default=1.0)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 0.6 * len(sizes) + 1.4), layout="constrained")
+    height = 0.75 * len(sizes) + 2.0
+    figure, axes = plt.subplots(1, 2, figsize=(svg.WIDTH, height), layout="constrained")
     for axis, (tail, title) in zip(axes, PANELS.items(), strict=True):
         for at, size in enumerate(sizes):
             row = rows.get(f"prompt-{size}{tail}")
             for up, (variant, color) in zip((-0.2, 0.2), COLORS.items(), strict=True):
                 ms = row[variant]["ttft_ms"] if row else None
                 if row and row[variant]["starved"]:
-                    after = row[variant]["given_up_after_s"]
-                    axis.barh(at + up, most, 0.36, color="none", edgecolor=color, hatch="///")
-                    text = f"no answer in {after:g} s"
-                    box = {"color": "white", "pad": 1}
-                    axis.text(
-                        most / 2, at + up, text, ha="center", va="center", fontsize=7, bbox=box
-                    )
+                    text = f"no answer in {row[variant]['given_up_after_s']:g} s"
+                    axis.text(0, at + up, f" {text}", va="center", color=color, fontweight="bold")
                 elif ms:
                     axis.barh(at + up, ms["p50"], 0.36, color=color)
                     axis.plot([ms["p50"], ms["p99"]], [at + up] * 2, color="#444444", linewidth=1)
-                    axis.text(ms["p99"], at + up, f" {ms['p50']:.1f}", va="center", fontsize=7)
+                    axis.text(ms["p99"], at + up, f" {ms['p50']:.1f}", va="center")
         axis.set(title=title, xlim=(0, most), xlabel="time to first token, ms")
         axis.set_yticks(range(len(sizes)))
         axis.set_yticklabels([f"{n:,} ids" for n in sizes])
-        axis.invert_yaxis()
+        axis.set_ylim(len(sizes) - 0.5, -0.5)
         svg.plain(axis)
-    names = dict(zip(VARIANTS, HEADS, strict=False))
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c, label=names[v]) for v, c in COLORS.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c, label=SIDES[v]) for v, c in COLORS.items()]
+    axes[0].legend(handles=handles, loc="upper right", frameon=False)
+    device, about = run.result["device"], run.found["about"].partition(",")[0]
+    svg.tell(figure, finding(rows, sizes), f"{device}, {about}. Bars: p50; lines: to p99.")
     svg.save(figure, path)

@@ -76,6 +76,11 @@ class Plan:
     gap_s: float = 0.035
     environment: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def gpus(self) -> int:
+        """That an engine of it uses."""
+        return int(self.engine.get("tp_size", 1) * self.engine.get("pp_size", 1))
+
 
 GPU: dict[str, Any] = {
     "device": "cuda",
@@ -111,6 +116,22 @@ def loadback(backend: str, how: str) -> Plan:
             Workload("beside", 256, 24, 3, traced=8),
         ),
         history=6144,
+    )
+
+
+def ranks(about: str, long: int, **sizes: int) -> Plan:
+    """Over several GPUs: alone, then with copies to the first one."""
+    return Plan(
+        f"{about}: an 8B model, nothing else on the GPUs, then copies to the first of them",
+        LLAMA_8B,
+        {**GPU, **sizes},
+        (
+            Workload("prompt", 2048, 12, 3),
+            Workload("prompt", 8192, 10, 3, traced=4),
+            Workload("prompt", long, 3, 1),
+            Workload("prompt", 2048, 12, 3, STREAM),
+            Workload("prompt", 8192, 10, 3, STREAM, traced=4),
+        ),
     )
 
 
@@ -156,6 +177,11 @@ PLANS = {
         {**GPU, "context_length": 16384, "max_total_tokens": 36864, "cpu_offload_gb": 4},
         (Workload("prompt", 2048, 10, 3, traced=4), Workload("prompt", 8192, 6, 3)),
     ),
+    "tp2": ranks("2 GPUs, --tp-size 2", 32768, tp_size=2),
+    "pp2": ranks("2 GPUs, --pp-size 2", 32768, pp_size=2),
+    "pp4": ranks("4 GPUs, --pp-size 4", 65536, pp_size=4),
+    "tp8": ranks("8 GPUs, --tp-size 8", 65536, tp_size=8),
+    "tp2-pp4": ranks("8 GPUs, --tp-size 2 --pp-size 4", 65536, tp_size=2, pp_size=4),
     "tiny": Plan(
         "a tiny model on the CPU: a rehearsal, whose times say nothing about a GPU",
         TINY_LLAMA,

@@ -205,5 +205,5 @@ def verdict(target: dict[str, Any]) -> str:
     return {True: "yes", False: "no", None: "not measured"}[target["ok"]]
 
 
-HEADS = ("without", "bypassed", "with pystage", "sooner than without, ms")
+HEADS = ("baseline", "pool off", "pystage", "sooner than baseline, ms")
 HEAD = f"{'TTFT, ms, p50 / p99':20}  " + "  ".join(f"{head:>26}" for head in HEADS) + "     n"

@@ -19,17 +19,29 @@ BESIDE_S = 0.002  # so long after a load-back the fresh prompt arrives
 FREED_S = 60.0  # once the copies have stopped, a starved request has to end
 
 
-def control(op: str, **given: Any) -> dict[str, Any]:
-    """Asks ``inside`` in the scheduler's process."""
+def control(op: str, ranks: int = 1, **given: Any) -> dict[str, Any]:
+    """Asks ``inside`` in the schedulers' processes, one on each GPU.
+
+    Returns:
+        The first one's answer: copies and traces are of the first GPU alone. A pool is taken away
+        from all, and the batches that they staged are summed.
+    """
+    answers = [_ask(rank, op, **given) for rank in range(ranks if op == "bypass" else 1)]
+    if op == "bypass":
+        return {"stages": sum(answer["stages"] for answer in answers)}
+    return answers[0]
+
+
+def _ask(rank: int, op: str, **given: Any) -> dict[str, Any]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         link.settimeout(60)
-        link.connect(os.environ["PYSTAGE_ENGINE_CONTROL"])
+        link.connect(f"{os.environ['PYSTAGE_ENGINE_CONTROL']}.{rank}")
         with link.makefile("rw") as file:
             file.write(json.dumps({"op": op, **given}) + "\n")
             file.flush()
             answer: dict[str, Any] = json.loads(file.readline())
     if "error" in answer:
-        raise RuntimeError(f"in the scheduler: {answer['error']}")
+        raise RuntimeError(f"in the scheduler of rank {rank}: {answer['error']}")
     return answer
 
 
@@ -37,6 +49,7 @@ class Worker:
     def __init__(self, model: str, engine: dict[str, Any]) -> None:
         from sglang.srt.entrypoints.engine import Engine
 
+        self.ranks = engine.get("tp_size", 1) * engine.get("pp_size", 1)
         self.engine = Engine(
             model_path=model,
             load_format="dummy",
@@ -129,7 +142,7 @@ class Worker:
         return {"logprobs": told}
 
     def control(self, command: dict[str, Any]) -> dict[str, Any]:
-        return control(**command)
+        return control(**command, ranks=self.ranks)
 
 
 def main(address: str) -> None:

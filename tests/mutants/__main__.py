@@ -95,6 +95,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "csrc/ids_view.cpp": ("pytest tests/test_integrations.py -k view", PYTHON_TESTS),
     "csrc/ops.cpp": ("pytest tests/test_ops.py", PYTHON_TESTS),
     "pystage/pool.py": (PYTHON_TESTS, BATCHES, LIVES),
+    "pystage/_tensor_like.py": (PYTHON_TESTS, BATCHES, LIVES),
+    "pystage/stats.py": (PYTHON_TESTS,),
     "pystage/batch.py": (
         "pytest tests/test_batch.py -k 'not equals_cat'",
         "pytest tests/test_batch.py -k equals_cat",
@@ -121,17 +123,19 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "pystage/pp/profile.py": ("pytest tests/test_pp_profile.py -k 'not importing'",),
     "pystage/pp/share.py": ("pytest tests/test_pp_share.py",),
-    "pystage/integrations/sglang.py": (
-        "pytest tests/test_integrations.py",
-        "sglang tests/test_sglang.py",
-    ),
-    "pystage/integrations/sglang_small.py": (
+    **{
+        f"pystage/integrations/sglang/{name}.py": (
+            "pytest tests/test_integrations.py",
+            "sglang tests/test_sglang.py",
+        )
+        for name in (
+            *("entry", "hooks", "metrics", "pp", "process", "resolving", "settings", "sizer"),
+            *("staging", "symbols", "validation", "verification"),
+        )
+    },
+    "pystage/integrations/sglang/small.py": (
         SMALL,
         "sglang tests/test_sglang.py -k 'small or rows or same_with or leaves_torch'",
-    ),
-    "pystage/integrations/sglang_pp.py": (
-        "pytest tests/test_integrations.py",
-        "sglang tests/test_sglang.py",
     ),
 }
 

@@ -7,6 +7,12 @@ from . import M, Mutants
 SMALL = "pytest tests/test_small_tensors.py"
 MUTANTS: Mutants = {
     "pystage/pool.py": {
+        "resolve-any-dtype-with-out": M(
+            "if isinstance(out, Tensor) and <|out.dtype != dtype|>:", "False"
+        ),
+        "resolve-out-ignored": M("return staged._resolve(<|out|>, dtype, False)", "None"),
+        "resolve-dtype-ignored": M("return staged._resolve(out, <|dtype|>, False)", "None"),
+        "size-of-any-type": M("return <|operator.index(value)|>", "int(value)"),
         "capacity-zero": M("if capacity_bytes < <|4096|>:", "0"),
         "capacity-page-refused": M("if capacity_bytes <|<|> 4096:", "<="),
         "reserve-over-capacity": M("if not 0 <= reserve_bytes<| <= capacity_bytes|>:", ""),
@@ -49,8 +55,24 @@ MUTANTS: Mutants = {
             "pass",
         ),
         "closed-never": M("return <|self._pool.closed|>", "False"),
-        "pinned-always": M("return <|self._is_pinned|>", "True"),
         "wire-always-narrow": M("torch.int32 if self._wire_bits == <|32|>", "64"),
+        "resolve-anything": M(
+            'if not isinstance(staged, StagedTokens):\n        raise TypeError(f"resolve takes',
+            'if False:\n        raise TypeError(f"resolve takes',
+        ),
+        "mixed-anything": M(
+            'if not isinstance(staged, StagedTokens):\n        raise TypeError(f"resolve_mixed takes',
+            'if False:\n        raise TypeError(f"resolve_mixed takes',
+        ),
+        "mixed-out-ignored": M("return staged._resolve_mixed(relay, indices, <|out|>)", "None"),
+        "device-index-of-cpu": M(
+            '    if device.type == "cpu":\n        return torch.device("cpu")\n', ""
+        ),
+        "require-nothing": M("if value not in allowed:", "if False:"),
+    },
+    "pystage/_tensor_like.py": {
+        "index-length": M("if not -size <= key <|<|> size:", "<="),
+        "pinned-always": M("return <|self._is_pinned|>", "True"),
         "to-copy-argument": M('kwargs.pop("copy", None)', "pass"),
         "to-extra-arguments": M("args = args[: <|2|> if isinstance(args[0]", "3"),
         "to-device-arguments": M("(torch.dtype, Tensor)) else <|3|>]", "4"),
@@ -78,7 +100,6 @@ MUTANTS: Mutants = {
         "slice-backwards": M("return self._slice(start, <|max(start, stop)|>)", "stop"),
         "slice-any-step": M("if step == <|1|>:", "step"),
         "index-bool": M("elif isinstance(key, int)<| and not isinstance(key, bool)|>:", ""),
-        "index-length": M("if not -size <= key <|<|> size:", "<="),
         "index-below": M("if not <|-size|> <= key < size:", "-size - 1"),
         "index-negative": M("at = <|key % size|>", "abs(key)"),
         "index-shares": M(
@@ -112,28 +133,10 @@ MUTANTS: Mutants = {
         "function-out": M('written = [<|kwargs.get("out")|>]', ""),
         "function-lists": M("for leaf in <|pytree.tree_leaves(written)|>)", "written"),
         "function-nested": M(
-            "args, kwargs = pytree.tree_map_only(StagedTokens, StagedTokens.cpu, (args, kwargs))",
-            "args = tuple(a.cpu() if isinstance(a, StagedTokens) else a for a in args)",
+            "args, kwargs = pytree.tree_map_only(TensorLike, TensorLike.cpu, (args, kwargs))",
+            "args = tuple(a.cpu() if isinstance(a, TensorLike) else a for a in args)",
         ),
         "function-kwargs": M("(args, kwargs))\n        return func(*args, **<|kwargs|>)", "{}"),
-        "resolve-anything": M(
-            'if not isinstance(staged, StagedTokens):\n        raise TypeError(f"resolve takes',
-            'if False:\n        raise TypeError(f"resolve takes',
-        ),
-        "resolve-dtype-over-out": M(
-            "return staged._resolve(out, <|dtype if out is None else None|>, False)",
-            "dtype",
-            equivalent="the output's own dtype is what counts",
-        ),
-        "resolve-out-ignored": M(
-            "return staged._resolve(<|out|>, dtype if out is None else None, False)", "None"
-        ),
-        "resolve-dtype-ignored": M("<|dtype if out is None else None|>, False)", "None"),
-        "mixed-anything": M(
-            'if not isinstance(staged, StagedTokens):\n        raise TypeError(f"resolve_mixed takes',
-            'if False:\n        raise TypeError(f"resolve_mixed takes',
-        ),
-        "mixed-out-ignored": M("return staged._resolve_mixed(relay, indices, <|out|>)", "None"),
         "storage-data": M('"set_", <|"data", |>"share_memory_"', ""),
         "storage-numpy": M('["data_ptr", "storage", <|"untyped_storage", |>', ""),
         "in-place-and": M('_IN_PLACE = "add sub mul floordiv truediv mod pow <|and |>or', ""),
@@ -150,17 +153,13 @@ MUTANTS: Mutants = {
             "return function(<|self.cpu(), *args|>)", "*reversed((self.cpu(), *args))"
         ),
         "operator-of-staged": M(
-            "args = tuple(<|a.cpu() if isinstance(a, StagedTokens) else a|> for a in args)",
+            "args = tuple(<|a.cpu() if isinstance(a, TensorLike) else a|> for a in args)",
             "a",
             equivalent="torch asks the second operand, and so it is a copy all the same",
         ),
         "hash-of-ids": M(
-            "StagedTokens.__hash__ = object.__hash__", "StagedTokens.__hash__ = lambda self: 0"
+            "TensorLike.__hash__ = object.__hash__", "TensorLike.__hash__ = lambda self: 0"
         ),
-        "device-index-of-cpu": M(
-            '    if device.type == "cpu":\n        return torch.device("cpu")\n', ""
-        ),
-        "require-nothing": M("if value not in allowed:", "if False:"),
     },
     "pystage/batch.py": {
         "prepare-any-device": M("if device.type != pool.device.type or (", "if ("),

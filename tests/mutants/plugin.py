@@ -8,7 +8,7 @@ SGLANG_SMALL = (
     "sglang tests/test_sglang.py -k 'small or rows or leaves_torch or other_code or others_see'"
 )
 MUTANTS: Mutants = {
-    "pystage/integrations/sglang_small.py": {
+    "pystage/integrations/sglang/small.py": {
         "tensor-left": M("<|torch.tensor, torch.full = _tensor, _full|>", "torch.full = _full"),
         "not-delivered-at-the-end": M("        self._parcel.end()", "        pass"),
         "any-fill": M("args == ((1,), -1)", "args[0] == (1,)"),
@@ -20,63 +20,42 @@ MUTANTS: Mutants = {
         "one-delivery": M("PREPARED = (<|5, 9|>)", "9,"),
         "late-delivery": M("BUILT = (<|2|>,)", "3"),
     },
-    "pystage/integrations/sglang.py": {
-        "small-of-unknown-code": M(
-            "            release_of(targets, function)\n", "", tests=SGLANG_SMALL
+    "pystage/integrations/sglang/entry.py": {
+        "off-is-on": M("if not process.state.settings.enabled:", "if False:"),
+        "errors-of-settings": M("return _stay_off(str(error), logging.ERROR)", "pass"),
+        "optional-not-looked-for": M(
+            "[hook for hook in optional(process.state.settings)<| if is_there(hook)|>]", ""
         ),
-        "small-though-hooked": M(
-            "if targets in (ALLOCATE, SAMPLING) and function is not _current(target):",
-            "if False:",
-            tests=SGLANG_SMALL,
-        ),
-        "small-left-open": M(
-            "        here.views = False\n        if small is not None:",
-            "        here.views = False\n        if False:",
-            tests=SGLANG_SMALL,
-        ),
-        "rows-of-unknown-code": M(
-            "release_of(WRITE_ROWS, _chain(_current(_first_there(WRITE_ROWS)))[-1])",
+        "relay-checks-unseen": M(
+            'process.state.checks_relay = bool(getattr(overlap_utils, "_DEBUG_ASSERT", False))',
             "pass",
-            tests=SGLANG_SMALL,
         ),
-        "rows-though-shared": M('if why := <|_shared("rows")|>:', '""', tests=SGLANG_SMALL),
-        "rows-not-counted": M('_state.left_to_sglang["rows"] += 1', "pass", tests=SGLANG_SMALL),
-        "rows-not-written": M(
-            "        if written:\n            return None",
-            "        if True:\n            return None",
-            tests=SGLANG_SMALL,
+        "not-verified": M(
+            "        HookRegistry.apply_hooks()\n        verify()",
+            "        HookRegistry.apply_hooks()",
         ),
-        "small-in-spite": M(
-            "    if _state.settings.small:\n        left",
-            "    if True:\n        left",
-            tests=SGLANG_SMALL,
+        "verified-once-more": M("HookRegistry.apply_hooks = as_it_was", "pass"),
+    },
+    "pystage/integrations/sglang/hooks.py": {
+        "fields-unchecked": M(
+            'if name not in getattr(batch, "__dataclass_fields__", {}):', "if False:"
         ),
-        "shared-not-noticed": M('return next(filter(None, reasons), "")', 'return ""'),
-        "views-though-shared": M('_state.gives_views = <|"history" in _state.active|>', "True"),
-        "preempts-always": M('_state.preempts = <|"mixed" not in left|>', "True"),
-        "left-is-active": M(
-            "[part for part in parts if part not in found<| and part not in left|>]", ""
+        "needed-unchecked": M(
+            "        look_up(hook.target, hook.takes)\n    batch =", "        pass\n    batch ="
         ),
-        "mixed-of-unknown-code": M("elif <|_state.preempts and |>batch.spec", ""),
-        "mixed-not-counted": M('_state.left_to_sglang["mixed"] += 1', "pass"),
-        "stagings-not-counted": M('_state.left_to_sglang["stagings"] += 1', "pass"),
-        "pin-ignored": M(
-            'if not pin and pool.device.type == "cuda":',
-            "if False:",
-            equivalent="without a GPU there is one device",
+    },
+    "pystage/integrations/sglang/metrics.py": {
+        "counters-repeat": M("self._told[name] = now", "pass"),
+        "gauge-of-one-pool": M("gauge.set(<|sum(getattr(stats, name) for stats in pools)|>)", "0"),
+        "counters-not-added": M("counter.inc(max(0, now - self._told.get(name, 0)))", "pass"),
+        "figures-end-the-server": M(
+            "        except Exception as error:  # whatever it is, the server has to serve\n            process.state.metrics = None",
+            "        except ZeroDivisionError as error:\n            process.state.metrics = None",
         ),
-        "raise-all-errors": M(
-            'if <|isinstance(error, PoolExhaustedError) and |>_state.settings.at_capacity == "raise":',
-            "",
-        ),
-        "views-of-anything": M("if type(ids) is array and type(end) is int:", "if True:"),
-        "views-in-spite": M("here.views = pool is not None<| and _state.gives_views|>", ""),
+        "figures-not-updated": M("process.state.metrics.update(process.pools.stats())", "pass"),
+    },
+    "pystage/integrations/sglang/process.py": {
         "pool-on-the-cpu": M('if kind == "cpu" and not settings.cpu:', "if False:"),
-        "zero-mib": M("text.isdigit() and <|1|> <= int(text)", "0"),
-        "endless-mib": M("1 <= int(text)<| <= 1 << 20|>:", ""),
-        "any-choice": M("if text not in _CHOICES[variable]:", "if False:"),
-        "any-switch": M('if text in ("0", "1"):', "if True:"),
-        "choices-case": M(".strip()<|.lower()|>", ""),
         "pools-of-one-device": M(
             'current_cuda_device() if name == "cuda" else -1)',
             "-1)",
@@ -87,6 +66,83 @@ MUTANTS: Mutants = {
         "pool-policy-default": M("at_capacity=settings.at_capacity,", 'at_capacity="fallback",'),
         "pool-issue-default": M("issue=settings.issue,\n", 'issue="deferred",\n'),
         "pools-closed-kept": M("self._pools.clear()", "pass"),
+        "said-twice": M("        self.said = True\n        logger.info", "        logger.info"),
+        "once-each-time": M("_warned.add(message)", "pass"),
+    },
+    "pystage/integrations/sglang/resolving.py": {
+        "mixed-of-unknown-code": M("elif <|state.preempts and |>batch.spec", ""),
+        "mixed-under-speculation": M(
+            "elif state.preempts and <|batch.spec_algorithm.is_none() and |>not state.checks_relay:",
+            "",
+        ),
+        "mixed-in-spite-of-checks": M(
+            "batch.spec_algorithm.is_none()<| and not state.checks_relay|>:", ""
+        ),
+        "mixed-not": M(
+            "elif state.preempts and batch.spec_algorithm.is_none() and not state.checks_relay:",
+            "elif False:",
+        ),
+        "merge-not-guarded": M(
+            "if other.prefill_input_ids_cpu is not None and len(other.reqs):", "if False:"
+        ),
+        "merge-keeps-one": M(
+            "for side in (batch, other):\n            if _staged",
+            "for side in (batch,):\n            if _staged",
+        ),
+        "merge-of-mixed": M("if <|side.mix_running_indices is not None or |>(", ""),
+        "mixed-not-counted": M('state.left_to_sglang["mixed"] += 1', "pass"),
+        "resolve-not": M("if type(staged) is StagedTokens:", "if False:"),
+        "resolve-keeps-staging": M(
+            "staged._resolve(None, None, False)\n                <|batch.prefill_input_ids_cpu = None|>",
+            "pass",
+        ),
+        "mixed-keeps-indices": M(
+            "            batch.mix_running_indices = None\n        else", "        else"
+        ),
+        "guard-not": M(
+            'if batch.input_ids is None and getattr(batch, "prefill_input_ids_cpu", None) is not None:',
+            "if False:",
+        ),
+        "guard-line": M("ensure_resolved(batch, stacklevel=<|3|>)", "2"),
+    },
+    "pystage/integrations/sglang/settings.py": {
+        "zero-mib": M("text.isdigit() and <|1|> <= int(text)", "0"),
+        "endless-mib": M("1 <= int(text)<| <= 1 << 20|>:", ""),
+        "any-choice": M("if text not in _CHOICES[variable]:", "if False:"),
+        "any-switch": M('if text in ("0", "1"):', "if True:"),
+        "choices-case": M(".strip()<|.lower()|>", ""),
+    },
+    "pystage/integrations/sglang/sizer.py": {
+        "profiler-not-folded": M("if ids.size and ids.max() >= vocab_size:", "if False:"),
+        "profiler-top-id": M("if ids.size and ids.max() <|>=|> vocab_size:", ">"),
+        "profiler-request-kept": M("        module.Req = request", "        pass"),
+    },
+    "pystage/integrations/sglang/staging.py": {
+        "small-left-open": M(
+            "        here.views = False\n        if small is not None:",
+            "        here.views = False\n        if False:",
+            tests=SGLANG_SMALL,
+        ),
+        "rows-not-counted": M(
+            'process.state.left_to_sglang["rows"] += 1', "pass", tests=SGLANG_SMALL
+        ),
+        "rows-not-written": M(
+            "        if written:\n            return None",
+            "        if True:\n            return None",
+            tests=SGLANG_SMALL,
+        ),
+        "stagings-not-counted": M('process.state.left_to_sglang["stagings"] += 1', "pass"),
+        "pin-ignored": M(
+            'if not pin and pool.device.type == "cuda":',
+            "if False:",
+            equivalent="without a GPU there is one device",
+        ),
+        "raise-all-errors": M(
+            'if <|isinstance(error, PoolExhaustedError) and |>process.state.settings.at_capacity == "raise":',
+            "",
+        ),
+        "views-of-anything": M("if type(ids) is array and type(end) is int:", "if True:"),
+        "views-in-spite": M("here.views = pool is not None<| and process.state.gives_views|>", ""),
         "pool-left-set": M(
             "    finally:\n        here.pool = None\n        here.views = False",
             "    finally:\n        here.views = False",
@@ -99,53 +155,43 @@ MUTANTS: Mutants = {
             "    try:\n        return original(batch, *args, **kwargs)\n    finally:\n        here.pool = None\n        here.views = False",
             "    result = original(batch, *args, **kwargs)\n    here.pool = None\n    here.views = False\n    return result",
         ),
-        "views-always": M("if _here.views:\n        ids, end", "if True:\n        ids, end"),
-        "views-never": M("if _here.views:\n        ids, end", "if False:\n        ids, end"),
+        "views-always": M("if process.here.views:\n        ids, end", "if True:\n        ids, end"),
+        "views-never": M("if process.here.views:\n        ids, end", "if False:\n        ids, end"),
         "views-after-staging": M(
-            "        _here.views = False\n        staged = _stage", "        staged = _stage"
+            "        process.here.views = False\n        staged = _stage", "        staged = _stage"
         ),
         "history-start": M("return ids_view(ids, <|0|>, end)", "1"),
         "raise-is-not": M(
-            'if isinstance(error, PoolExhaustedError) and _state.settings.at_capacity == "raise":',
+            'if isinstance(error, PoolExhaustedError) and process.state.settings.at_capacity == "raise":',
             "if False:",
         ),
         "raise-always": M(
-            'if isinstance(error, PoolExhaustedError)<| and _state.settings.at_capacity == "raise"|>:',
+            'if isinstance(error, PoolExhaustedError)<| and process.state.settings.at_capacity == "raise"|>:',
             "",
         ),
         "views-to-sglang": M(
             "arrays = [<|part.copy() if type(part) is IdsView else part|> for", "part"
         ),
-        "resolve-not": M("if type(staged) is StagedTokens:", "if False:"),
-        "resolve-keeps-staging": M(
-            "staged._resolve(None, None, False)\n                <|batch.prefill_input_ids_cpu = None|>",
-            "pass",
-        ),
-        "mixed-under-speculation": M(
-            "elif _state.preempts and <|batch.spec_algorithm.is_none() and |>not _state.checks_relay:",
-            "",
-        ),
-        "mixed-in-spite-of-checks": M(
-            "batch.spec_algorithm.is_none()<| and not _state.checks_relay|>:", ""
-        ),
-        "mixed-not": M(
-            "elif _state.preempts and batch.spec_algorithm.is_none() and not _state.checks_relay:",
-            "elif False:",
-        ),
-        "mixed-keeps-indices": M(
-            "            batch.mix_running_indices = None\n        else", "        else"
-        ),
-        "guard-not": M(
-            'if batch.input_ids is None and getattr(batch, "prefill_input_ids_cpu", None) is not None:',
+    },
+    "pystage/integrations/sglang/symbols.py": {
+        "any-parameters": M("if found != takes:", "if False:"),
+        "reached-always": M(
+            "if not any(value is hook.function for f in chain for value in _closed_over(f)):",
             "if False:",
         ),
-        "guard-line": M("ensure_resolved(batch, stacklevel=<|3|>)", "2"),
-        "profiler-not-folded": M("if ids.size and ids.max() >= vocab_size:", "if False:"),
-        "profiler-top-id": M("if ids.size and ids.max() <|>=|> vocab_size:", ">"),
-        "profiler-request-kept": M("        module.Req = request", "        pass"),
-        "vocab-left-set": M("        _here.vocab_size = None\n", "        pass\n"),
-        "validation-not": M("if error is None and _here.vocab_size is not None:", "if False:"),
-        "validation-over-error": M("if <|error is None and |>_here.vocab_size is not None:", ""),
+        "copies-not-noticed": M(
+            "if any(value is old for value in list(vars(module).values()) for old in chain[1:]):",
+            "if False:",
+        ),
+    },
+    "pystage/integrations/sglang/validation.py": {
+        "vocab-left-set": M("        process.here.vocab_size = None\n", "        pass\n"),
+        "validation-not": M(
+            "if error is None and process.here.vocab_size is not None:", "if False:"
+        ),
+        "validation-over-error": M(
+            "if <|error is None and |>process.here.vocab_size is not None:", ""
+        ),
         "validation-not-aborted": M(
             "            req.set_finish_with_abort(error)\n", "            pass\n"
         ),
@@ -158,54 +204,43 @@ MUTANTS: Mutants = {
         "bad-id-negative": M("np.flatnonzero(<|(ids < 0) | |>(ids >= vocab_size))", ""),
         "bad-id-vocab": M("| (ids <|>=|> vocab_size))", ">"),
         "bad-id-last": M("at = int(bad[<|0|>])", "-1"),
-        "counters-repeat": M("self._told[name] = now", "pass"),
-        "gauge-of-one-pool": M("gauge.set(<|sum(getattr(stats, name) for stats in pools)|>)", "0"),
-        "counters-not-added": M("counter.inc(max(0, now - self._told.get(name, 0)))", "pass"),
-        "figures-end-the-server": M(
-            "        except Exception as error:  # whatever it is, the server has to serve\n            _state.metrics = None",
-            "        except ZeroDivisionError as error:\n            _state.metrics = None",
+    },
+    "pystage/integrations/sglang/verification.py": {
+        "small-of-unknown-code": M(
+            "            release_of(targets, function)\n", "", tests=SGLANG_SMALL
         ),
-        "figures-not-updated": M("_state.metrics.update(_pools.stats())", "pass"),
-        "any-parameters": M("if found != takes:", "if False:"),
-        "fields-unchecked": M(
-            'if name not in getattr(batch, "__dataclass_fields__", {}):', "if False:"
-        ),
-        "needed-unchecked": M(
-            "        _look_up(hook.target, hook.takes)\n    batch =", "        pass\n    batch ="
-        ),
-        "reached-always": M(
-            "if not any(value is hook.function for f in chain for value in _closed_over(f)):",
+        "small-though-hooked": M(
+            "if targets in (ALLOCATE, SAMPLING) and function is not current(target):",
             "if False:",
+            tests=SGLANG_SMALL,
         ),
-        "copies-not-noticed": M(
-            "if any(value is old for value in list(vars(module).values()) for old in chain[1:]):",
-            "if False:",
+        "rows-of-unknown-code": M(
+            "release_of(WRITE_ROWS, layers_of(current(first_there(WRITE_ROWS)))[-1])",
+            "pass",
+            tests=SGLANG_SMALL,
         ),
-        "off-is-on": M("if not _state.settings.enabled:", "if False:"),
-        "errors-of-settings": M("return _stay_off(str(error), logging.ERROR)", "pass"),
-        "optional-not-looked-for": M(
-            "[hook for hook in _optional(_state.settings)<| if _there(hook)|>]", ""
+        "rows-though-shared": M('if why := <|_shared("rows")|>:', '""', tests=SGLANG_SMALL),
+        "small-in-spite": M(
+            "    if state.settings.small:\n        left",
+            "    if True:\n        left",
+            tests=SGLANG_SMALL,
         ),
-        "relay-checks-unseen": M(
-            '_state.checks_relay = bool(getattr(overlap_utils, "_DEBUG_ASSERT", False))', "pass"
+        "shared-not-noticed": M('return next(filter(None, reasons), "")', 'return ""'),
+        "views-though-shared": M('state.gives_views = <|"history" in state.active|>', "True"),
+        "preempts-always": M('state.preempts = <|"mixed" not in left|>', "True"),
+        "left-is-active": M(
+            "[part for part in parts if part not in found<| and part not in left|>]", ""
         ),
-        "not-verified": M(
-            "        HookRegistry.apply_hooks()\n        verify()",
-            "        HookRegistry.apply_hooks()",
-        ),
-        "verified-once-more": M("HookRegistry.apply_hooks = as_it_was", "pass"),
         "broken-is-active": M(
             "[part for part in parts if <|part not in found and |>part not in left]", ""
         ),
         "broken-not-told": M(
-            '_state.broken = [f"{part} ({why})" for part, why in found.items()]',
-            "_state.broken = []",
+            'state.broken = [f"{part} ({why})" for part, why in found.items()]',
+            "state.broken = []",
         ),
         "wanted-not-there": M("if wanted and part not in parts:", "if False:"),
-        "said-twice": M("        self.said = True\n        logger.info", "        logger.info"),
-        "once-each-time": M("_warned.add(message)", "pass"),
     },
-    "pystage/integrations/sglang_pp.py": {
+    "pystage/integrations/sglang/pp.py": {
         "unusable-sizer": M("        if not model.report.usable:\n            return False\n", ""),
         "failure-ends-the-server": M(
             "    except Exception as error:  # as SGLang",

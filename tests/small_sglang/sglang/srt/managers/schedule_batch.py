@@ -45,3 +45,8 @@ class ScheduleBatch:
         self.prefill_input_ids_cpu = flatten_arrays_to_pinned_cpu(input_ids, pin)
         self.input_ids = None
         self.fill_ids = [r.get_fill_ids() for r in self.reqs]  # later reads need arrays
+
+    def merge_batch(self, other):
+        both = self.input_ids is not None and other.input_ids is not None
+        self.input_ids = torch.cat([self.input_ids, other.input_ids]) if both else None
+        self.reqs = self.reqs + other.reqs

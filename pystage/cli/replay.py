@@ -15,15 +15,12 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from . import trace
-from .pool import Issue, StagingPool, StagingStats, resolve
+from .. import StagingPool, StagingStats, resolve, trace
+from ..pool import Issue
+from .output import MismatchError
 
 WARM_UP_BATCHES = 20
 _ID_BYTES = 8
-
-
-class MismatchError(Exception):
-    """A batch came through the pool with other ids than by the plain path."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,8 @@ class Report:
         stage: time of ``pool.stage``.
         resolve: time of ``pystage.resolve``, and of dropping the staged tokens.
         both: the two together, batch by batch.
-        plain: time of the plain torch path.
+        plain: time of the plain torch path. On the host device it transfers nothing, so that
+            it is no measure for the others.
         pool: the pool's figures.
     """
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
-from .pool import StagingPool, resolve
-from .pp import (
+from .. import StagingPool, resolve
+from ..pp import (
     ChunkSizer,
     FitReport,
     LatencyModel,
@@ -26,7 +26,7 @@ from .pp import (
     profile_prefill,
     random_token_ids,
 )
-from .pp.profile import cuda_timer, host_timer
+from ..pp.profile import cuda_timer, host_timer
 
 
 @dataclass(frozen=True)
@@ -116,18 +116,21 @@ class Chunks:
 
 @dataclass(frozen=True)
 class ChunkReport:
-    """What the demo tells."""
+    """What was profiled, how well it could be fitted, and the two ways to cut one prompt."""
 
     size: Size
     parameters: int
     profile: Profile
     fit: FitReport
-    planned: Chunks
     fixed: Chunks
+    """Of one size, the base chunk."""
+    planned: Chunks | None
+    """Of equal predicted time; None if the fit is not usable, and there is no plan to run."""
 
 
 def size_chunks(pool: StagingPool, on_forward: Callable[[], None] = lambda: None) -> ChunkReport:
-    """Profiles a decoder on the pool's device, fits, plans the whole context, runs the plan.
+    """Profiles a decoder on the pool's device, fits, and times the chunks of a whole context: of
+    one size and, if the fit is usable, of equal predicted time.
 
     Needs SciPy (ImportError says so). The ids of every forward are staged in `pool` and resolved
     within the timed region.
@@ -172,10 +175,11 @@ def size_chunks(pool: StagingPool, on_forward: Callable[[], None] = lambda: None
             return Chunks(sizes, predicted, took)
 
         fixed = [size.base_chunk] * (size.context // size.base_chunk)
-        planned, by_one_size = run(sizer.plan(size.context)), run(fixed)
+        by_one_size = run(fixed)
+        planned = run(sizer.plan(size.context)) if model.report.usable else None
     parameters = sum(w.numel() for block in decoder.blocks for w in block)
     parameters += decoder.embedding.numel()
-    return ChunkReport(size, parameters, profile, model.report, planned, by_one_size)
+    return ChunkReport(size, parameters, profile, model.report, by_one_size, planned)
 
 
 def _forward(

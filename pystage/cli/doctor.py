@@ -1,8 +1,12 @@
-"""What ``python -m pystage doctor`` looks at: device, build, pinned memory, link, SGLang, and two
-seconds of staging with every id compared."""
+"""``pystage doctor``: is this machine ready, and what to do where it is not.
+
+It looks at device, build, pinned memory, link and SGLang, and stages for two seconds with every id
+compared.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,7 +16,7 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,13 +25,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from ._build import build_info
-from .errors import PystageError
-from .pool import StagingPool, _pick_device, resolve
+from .. import PystageError, StagingPool, resolve
+from .._build import build_info
+from ..pool import _pick_device
+from .output import EXIT_FAILED, Table, find_device, json_output, show
 
 SELF_TEST_SECONDS = 2.0
+HELP = (
+    "Check this machine: device, driver, link, pinned memory, build, SGLang's hooks, and two "
+    "seconds of staging. Says what to do where something is wrong."
+)
 _TOKENS = 8192
 _PLUGIN_TIMEOUT_SECONDS = 180
+_PCI = Path("/sys/bus/pci/devices")
+_REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall . (in pystage's folder)"
+_REPORT = "report it, with the output of: pystage doctor --json -"
+_SHOW_PLUGIN = 'python -c "from pystage.integrations.sglang import main; main()" shows all of it'
 
 
 @dataclass(frozen=True)
@@ -39,23 +52,69 @@ class Check:
         ok: False: staging is wrong or slow here, or a hook is not in place.
         found: what there is, in words.
         figures: the same for programs.
+        advice: what to do; empty if there is nothing to do.
     """
 
     name: str
     ok: bool
     found: str
     figures: dict[str, Any]
+    advice: str = ""
+
+    @property
+    def state(self) -> str:
+        """In one word: ok, note (nothing is wrong, and there is advice) or WRONG."""
+        if not self.ok:
+            return "WRONG"
+        return "note" if self.advice else "ok"
+
+
+def run(device: str | None, json_path: str | None) -> int:
+    """Shows all checks; returns the exit status.
+
+    Raises:
+        CannotRunError: the device or the file of ``--json`` cannot be used.
+    """
+    asked = find_device(device)
+    with json_output(json_path) as write:
+        checks = examine(asked)
+        wrong = [check.name for check in checks if not check.ok]
+        if json_path != "-":
+            show(as_table(checks), _summary(wrong, len(checks)))
+        by_name = {check.name: dataclasses.asdict(check) for check in checks}
+        write({"ok": not wrong, "checks": by_name})
+    return EXIT_FAILED if wrong else 0
+
+
+def as_table(checks: Sequence[Check]) -> Table:
+    table = Table(columns=("check", "state", "found", "what to do"))
+    for check in checks:
+        table.add(check.name, check.state, check.found, check.advice or "nothing")
+    return table
+
+
+def _summary(wrong: Sequence[str], count: int) -> str:
+    if not wrong:
+        return f"All {count} checks are well."
+    return f"{len(wrong)} of {count} checks found something wrong: {', '.join(wrong)}."
 
 
 def examine(device: torch.device | None = None, seconds: float | None = None) -> list[Check]:
-    """All checks, in the order they are shown. Fails on nothing: what cannot be looked at is a
-    check that is not ok. ``seconds``: of the self-test, default SELF_TEST_SECONDS."""
+    """All checks, in the order they are shown.
+
+    It raises nothing: what cannot be looked at is a check that is not ok.
+
+    Args:
+        device: to check; None for the current GPU, or the host device without one.
+        seconds: of the self-test, at least; None for SELF_TEST_SECONDS.
+    """
     seconds = SELF_TEST_SECONDS if seconds is None else seconds
+    idle_gpu = device is None and _has_nvidia_gpu() and not torch.cuda.is_available()
     where = _pick_device(device)
     steps: list[tuple[str, Callable[[], Check]]] = [
         ("build", _build),
-        ("device", lambda: _found(where)),
-        ("driver", _driver),
+        ("device", lambda: _found(where, idle_gpu)),
+        ("driver", lambda: _driver(idle_gpu)),
         ("toolkit", _toolkit),
         ("link", lambda: _link(where)),
         ("pinned memory", lambda: _pinned(where)),
@@ -67,27 +126,42 @@ def examine(device: torch.device | None = None, seconds: float | None = None) ->
         try:
             checks.append(step())
         except (PystageError, ValueError, RuntimeError, OSError) as error:
-            checks.append(Check(name, False, str(error), {"error": str(error)}))
+            advice = f"first mend what is WRONG above; if nothing is, {_REPORT}"
+            checks.append(Check(name, False, str(error), {"error": str(error)}, advice))
     return checks
+
+
+def _has_nvidia_gpu() -> bool:
+    """Whether the PCI bus has a display or 3D controller by NVIDIA, driver or not."""
+    try:
+        devices = list(_PCI.iterdir())
+        return any(
+            (device / "vendor").read_text().strip() == "0x10de"
+            and (device / "class").read_text().startswith("0x03")
+            for device in devices
+        )
+    except OSError:  # no PCI bus, or not ours to read
+        return False
 
 
 def _build() -> Check:
     info = build_info()
-    problems = []
-    if torch.version.cuda and not info.cuda:
-        problems.append("torch has CUDA, this build has not: rebuild with PYSTAGE_CUDA=1")
+    problems, advice = [], ""
     if info.torch_built != info.torch:
-        problems.append(f"built for torch {info.torch_built}: rebuild")
+        problems.append(f"built for torch {info.torch_built}")
+        advice = _REBUILD
+    if torch.version.cuda and not info.cuda and (torch.cuda.is_available() or _has_nvidia_gpu()):
+        problems.append("a GPU is here, and torch has CUDA code")
+        advice = f"PYSTAGE_CUDA=1 {_REBUILD}"
     code = f"CUDA {info.cuda_runtime}" if info.cuda else "no CUDA code"
     text = f"pystage {info.version}, {code}, torch {info.torch}"
-    return Check("build", not problems, "; ".join([text, *problems]), dict(info.__dict__))
+    found = "; ".join([text, *problems])
+    return Check("build", not problems, found, dataclasses.asdict(info), advice)
 
 
-def _found(device: torch.device) -> Check:
+def _found(device: torch.device, idle_gpu: bool) -> Check:
     if device.type != "cuda":
-        there = torch.cuda.is_available()
-        text = "host device" + (", as asked" if there else ": torch sees no CUDA device")
-        return Check("device", True, text, {"type": device.type})
+        return _host_device(idle_gpu)
     properties = torch.cuda.get_device_properties(device)
     figures = {
         "type": "cuda",
@@ -103,18 +177,47 @@ def _found(device: torch.device) -> Check:
     return Check("device", True, text, figures)
 
 
-def _driver() -> Check:
+def _host_device(idle_gpu: bool) -> Check:
+    """Without a GPU that is as it should be; beside one that torch does not see, it may not be."""
+    figures = {"type": "cpu"}
+    if not idle_gpu:
+        there = torch.cuda.is_available()
+        text = "host device" + (", as asked" if there else ": torch sees no CUDA device")
+        return Check("device", True, text, figures)
+    text = "host device: an NVIDIA GPU is here, and torch does not see it"
+    if torch.version.cuda is None:
+        advice = "to use the GPU, install a CUDA build of torch, then pystage again"
+        return Check("device", True, f"{text}: it is a CPU build", figures, advice)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
+        advice = "to use the GPU, unset CUDA_VISIBLE_DEVICES"
+        text = f"{text}: CUDA_VISIBLE_DEVICES is {hidden!r}"
+        return Check("device", True, text, figures, advice)
+    advice = (
+        "does nvidia-smi see it? In a container, start that with --gpus all; after an update of "
+        "the driver, reboot. Without the GPU: pystage doctor --device cpu"
+    )
+    return Check("device", False, text, figures, advice)
+
+
+def _driver(idle_gpu: bool) -> Check:
     cuda = build_info().cuda_driver
     version = _query("driver_version")
     figures = {"version": version, "cuda": cuda}
     if cuda is None:
-        return Check("driver", not torch.version.cuda, "no CUDA driver", figures)
+        needed = idle_gpu and torch.version.cuda is not None
+        advice = "install NVIDIA's driver; in a container, start that with --gpus all"
+        return Check("driver", not needed, "no CUDA driver", figures, advice if needed else "")
     runtime = build_info().cuda_runtime
     old = runtime is not None and _number(cuda) < _number(runtime)
-    text = f"{version or 'version unknown'}, up to CUDA {cuda}"
+    text, advice = f"{version or 'version unknown'}, up to CUDA {cuda}", ""
     if old:
         text += f": older than the CUDA {runtime} that this was built with"
-    return Check("driver", not old, text, figures)
+        advice = (
+            f"install a driver for CUDA {runtime}, or a torch and a toolkit of CUDA {cuda} or "
+            "older, then pystage again"
+        )
+    return Check("driver", not old, text, figures, advice)
 
 
 def _number(version: str) -> tuple[int, ...]:
@@ -149,10 +252,11 @@ def _link(device: torch.device) -> Check:
         return Check("link", True, "not known (nvidia-smi does not tell)", {})
     gen, gen_max, width, width_max = (figures[f] for f in fields)
     narrow = width.isdigit() and width_max.isdigit() and int(width) < int(width_max)
-    text = f"PCIe gen {gen} x{width} (at most gen {gen_max} x{width_max})"
+    text, advice = f"PCIe gen {gen} x{width} (at most gen {gen_max} x{width_max})", ""
     if narrow:
         text += ": fewer lanes than the device has"
-    return Check("link", not narrow, text, figures)
+        advice = "check slot, riser and firmware settings: all transfers take longer"
+    return Check("link", not narrow, text, figures, advice)
 
 
 def _pinned(device: torch.device) -> Check:
@@ -165,8 +269,20 @@ def _pinned(device: torch.device) -> Check:
         why, stats = pool.why_pageable, pool.stats()
     figures |= {"pinned_bytes": stats.reserved_bytes - stats.pageable_bytes, "why_pageable": why}
     if why:
-        return Check("pinned memory", False, f"cannot be had: {why} ({limit})", figures)
+        text = f"cannot be had: {why} ({limit})"
+        return Check("pinned memory", False, text, figures, _pinning_advice(why))
     return Check("pinned memory", True, f"64 MiB pinned, {limit}", figures)
+
+
+def _pinning_advice(why: str) -> str:
+    if "PYSTAGE_DISABLE_PINNED" in why:
+        return "unset PYSTAGE_DISABLE_PINNED"
+    if "Confidential Computing" in why:
+        return "nothing helps under Confidential Computing: ids are right, transfers are slower"
+    return (
+        "raise the memlock limit (ulimit -l unlimited; docker run --ulimit memlock=-1), or leave "
+        "the machine or the container more memory. Until then ids are right, transfers slower"
+    )
 
 
 def _limit(value: int) -> int | None:
@@ -196,7 +312,8 @@ def _self_test(device: torch.device, seconds: float) -> Check:
             times.append((time.perf_counter_ns() - start) / 1e3)
             if not torch.equal(ids.cpu(), expected[at]):
                 text = f"batch {len(times)} has other ids than were staged"
-                return Check("self-test", False, text, {"batches": len(times)})
+                advice = f"do not use pystage here, and {_REPORT}"
+                return Check("self-test", False, text, {"batches": len(times)}, advice)
         stats = pool.stats()
     p50, p99 = (round(float(v), 1) for v in np.percentile(times[warm:], [50, 99]))
     figures = {
@@ -212,7 +329,9 @@ def _self_test(device: torch.device, seconds: float) -> Check:
         f"{len(times):,} batches of {_TOKENS:,} ids equal; stage + resolve p50 {p50:.1f} us, "
         f"p99 {p99:.1f} us; {figures['allocations_after_warm_up']} allocations after warm-up"
     )
-    return Check("self-test", ok, text, figures)
+    if stats.fallbacks:
+        text += f"; {stats.fallbacks:,} batches left the pool"
+    return Check("self-test", ok, text, figures, "" if ok else _REPORT)
 
 
 def _sglang() -> Check:
@@ -232,17 +351,24 @@ def _sglang() -> Check:
         )
     except subprocess.TimeoutExpired:
         text = f"{version}: its plugins did not load within {_PLUGIN_TIMEOUT_SECONDS} s"
-        return Check("SGLang", False, text, {"version": version})
+        return Check("SGLang", False, text, {"version": version}, _SHOW_PLUGIN)
     if done.returncode != 0:
         why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        return Check("SGLang", False, f"{version} cannot load plugins: {why}", {"version": version})
+        text = f"{version} cannot load plugins: {why}"
+        return Check("SGLang", False, text, {"version": version}, _SHOW_PLUGIN)
     status = json.loads(done.stdout.splitlines()[-1])
     ok = bool(status["active"]) and not status["broken"]
     chosen_off = not status["settings"]["enabled"] or "SGLANG_PLUGINS" in status["off"]
     text = f"{version}; {status['line']}"
     if status["active"] and status["ray"]:
         text += f"; off in the schedulers of --use-ray: {status['ray']}"
-    return Check("SGLang", ok or chosen_off, text, status)
+    if ok or chosen_off:
+        return Check("SGLang", True, text, status)
+    advice = (
+        "SGLang serves as without pystage. docs/sglang.md names the releases that are known; "
+        f"{_SHOW_PLUGIN}"
+    )
+    return Check("SGLang", False, text, status, advice)
 
 
 def _query(fields: str, device: torch.device | None = None) -> str | None:

@@ -31,9 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
-from ..errors import PystageError
-from ..pool import StagingPool
+from ... import _C
+from ...errors import PystageError
+from ...pool import StagingPool
+from . import process
 
 PREPARED = (5, 9)  # tensors after which all are delivered, in prepare_for_extend
 BUILT = (2,)  # in init_new
@@ -120,3 +121,22 @@ class MinusOne:
                 torch.cuda.current_stream(tensor.device).synchronize()
             self._made[pool.device] = tensor
             return tensor
+
+
+_minus_one = MinusOne()
+
+
+def small_scope(
+    pool: StagingPool | None, device: Any, batch: Any, deliver_at: tuple[int, ...]
+) -> Scope | None:
+    """None: SGLang sends its small tensors itself."""
+    codes = process.state.small_codes
+    if pool is None or not codes:
+        return None
+    try:
+        minus_one = _minus_one.on(device, pool)
+        return Scope(pool, device, codes, len(batch.reqs), deliver_at, minus_one)
+    except PystageError as error:
+        process.once("pystage: %s: SGLang sends the small tensors of such batches itself", error)
+        process.state.left_to_sglang["small"] += 1
+        return None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..pp import (
+from ...pp import (
     ChunkSizer,
     LatencyModel,
     Profile,

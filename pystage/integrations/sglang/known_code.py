@@ -18,7 +18,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from .._C import ids_view
+from ..._C import ids_view
 
 
 class OtherCodeError(LookupError):
@@ -80,7 +80,7 @@ def _described(found: Any) -> str:
 # --- functions that are known --------------------------------------------------------------------
 
 # The plugin resolves a batch itself and hands it on with its ids, so that SGLang's code skips the
-# branches that would have made them. It takes part of what the others make (see sglang_small.py).
+# branches that would have made them. It takes part of what the others make (see small.py).
 # What they do has been read for these releases.
 RESOLVE = ("managers.overlap_utils:resolve_forward_inputs",)
 _ALLOCATION = ("mem_cache.allocation", "mem_cache.common")  # it moved in 0.5.16

@@ -1,0 +1,200 @@
+"""Logits of a model in the real SGLang, with and without the plugin: python bench/sglang_logits.py
+
+Batches of a trace, prompts shortened, through a tiny Llama of random weights: SGLang's own
+prepare_for_extend, resolve_forward_inputs, ForwardBatch.init_new, forward and sampling. Each batch
+runs with the plugin and without, on equal requests with rows and KV memory of their own. The
+model's logits, the logits that are sampled from (with logit bias, penalties and a grammar's mask)
+and the sampled ids have to be equal, bit by bit. Also what init_new gives the device, counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import time
+from itertools import cycle, islice
+from typing import Any
+
+import sglang_rig
+import torch
+from common import write_result
+from rich.console import Console
+from rich.progress import track
+from sglang_plugin import SIDES, WITH, WITHOUT, Streams, Switch, sampling_of
+
+from pystage.trace import Request, draw_ids, prefill_batches, sample_trace
+
+CHUNK, LONGEST, MOST = 512, 1500, 12  # tokens of a batch and of a prompt; requests of a batch
+VOCAB = sglang_rig.TINY_LLAMA["vocab_size"]
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+
+
+class Grammars:
+    """Requests of a JSON schema, by SGLang's own backend over a vocabulary of bytes."""
+
+    def __init__(self) -> None:
+        import xgrammar
+        from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
+
+        vocab = [bytes([i]) if i < 256 else f"<{i}>".encode() for i in range(VOCAB)]
+        info = xgrammar.TokenizerInfo(vocab, xgrammar.VocabType.RAW, stop_token_ids=[2])
+
+        class Tokenizer:
+            def init_xgrammar(self) -> tuple[Any, None]:
+                return info, None
+
+        backend = XGrammarGrammarBackend(Tokenizer(), vocab_size=VOCAB)
+        self._compiled = backend.dispatch_json(json.dumps(SCHEMA))
+
+    def new(self) -> Any:
+        return self._compiled.copy()
+
+
+class Comparison:
+    def __init__(self, device: str, grammars: Grammars | None) -> None:
+        self.rig = sglang_rig.Rig(
+            device, model=True, overlap=True, max_total_tokens=1 << 16, max_running_requests=64
+        )
+        self.streams, self.grammars = Streams(device), grammars
+        os.environ["PYSTAGE_SGLANG_CPU"] = "1"  # a trial run without a GPU
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+        from pystage.integrations import sglang as plugin
+
+        self.status = plugin.status()
+        if self.status["off"] or self.status["broken"] or not self.status["active"]:
+            raise RuntimeError(f"the plugin is not in place: {self.status['line']}")
+        self.switch = Switch()
+        self.live: dict[tuple[str, int], Any] = {}
+        self.kinds = dict.fromkeys(
+            ("logit bias", "penalties", "sampling", "logprobs", "grammar"), 0
+        )
+
+    def run(self, requests: list[Request], batches: int) -> dict[str, Any]:
+        wrong = torch.zeros(3, dtype=torch.int64, device=self.rig.device)
+        tokens, start = 0, time.monotonic()
+        work = islice(prefill_batches(cycle(requests), CHUNK, MOST), batches)
+        for number, shape in enumerate(track(work, "logits", total=batches)):
+            out = {side: self._batch(side, requests, shape) for side in SIDES}
+            with self.streams.on_forward():
+                for k, (a, b) in enumerate(zip(out[WITH], out[WITHOUT], strict=True)):
+                    wrong[k] += (a != b).any()
+            tokens += shape.tokens
+            self.streams.settle()  # rows and KV memory are free once all have read them
+            for r, stop in zip(shape.requests, shape.stops, strict=True):
+                if stop == requests[r % len(requests)].length:
+                    self.rig.release(*(self.live.pop((side, r)) for side in SIDES))
+            if number % 200 == 199 and int(wrong.sum()):
+                break
+        self.streams.settle()
+        names = ("logits", "sampled logits", "sampled ids")
+        return {
+            "batches": number + 1,
+            "tokens": tokens,
+            "different": dict(zip(names, wrong.tolist(), strict=True)),
+            "requests": self.kinds,
+            "seconds": round(time.monotonic() - start, 1),
+        }
+
+    def _batch(self, side: str, requests: list[Request], shape: Any) -> list[torch.Tensor]:
+        self.switch(side)
+        reqs = [self._request(side, requests, r) for r in shape.requests]
+        for req, first, last in zip(reqs, shape.starts, shape.stops, strict=True):
+            req.prefix_len, req.extend_end = first, last
+        batch = self.rig.batch(reqs)
+        batch.prepare_for_extend()
+        with self.streams.on_forward():
+            self.rig.resolve(batch)
+            torch.manual_seed(7)  # sampling draws
+            return self._forward(batch)
+
+    def _forward(self, batch: Any) -> list[torch.Tensor]:
+        from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+        forward = ForwardBatch.init_new(
+            batch, self.rig.runner, return_hidden_states_before_norm=False
+        )
+        output = self.rig.runner.forward(forward).logits_output
+        logits = output.next_token_logits.clone()
+        sampled = self.rig.runner.sample(output, forward)
+        return [logits, output.next_token_logits.clone(), sampled]
+
+    def _request(self, side: str, requests: list[Request], r: int) -> Any:
+        if (side, r) not in self.live:
+            ids = draw_ids(requests[r % len(requests)].length, VOCAB, r)
+            req = self.rig.request(ids, max_new_tokens=1, **sampling_of(r))
+            if r % 7 == 3:
+                req.return_logprob, req.logprob_start_len = True, 0
+            if r % 9 == 5 and self.grammars is not None:
+                req.grammar = self.grammars.new()
+            if side == WITH:
+                kind = {1: "logit bias", 4: "penalties", 6: "sampling"}.get(r % 10)
+                counted = [kind, "logprobs" if r % 7 == 3 else None]
+                counted.append("grammar" if req.grammar is not None else None)
+                for name in filter(None, counted):
+                    self.kinds[name] += 1
+            self.live[side, r] = req
+        return self.live[side, r]
+
+    def launches(self) -> dict[str, list[str]]:
+        """Kernels and copies of ForwardBatch.init_new for 8 requests, in order."""
+        from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+        from torch.profiler import ProfilerActivity, profile
+
+        told: dict[str, list[str]] = {}
+        for side in SIDES:
+            self.switch(side)
+            for _ in range(2):  # the second time all kernels are loaded
+                reqs = [self.rig.request(draw_ids(60, VOCAB, r)) for r in range(8)]
+                batch = self.rig.batch(reqs)
+                batch.prepare_for_extend()
+                with self.streams.on_forward():
+                    self.rig.resolve(batch)
+                    self.streams.settle()
+                    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+                    with profile(activities=kinds) as profiler:
+                        ForwardBatch.init_new(
+                            batch, self.rig.runner, return_hidden_states_before_norm=False
+                        )
+                        self.streams.settle()
+                self.rig.release(*reqs)
+            device = torch.autograd.DeviceType.CUDA
+            events = [e for e in profiler.events() if e.device_type == device]
+            events.sort(key=lambda e: e.time_range.start)
+            told[side] = [e.name[:60] for e in events]
+        return told
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batches", type=int, default=10_000)
+    parser.add_argument("--out", help="JSON; default bench/results/logits-<device>.json")
+    args = parser.parse_args()
+    console, cuda = Console(width=120), args.device.startswith("cuda")
+    grammar = importlib.util.find_spec("xgrammar") is not None
+    stood_in = sglang_rig.stand_in(sglang_rig.CUDA_KERNELS if cuda else sglang_rig.KERNELS)
+    requests = [Request(min(r.length, LONGEST)) for r in sample_trace()]
+    with torch.no_grad():
+        comparison = Comparison(args.device, Grammars() if grammar else None)
+        console.print(comparison.status["line"], markup=False)
+        result: dict[str, Any] = {
+            "device_name": torch.cuda.get_device_name() if cuda else "host device",
+            "stood_in": stood_in,
+            "grammar": grammar,
+            "plugin": comparison.status,
+            "init_new": comparison.launches() if cuda else {},
+            "logits": comparison.run(requests, args.batches),
+        }
+    console.print(result["logits"], result["init_new"])
+    name = "logits-" + result["device_name"].lower().replace(" ", "-")
+    console.print("written:", str(write_result(name, result, args.out)))
+    return 1 if any(result["logits"]["different"].values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Loads the compiled extension, or says why there is none and what to do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_BUILD_HERE = "pip install --no-build-isolation -e ."
+_REBUILD = "pip install --no-build-isolation ."
+
+
+def explain(package: Path, path: Sequence[str], error: ImportError) -> str:
+    """What an import error of the extension means.
+
+    Args:
+        package: folder that was imported as ``pystage``.
+        path: where Python looks for packages, as ``sys.path``.
+        error: of the extension's import.
+    """
+    if not (package.parent / "csrc").is_dir() or any(package.glob("_C*.so")):
+        return (
+            f"pystage's extension does not load ({error}). It is built for one Python and one "
+            f"torch: after installing another, rebuild with: {_REBUILD}"
+        )
+    source = f"{package.parent} is pystage's source folder, and its extension is not built there"
+    installed = _installed(package, path)
+    if installed is None:
+        return f"{source}. Build it in that folder: {_BUILD_HERE}"
+    return (
+        f"{source}. It hides the pystage that is installed in {installed.parent}, because Python "
+        "looks in the current folder and in PYTHONPATH first. Start Python in another folder, or, "
+        f"to work on the sources, build the extension in that folder: {_BUILD_HERE}"
+    )
+
+
+def _installed(package: Path, path: Sequence[str]) -> Path | None:
+    """Another pystage on the path, with an extension."""
+    for entry in path:
+        other = Path(entry).resolve() / "pystage"
+        if other != package.resolve() and any(other.glob("_C*.so")):
+            return other
+    return None
+
+
+try:
+    from . import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(explain(Path(__file__).parent, sys.path, error)) from error

@@ -1,0 +1,81 @@
+"""The plugin's settings, from environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ...pool import AtCapacity, Issue
+
+ENVIRONMENT = {
+    "enabled": "PYSTAGE_SGLANG",
+    "capacity_mib": "PYSTAGE_SGLANG_CAPACITY_MIB",
+    "at_capacity": "PYSTAGE_SGLANG_AT_CAPACITY",
+    "issue": "PYSTAGE_SGLANG_ISSUE",
+    "validate_ids": "PYSTAGE_SGLANG_VALIDATE_IDS",
+    "sizer": "PYSTAGE_SGLANG_SIZER",
+    "small": "PYSTAGE_SGLANG_SMALL",
+    "cpu": "PYSTAGE_SGLANG_CPU",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The plugin's settings, one environment variable each (``ENVIRONMENT``).
+
+    Attributes:
+        enabled: False: nothing is hooked.
+        capacity_mib: cap on the pinned memory of each process, in MiB.
+        at_capacity: what happens when no slot is free at the cap. ``"fallback"``: memory of torch's
+            own, counted. ``"wait"``: a second for a slot, then SGLang's own way. ``"raise"``: the
+            scheduler stops with :class:`pystage.PoolExhaustedError`.
+        issue: ``"deferred"``: the transfer is a kernel on the forward stream. ``"eager"``: it is
+            launched at once on a stream of the pool's own, and the forward stream waits for it.
+        validate_ids: a text request with an id outside the vocabulary is refused when it arrives.
+        sizer: pystage's profiler and chunk sizer in place of SGLang's (``pystage.pp``).
+        small: a batch's lengths, indices and sampling parameters go to the device together, as the
+            parameters of a kernel; the rows of its KV indices are written by one more.
+        cpu: batches of ``--device cpu`` are staged as well. For tests: SGLang alone is faster.
+    """
+
+    enabled: bool = True
+    capacity_mib: int = 64
+    at_capacity: AtCapacity = "fallback"
+    issue: Issue = "deferred"
+    validate_ids: bool = False
+    sizer: bool = False
+    small: bool = True
+    cpu: bool = False
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
+        """Raises ValueError with the variable, what it is and what it may be."""
+        given: dict[str, Any] = {}
+        for setting in fields(cls):
+            variable = ENVIRONMENT[setting.name]
+            text = environment.get(variable, "").strip().lower()
+            if text:
+                given[setting.name] = _parse(variable, text, setting.default)
+        return cls(**given)
+
+
+_CHOICES = {
+    "PYSTAGE_SGLANG_AT_CAPACITY": ("fallback", "wait", "raise"),
+    "PYSTAGE_SGLANG_ISSUE": ("deferred", "eager"),
+}
+
+
+def _parse(variable: str, text: str, default: object) -> bool | int | str:
+    if isinstance(default, bool):
+        if text in ("0", "1"):
+            return text == "1"
+        raise ValueError(f"{variable} is {text!r}; it is 0 or 1")
+    if isinstance(default, int):
+        if text.isascii() and text.isdigit() and 1 <= int(text) <= 1 << 20:
+            return int(text)
+        raise ValueError(f"{variable} is {text!r}; it is MiB, a number from 1 to {1 << 20}")
+    if text not in _CHOICES[variable]:
+        raise ValueError(f"{variable} is {text!r}; it is one of {', '.join(_CHOICES[variable])}")
+    return text

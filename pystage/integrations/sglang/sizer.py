@@ -1,0 +1,42 @@
+"""Hooks of the profiler and the chunk sizer of pipeline-parallel prefill."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from array import array
+from typing import Any
+
+import numpy as np
+
+from .symbols import Function
+
+
+def profile_prefill_latency(original: Function, owner: Any, *args: Any, **kwargs: Any) -> Any:
+    """SGLang's profiler draws ids below 10,000: they are folded into smaller vocabularies."""
+    module = sys.modules[inspect.unwrap(original).__module__]
+    request, vocab_size = module.Req, int(owner.model_config.vocab_size)
+
+    def within_vocabulary(*args: Any, **kwargs: Any) -> Any:
+        ids = np.array(kwargs["origin_input_ids"], dtype=np.int64)
+        if ids.size and ids.max() >= vocab_size:
+            kwargs["origin_input_ids"] = array("q", (ids % vocab_size).tobytes())
+        return request(*args, **kwargs)
+
+    module.Req = within_vocabulary  # type: ignore[attr-defined]
+    try:
+        return original(owner, *args, **kwargs)
+    finally:
+        module.Req = request  # type: ignore[attr-defined]
+
+
+def profile_and_fit(original: Function, owner: Any, *args: Any, **kwargs: Any) -> bool:
+    from . import pp
+
+    return pp.profile_and_fit(owner)
+
+
+def predict(original: Function, owner: Any, history_len: int) -> int | None:
+    from . import pp
+
+    return pp.predict(owner, history_len)

@@ -1,0 +1,112 @@
+"""Whether the hooks are reached, and what is left to SGLang's own code."""
+
+from __future__ import annotations
+
+import logging
+
+from . import process
+from .known_code import (
+    ALLOCATE,
+    BUILD,
+    PREPARE,
+    RESOLVE,
+    SAMPLING,
+    WRITE_ROWS,
+    OtherCodeError,
+    release_of,
+)
+from .small import codes_of
+from .symbols import current, first_there, is_reached, is_shared, layers_of
+
+logger = logging.getLogger("pystage.sglang")
+
+
+def verify() -> None:
+    """Looks whether each hook is reached, decides what is left to SGLang, and logs the result."""
+    state = process.state
+    found = {hook.part: why for hook in state.hooks if (why := is_reached(hook))}
+    parts = dict.fromkeys(hook.part for hook in state.hooks if hook.part != "log")
+    state.broken = [f"{part} ({why})" for part, why in found.items()]
+    for part, wanted in (
+        ("sizer", state.settings.sizer),
+        ("validation", state.settings.validate_ids),
+    ):
+        if wanted and part not in parts:
+            state.broken.append(f"{part} (this SGLang has no such symbols)")
+
+    inactive = {part: f"{part} is not active" for part in found}
+    left = {
+        "history": state.no_history or inactive.get("staging") or _shared("staging", "history"),
+        "mixed": inactive.get("resolve") or _unknown(),
+    }
+    state.small_codes, state.writes_rows = (), False
+    if state.settings.small:
+        left["small"] = inactive.get("staging") or inactive.get("guard") or _no_small()
+        left["rows"] = inactive.get("rows") or _no_rows()
+    left = {part: why for part, why in left.items() if why and part not in found}
+    state.left = [f"{part} ({why})" for part, why in left.items()]
+    state.active = [part for part in parts if part not in found and part not in left]
+    state.gives_views = "history" in state.active
+    state.preempts = "mixed" not in left
+    if state.preempts:
+        state.active.insert(state.active.index("resolve") + 1, "mixed")
+    if state.small_codes:
+        at = next((i for i, part in enumerate(state.active) if part in ("rows", "metrics")), None)
+        state.active.insert(len(state.active) if at is None else at, "small")
+    if state.broken or state.left:
+        state.said = True
+        logger.warning("%s", state)
+    else:
+        state.say()
+
+
+def _shared(*names: str) -> str:
+    """Why the plugin is not alone with these symbols, or those of these parts; empty if it is."""
+    reasons = (
+        is_shared(hook)
+        for hook in process.state.hooks
+        if hook.part in names or hook.target in names
+    )
+    return next(filter(None, reasons), "")
+
+
+def _no_small() -> str:
+    """Why the small tensors of a batch are left to SGLang; empty if they are not."""
+    if why := _shared(*PREPARE, *BUILD):
+        return why
+    functions = []
+    try:
+        for targets in (PREPARE, ALLOCATE, SAMPLING, BUILD):
+            target = first_there(targets)
+            function = layers_of(current(target))[-1]
+            if targets in (ALLOCATE, SAMPLING) and function is not current(target):
+                return f"another plugin hooks {target}"
+            release_of(targets, function)
+            functions.append(function)
+    except LookupError as error:
+        return str(error)
+    process.state.small_codes = codes_of(*functions)
+    return ""
+
+
+def _no_rows() -> str:
+    """Why the rows of KV indices are left to SGLang; empty if they are not."""
+    if why := _shared("rows"):
+        return why
+    try:
+        release_of(WRITE_ROWS, layers_of(current(first_there(WRITE_ROWS)))[-1])
+    except LookupError as error:
+        return str(error)
+    process.state.writes_rows = True
+    return ""
+
+
+def _unknown() -> str:
+    """Why SGLang's resolve_forward_inputs cannot be preempted; empty if it can."""
+    if why := _shared("resolve"):
+        return why
+    try:
+        release_of(RESOLVE, layers_of(current(RESOLVE[0]))[-1])
+    except OtherCodeError as error:
+        return str(error)
+    return ""
