@@ -16,7 +16,7 @@ endif
 STAMP := build/.installed-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: help demo test coverage sglang-env sglang-test cpp-test mutants fuzz fuzz-coverage bench report build clean
+.PHONY: help demo test coverage sglang-env sglang-test cpp-test mutants fuzz fuzz-coverage bench pp-surfaces report build clean
 help:  ## what there is (the default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -115,6 +115,9 @@ fuzz-coverage:  ## lines and branches of the C++ files that build/fuzz/corpus co
 
 bench: build  ## measure all peers in all regimes; a whole run on a GPU goes to bench/results (ARGS='--quick --peers DIR')
 	$(PY) -m bench $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+
+pp-surfaces: build  ## chunk plans on simulated models, 5 minutes (ARGS='--quick --sglang DIR')
+	$(PY) bench/pp_surfaces.py $(ARGS)
 
 report:  ## put the figures of bench/results into README and docs, and draw them
 	$(PY) bench/report.py

@@ -468,7 +468,7 @@ def _quiet() -> None:
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """By family and over all: mean and worst of each plan against the tuned fixed size and 8,192;
     and the errors of the fits, pooled."""
-    names = ("sglang", *PLANS, "optimum")
+    names = ("fixed 1024", "sglang", *PLANS, "optimum")
     ratios: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
         for cell in row["cells"]:
