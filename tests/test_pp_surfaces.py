@@ -15,13 +15,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import pp_parts as parts
 from bench import pp_surfaces as study
 from bench.peers import Sources
-from bench.pp_truth import FAMILIES, HARSH, NOISES, PAGE, Engine, fixed, makespan, optimum
+from bench.pp_truth import (
+    FAMILIES,
+    HARSH,
+    NOISES,
+    PAGE,
+    Engine,
+    chunk_times,
+    fixed,
+    makespan,
+    optimum,
+)
 from pystage.pp import ChunkSizer, Sample
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = study.Item("MLA 671B, TP 8", 4, "3 %", (16_384,))
+SMALL = parts.Item("MLA 671B, TP 8", 4, "3 %", (16_384,))
 
 
 # --- the truth ------------------------------------------------------------------------------------
@@ -132,22 +143,22 @@ def test_equal_stages_take_all_chunks_and_a_bubble_of_the_slowest() -> None:
 
 
 def test_a_cell_comes_out_the_same_again_and_nothing_beats_its_optimum() -> None:
-    first, again = study.run_cells(SMALL, None), study.run_cells(SMALL, None)
+    first, again = parts.run_cells(SMALL, None), parts.run_cells(SMALL, None)
     for row in (first, again):
         del row["seconds"]
     assert first == again
-    assert first["forwards"] <= study.FORWARDS
+    assert first["forwards"] <= parts.FORWARDS
     (cell,) = first["cells"]
     assert cell["ms"]["optimum"] == min(cell["ms"].values())
     assert cell["ms"]["optimum"] >= cell["bound_ms"]
-    assert set(cell["ms"]) == {f"fixed {n}" for n in study.FIXED} | {*study.PLANS, "optimum"}
-    other = study.run_cells(study.Item("MLA 671B, TP 8", 4, "3 %", (16_384,), seed=1), None)
+    assert set(cell["ms"]) == {f"fixed {n}" for n in parts.FIXED} | {*study.PLANS, "optimum"}
+    other = parts.run_cells(parts.Item("MLA 671B, TP 8", 4, "3 %", (16_384,), seed=1), None)
     assert other["errors"] != first["errors"]
 
 
 def test_a_summary_compares_with_the_best_fixed_size_of_each_cell() -> None:
     def cell(**ms: float) -> dict[str, Any]:
-        times = {f"fixed {size}": 200.0 for size in study.FIXED} | dict.fromkeys(study.PLANS, 100.0)
+        times = {f"fixed {size}": 200.0 for size in parts.FIXED} | dict.fromkeys(study.PLANS, 100.0)
         return {"ms": times | {"optimum": 90.0} | ms, "bound_ms": 89.0}
 
     rows = [
@@ -203,13 +214,13 @@ def test_a_predictor_of_another_project_is_fed_by_its_own_sweep(
     stand_in: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
-    made = study.sglang_class(stand_in)
+    made = parts.sglang_class(stand_in)
     surface = FAMILIES["dense 8B"].stage(4)
-    plan, refused = study.sglang_plan(made(), Engine(surface, "1 %", 0), 32_768)
+    plan, refused = parts.sglang_plan(made(), Engine(surface, "1 %", 0), 32_768)
     assert plan == [8192, 4096, 4096, 4096, 8192, 4096]  # None keeps the static size
     assert refused == ""
     falling = Engine(lambda history, chunk: np.float64(20_000.0 - chunk), "1 %", 0)
-    assert study.sglang_plan(made(), falling, 20_000) == ([8192, 8192, 3616], "not positive")
+    assert parts.sglang_plan(made(), falling, 20_000) == ([8192, 8192, 3616], "not positive")
 
 
 def test_its_real_code_gives_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +229,7 @@ def test_its_real_code_gives_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     if not found:
         pytest.skip("SGLang is not installed")
     engine = Engine(FAMILIES["dense 8B"].stage(4), "1 %", 0)
-    plan, refused = study.sglang_plan(study.sglang_class(found[0])(), engine, 131_072)
+    plan, refused = parts.sglang_plan(parts.sglang_class(found[0])(), engine, 131_072)
     assert refused == ""
     assert sum(plan) == 131_072
     assert 2048 <= min(plan[:-1]) < max(plan) <= 10_240
@@ -229,55 +240,55 @@ def test_its_real_code_gives_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_verdict_is_wrong_where_it_costs_more_than_a_percent() -> None:
-    assert study.wrong(accepted=True, gain=0.02) == "accept"
-    assert study.wrong(accepted=True, gain=0.005) == ""
-    assert study.wrong(accepted=True, gain=-0.3) == ""
-    assert study.wrong(accepted=False, gain=-0.02) == "reject"
-    assert study.wrong(accepted=False, gain=-0.005) == ""
-    assert study.wrong(accepted=False, gain=0.3) == ""
+    assert parts.wrong(accepted=True, gain=0.02) == "accept"
+    assert parts.wrong(accepted=True, gain=0.005) == ""
+    assert parts.wrong(accepted=True, gain=-0.3) == ""
+    assert parts.wrong(accepted=False, gain=-0.02) == "reject"
+    assert parts.wrong(accepted=False, gain=-0.005) == ""
+    assert parts.wrong(accepted=False, gain=0.3) == ""
 
 
 def test_a_broken_step_is_profiled_without_history_and_judged_with_it() -> None:
-    item = study.Item("dense 8B", 4, "3 %", (32_768,), broken=True)
+    item = parts.Item("dense 8B", 4, "3 %", (32_768,), broken=True)
     engine = item.engine("profile")
     assert engine.surface(100_000, 2048) == engine.surface(0, 2048)
-    whole = study.Item("dense 8B", 4, "3 %", (32_768,)).engine("profile")
+    whole = parts.Item("dense 8B", 4, "3 %", (32_768,)).engine("profile")
     assert whole.surface(100_000, 2048) > 1.5 * whole.surface(0, 2048)
-    row = study.run_gate(item)
+    row = parts.run_gate(item)
     assert row["error"] > 0.2  # of the true surface, not of the one it saw
-    assert row["wrong"] == study.wrong(accepted=row["accepted"], gain=row["plan_vs_8192"])
+    assert row["wrong"] == parts.wrong(accepted=row["accepted"], gain=row["plan_vs_8192"])
 
 
 def test_a_cap_is_kept_and_compared_with_the_best_size_that_keeps_it() -> None:
-    item = study.Item("dense 8B", 2, "1 %", (32_768,))
-    rows = study.run_budget(item)
+    item = parts.Item("dense 8B", 2, "1 %", (32_768,))
+    rows = parts.run_budget(item)
     assert [row["cap_ms"] for row in rows] == [40.0, 80.0]
     for row in rows:
         surface = FAMILIES["dense 8B"].stage(2)
-        assert study.chunk_times(surface, fixed(row["fixed"], 32_768)).max() <= row["cap_ms"]
+        assert chunk_times(surface, fixed(row["fixed"], 32_768)).max() <= row["cap_ms"]
         assert row["slowest_ms"] <= 1.1 * row["cap_ms"]
         assert row["gain"] > 0
         assert row["tokens_per_s"] > row["fixed_tokens_per_s"]
 
 
 def test_designs_are_drawn_anew_and_judged_by_the_target() -> None:
-    rows = [study.run_design(number, noisy=False) for number in range(3)]
-    assert rows == [study.run_design(number, noisy=False) for number in range(3)]
+    rows = [parts.run_design(number, noisy=False) for number in range(3)]
+    assert rows == [parts.run_design(number, noisy=False) for number in range(3)]
     assert len({row["target_error"] for row in rows}) > 1
     for row in rows:
         assert row["ok"] == (abs(row["target_error"]) <= 0.10 or not row["usable"])
 
 
 def test_decisions_follow_the_model_that_was_sent() -> None:
-    model = study.profiled(SMALL.engine("blas"), 16_384)
+    model = parts.profiled(SMALL.engine("blas"), 16_384)
     data = {"model": model.to_json(), "context": 16_384, "ranks": 4}
-    found = study.decisions(json.loads(json.dumps(data)))
-    sizer: ChunkSizer = study.sizer_of(model, 16_384)
+    found = parts.decisions(json.loads(json.dumps(data)))
+    sizer: ChunkSizer = parts.sizer_of(model, 16_384)
     assert found["sent"][0] == sizer.plan(16_384)
     assert all(sum(plan) == 16_384 for plan in found["sent"])
     slower = model.to_json()
     slower["samples"] = [[h, c, 2 * ms, host] for h, c, ms, host in slower["samples"]]
-    other = study.decisions(data | {"model": slower})
+    other = parts.decisions(data | {"model": slower})
     assert other["sent"] == found["sent"]
     assert other["form"] != found["form"]  # fitted here, from the samples
 
@@ -312,13 +323,13 @@ def test_a_run_writes_figures_and_targets(tmp_path: Path) -> None:
 
 def test_samples_of_a_design_have_no_history_0(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Sample] = []
-    fit = study.LatencyModel.fit
+    fit = parts.LatencyModel.fit
 
     def watched(samples: list[Sample]) -> Any:
         seen.extend(samples)
         return fit(samples)
 
-    monkeypatch.setattr(study.LatencyModel, "fit", watched)
-    study.run_design(0, noisy=True)
+    monkeypatch.setattr(parts.LatencyModel, "fit", watched)
+    parts.run_design(0, noisy=True)
     assert len(seen) == 40
     assert min(sample.history_len for sample in seen) > 0
