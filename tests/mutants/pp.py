@@ -149,8 +149,8 @@ MUTANTS: Mutants = {
         ),
         "fastest-last-cut-elsewhere": M("chunks[<|-1|>] -= cells * grain - prompt_len", "0"),
         "plan-without-even-tail": M(
-            "chunks = <|self._even_tail(self._fewest(prompt_len, self.target_ms * stretch))|>",
-            "self._fewest(prompt_len, self.target_ms * stretch)",
+            "chunks = <|self._even_tail(self._fewest(prompt_len, self.target_ms * stretch, known))|>",
+            "self._fewest(prompt_len, self.target_ms * stretch, known)",
         ),
         "usable-says-each-time": M("self._told = True", "pass"),
         "far-over-never": M(
@@ -172,8 +172,8 @@ MUTANTS: Mutants = {
         ),
         "cover-one-more": M("if len(chunks) <|==|> at_most:", ">"),
         "cover-past-the-prompt": M(
-            "chunks.append(<|min(self._equal_time(done, target_ms), prompt_len - done)|>)",
-            "self._equal_time(done, target_ms)",
+            "chunks.append(<|min(self._equal_time(done, target_ms, known), prompt_len - done)|>)",
+            "self._equal_time(done, target_ms, known)",
         ),
         "tail-donor-last": M(
             "donor = int(np.argmax(<|times[:-1]|>))",
