@@ -16,7 +16,7 @@ endif
 STAMP := build/.installed-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: help build demo test lint tidy cpp-test docs coverage sglang-env sglang-test mutants fuzz fuzz-coverage bench report clean
+.PHONY: help build demo test lint tidy cpp-test docs coverage sglang-env sglang-test mutants fuzz fuzz-coverage bench pp-surfaces report clean
 help:  ## list the targets (the default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -134,6 +134,9 @@ fuzz-coverage:  ## list the lines and branches of C++ that build/fuzz/corpus rea
 
 bench: build  ## measure pystage and all peers (ARGS='--quick --peers DIR'); a whole run on a GPU goes to bench/results
 	$(PY) -m bench $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+
+pp-surfaces: build  ## chunk plans on simulated models, 5 minutes (ARGS='--quick --sglang DIR')
+	$(PY) bench/pp_surfaces.py $(ARGS)
 
 report:  ## write the figures of bench/results into README and docs, and draw the plots
 	$(PY) bench/report.py
