@@ -16,7 +16,7 @@ endif
 STAMP := build/.installed-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: help build demo test lint cpp-test docs coverage sglang-env sglang-test mutants fuzz fuzz-coverage bench report clean
+.PHONY: help build demo test lint tidy cpp-test docs coverage sglang-env sglang-test mutants fuzz fuzz-coverage bench pp-surfaces report clean
 help:  ## list the targets (the default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -74,7 +74,7 @@ sglang-test: sglang-env  ## test the plugin in the real SGLang, on the CPU
 # once more, on a build that counts its own: beside a copy of the package, so that the extension in
 # the source folder stays what it is; beside those in SGLang. Needs the extra `dev`.
 COVERAGE := $(CURDIR)/build/coverage
-BINDINGS := batch bindings gil hostile integrations ops pool process races small_tensors stage staged_tokens stateful torch_memory
+BINDINGS := batch bindings figures gil hostile integrations ops pool process races small_tensors stage staged_tokens stateful torch_memory
 coverage: export COVERAGE_FILE = $(COVERAGE)/data
 coverage: build  ## run the tests in both environments and list the lines they miss
 	rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)/tree
@@ -93,6 +93,10 @@ coverage: build  ## run the tests in both environments and list the lines they m
 
 cpp-test:  ## run the C++ tests of the core (needs doctest)
 	$(MAKE) -C csrc/tests
+
+TIDY ?= csrc/gather.cpp csrc/host_device.cpp csrc/pool.cpp
+tidy:  ## run clang-tidy on the C++ that needs no torch (pip install clang-tidy; TIDY='FILES')
+	$(or $(wildcard $(VENV)/bin/clang-tidy),clang-tidy) --quiet $(TIDY) -- -std=c++20
 
 mutants: build  ## put single faults into the code; do the tests notice? (ARGS='--only pool.cpp --list')
 	$(PY) -m tests.mutants --sglang $(SGLANG_VENV)/bin/python $(ARGS)
@@ -130,6 +134,9 @@ fuzz-coverage:  ## list the lines and branches of C++ that build/fuzz/corpus rea
 
 bench: build  ## measure pystage and all peers (ARGS='--quick --peers DIR'); a whole run on a GPU goes to bench/results
 	$(PY) -m bench $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+
+pp-surfaces: build  ## chunk plans on simulated models, 5 minutes (ARGS='--quick --sglang DIR')
+	$(PY) bench/pp_surfaces.py $(ARGS)
 
 report:  ## write the figures of bench/results into README and docs, and draw the plots
 	$(PY) bench/report.py

@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from bench import svg
+from bench import pp_pages, svg
 from bench.common import amount, load, newest_on_gpu
 from bench.engine import page as engine
 from bench.pages import indented, source, tabulate
@@ -17,6 +17,8 @@ RESULTS = Path("bench/results")  # below the repository's root, as all that foll
 PIPELINE = RESULTS / "pp_prefill-8b-2xnvidia-h100-80gb-hbm3.json"
 OURS_FIRST = RESULTS / "pp_prefill-8b-2xnvidia-h200-ours-first.json"
 PIPELINE_PLOT = Path("docs/pp-profile.svg")
+SURFACES = RESULTS / "pp_surfaces.json"
+SURFACES_PLOT = Path("docs/pp-surfaces.svg")
 FAULTS = RESULTS / "faults-nvidia-h200.json"
 SUSTAINED_PLOT = Path("docs/sustained.svg")
 ENGINE_PLOT = Path("docs/engine.svg")
@@ -40,6 +42,7 @@ def sections(root: Path) -> dict[str, str]:
         "pp-targets": pipeline_targets(pipeline["results"], ours_first["results"]),
         "pp-source": f"1. {source(pipeline, PIPELINE.name)}\n"
         f"2. {source(ours_first, OURS_FIRST.name)}",
+        **pp_pages.sections(root / SURFACES),
         "faults": faults_text(root / FAULTS),
         "sustained": sustained_table(newest_on_gpu(root / RESULTS, "sustained")),
         "engine": engine.table(engine.newest_runs(root / RESULTS)),
@@ -51,6 +54,9 @@ def draw(root: Path) -> list[Path]:
     """Draws the plots; returns their files."""
     plots = [root / PIPELINE_PLOT]
     draw_pipeline(load(root / PIPELINE), plots[0])
+    if (root / SURFACES).exists():
+        plots.append(root / SURFACES_PLOT)
+        pp_pages.draw(load(root / SURFACES), plots[-1])
     if run := newest_on_gpu(root / RESULTS, "sustained"):
         plots.append(root / SUSTAINED_PLOT)
         draw_sustained(load(run), plots[-1])

@@ -24,7 +24,7 @@ def explain(package: Path, path: Sequence[str], error: ImportError) -> str:
             f"torch: after installing another, rebuild with: {_REBUILD}"
         )
     source = f"{package.parent} is pystage's source folder, and its extension is not built there"
-    installed = _installed(package, path)
+    installed = _built(path)
     if installed is None:
         return f"{source}. Build it in that folder: {_BUILD_HERE}"
     return (
@@ -34,13 +34,10 @@ def explain(package: Path, path: Sequence[str], error: ImportError) -> str:
     )
 
 
-def _installed(package: Path, path: Sequence[str]) -> Path | None:
-    """Another pystage on the path, with an extension."""
-    for entry in path:
-        other = Path(entry).resolve() / "pystage"
-        if other != package.resolve() and any(other.glob("_C*.so")):
-            return other
-    return None
+def _built(path: Sequence[str]) -> Path | None:
+    """The first pystage on the path that has an extension."""
+    packages = (Path(entry).resolve() / "pystage" for entry in path)
+    return next((package for package in packages if any(package.glob("_C*.so"))), None)
 
 
 try:

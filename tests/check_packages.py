@@ -5,7 +5,7 @@
 The sdist is made from the source folder; everything else from the unpacked sdist, so that a file
 that it lacks is noticed: the wheel for the CPU and, with --cuda, the one with CUDA code. Each wheel
 is installed into an environment of its own, which sees torch and numpy of the running one, and
-nothing of the source folder. Needs git, binutils and the extra `dev`.
+nothing of the source folder. Needs git, binutils, and an environment of `make build EXTRAS=dev`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_WHEEL = 4 << 20
 # What a wheel may ask of the system: torch's libraries, found since torch is imported first.
 LIBRARIES = re.compile(
     r"lib(c10|torch|torch_cpu|torch_python|stdc\+\+|gcc_s|m|c|rt|dl|pthread)\.so(\.\d+)?"
-    r"|ld-linux-x86-64\.so\.2|libcudart\.so\.\d+"
+    r"|ld-linux-(x86-64|aarch64)\.so\.\d|libcudart\.so\.\d+"
 )
 
 # Runs in the new environment, in an empty folder: argv[1] is that environment, argv[2] 1 for CUDA.
@@ -140,7 +140,7 @@ def check_wheel(wheel: Path) -> None:
 
 
 def check_installed(wheel: Path, out: Path, cuda: bool) -> None:
-    """The wheel in a new environment: imported, used and, its types, seen from an empty folder."""
+    """The wheel in a new environment: imported and used from an empty folder."""
     env, empty = out / "env", out / "empty"
     shutil.rmtree(env, ignore_errors=True)
     shutil.rmtree(empty, ignore_errors=True)
@@ -195,6 +195,7 @@ def main() -> None:
         check_wheel(wheel)
         check_installed(wheel, out, cuda)
     check_types(str(out / "env/bin/python"), out)
+    check_types(sys.executable, out)  # as `make build` installs it: editable
     print(run(sys.executable, "-m", "twine", "check", "--strict", *packages), end="")
 
 

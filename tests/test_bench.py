@@ -604,6 +604,7 @@ def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
 def site(tmp_path: Path) -> Path:
     """The pages and the results, to be changed."""
     results = [figures.PIPELINE, figures.OURS_FIRST, figures.FAULTS]
+    results += [figures.SURFACES] if (ROOT / figures.SURFACES).exists() else []
     for benchmark in ("sustained", "sglang"):
         if run := newest_on_gpu(ROOT / figures.RESULTS, benchmark):
             results.append(run.relative_to(ROOT))

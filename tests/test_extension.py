@@ -53,8 +53,8 @@ def test_in_the_source_folder_python_says_what_it_imported(source: Path, install
         timeout=120,
     )
     assert done.returncode == 1
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("ImportError: "))
-    assert f"{source.parent} is pystage's source folder" in line
+    line = done.stderr.splitlines()[-1]
+    assert f"ImportError: {source.parent} is pystage's source folder" in line
     assert f"It hides the pystage that is installed in {installed}," in line
     assert "Start Python in another folder" in line
     assert "pip install --no-build-isolation -e ." in line
@@ -69,24 +69,14 @@ def test_a_source_folder_that_was_never_built(
     assert text.endswith("Build it in that folder: pip install --no-build-isolation -e .")
 
 
-def test_the_folder_itself_is_not_another_installation(source: Path) -> None:
-    link = source.parent.parent / "link"
-    link.symlink_to(source.parent)
-    (source / "_C.so").touch()
-    text = explain(source, [str(link), str(source.parent)], ERROR)
-    assert "does not load (undefined symbol: _ZN3c10)" in text
-
-
-@pytest.mark.parametrize("built", [True, False])
-def test_an_extension_for_another_torch(
-    source: Path, installed: Path, built: bool, tmp_path: Path
-) -> None:
-    package = source if built else installed / "pystage"
-    if built:
-        (source / "_C.cpython-310-x86_64-linux-gnu.so").touch()
-    text = explain(package, [str(installed)], ERROR)
-    assert "does not load (undefined symbol: _ZN3c10)" in text
-    assert text.endswith("rebuild with: pip install --no-build-isolation .")
+def test_an_extension_for_another_torch(source: Path, installed: Path) -> None:
+    (source / "_C.cpython-310-x86_64-linux-gnu.so").touch()
+    elsewhere = installed / "pystage"
+    (elsewhere / "_C.cpython-311-x86_64-linux-gnu.so").unlink()  # no source folder, and damaged
+    for package in (source, elsewhere):
+        text = explain(package, [str(installed)], ERROR)
+        assert "does not load (undefined symbol: _ZN3c10)" in text
+        assert text.endswith("rebuild with: pip install --no-build-isolation .")
 
 
 def test_a_package_without_metadata_says_how_to_install_it() -> None:

@@ -62,9 +62,6 @@ def demo(
         typer.Option(
             "--trace",
             metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            readable=True,
             help="Length trace: CSV with the columns of Azure or Mooncake, or JSON Lines with the "
             "same fields or Mooncake's hash_ids. The default is a sample of 1,000 requests.",
         ),
@@ -76,7 +73,7 @@ def demo(
             min=1,
             max=10_000_000,
             metavar="N",
-            help="Batches to measure; the trace repeats as needed.",
+            help="Batches to measure; the trace repeats.",
         ),
     ] = demo_command.DEFAULT_BATCHES,
     chunk: Annotated[

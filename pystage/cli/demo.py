@@ -16,7 +16,7 @@ import torch
 from .. import StagingPool, trace
 from .._build import build_info
 from ..pool import Issue
-from .output import Table, find_device, json_output, show, size_text
+from .output import CannotRunError, Table, find_device, json_output, show, size_text
 from .replay import HostTime, Report, Workload, replay
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _REFRESH_SECONDS = 0.1
 _CPU_NOTE = (
     "Without a GPU a worker thread stands in for it and copies the ids, so these times say nothing "
     "about a GPU, and there is no other path to compare them with. What the run does show: the ids "
-    "are right, and pinned memory stays within the pool's capacity."
+    "are right, and the pool's memory stays within its capacity."
 )
 _CUDA_NOTE = (
     "Host time of the calls, which return before the transfer is done; the device was synchronized "
@@ -70,11 +70,11 @@ def run(options: Options) -> int:
     """Runs the demo and returns the exit status.
 
     Raises:
-        CannotRunError, TraceError, OSError: before any work.
+        CannotRunError, TraceError: before any work.
         MismatchError: ids differ.
     """
     device = find_device(options.device)
-    requests = trace.read_trace(options.trace) if options.trace else trace.sample_trace()
+    requests = _read_trace(options.trace)
     work = Workload(requests, options.batches, options.chunk_tokens, options.vocab_size)
     with json_output(options.json) as write, _quiet_profiler():
         tell = _nothing if options.json == "-" else show
@@ -84,6 +84,15 @@ def run(options: Options) -> int:
         chunks = _size_chunks(device, options.issue, tell) if options.profile else None
         write(_figures(report, chunks, options))
     return 0
+
+
+def _read_trace(path: Path | None) -> list[trace.Request]:
+    if path is None:
+        return trace.sample_trace()
+    try:
+        return trace.read_trace(path)
+    except OSError as error:
+        raise CannotRunError(f"--trace: cannot read {path}: {error.strerror}") from error
 
 
 def _nothing(*parts: Table | str) -> None:

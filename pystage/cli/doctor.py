@@ -16,7 +16,8 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -77,13 +78,27 @@ def run(device: str | None, json_path: str | None) -> int:
     """
     asked = find_device(device)
     with json_output(json_path) as write:
-        checks = examine(asked)
+        with _steps_on_a_terminal() as on_step:
+            checks = examine(asked, on_step=on_step)
         wrong = [check.name for check in checks if not check.ok]
         if json_path != "-":
             show(as_table(checks), _summary(wrong, len(checks)))
         by_name = {check.name: dataclasses.asdict(check) for check in checks}
         write({"ok": not wrong, "checks": by_name})
     return EXIT_FAILED if wrong else 0
+
+
+@contextmanager
+def _steps_on_a_terminal() -> Iterator[Callable[[str], None]]:
+    """Yields what names the check that runs: SGLang alone may take a minute to load."""
+    if not sys.stderr.isatty():
+        yield lambda name: None
+        return
+    clear = "\r\x1b[K"
+    try:
+        yield lambda name: print(f"{clear}{name} ...", end="", file=sys.stderr, flush=True)
+    finally:
+        print(clear, end="", file=sys.stderr, flush=True)
 
 
 def as_table(checks: Sequence[Check]) -> Table:
@@ -99,7 +114,11 @@ def _summary(wrong: Sequence[str], count: int) -> str:
     return f"{len(wrong)} of {count} checks found something wrong: {', '.join(wrong)}."
 
 
-def examine(device: torch.device | None = None, seconds: float | None = None) -> list[Check]:
+def examine(
+    device: torch.device | None = None,
+    seconds: float | None = None,
+    on_step: Callable[[str], None] = lambda name: None,
+) -> list[Check]:
     """All checks, in the order they are shown.
 
     It raises nothing: what cannot be looked at is a check that is not ok.
@@ -107,6 +126,7 @@ def examine(device: torch.device | None = None, seconds: float | None = None) ->
     Args:
         device: to check; None for the current GPU, or the host device without one.
         seconds: of the self-test, at least; None for SELF_TEST_SECONDS.
+        on_step: called with the name of each check before it runs.
     """
     seconds = SELF_TEST_SECONDS if seconds is None else seconds
     idle_gpu = device is None and _has_nvidia_gpu() and not torch.cuda.is_available()
@@ -123,6 +143,7 @@ def examine(device: torch.device | None = None, seconds: float | None = None) ->
     ]
     checks = []
     for name, step in steps:
+        on_step(name)
         try:
             checks.append(step())
         except (PystageError, ValueError, RuntimeError, OSError) as error:

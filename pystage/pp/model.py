@@ -22,11 +22,19 @@ from pystage.pp.fitting import (
     fit_form,
     jackknife,
     knots_of,
+    linearised_error,
+    repeat_noise,
     simplest_as_good,
 )
 from pystage.pp.fitting import scipy_optimize as scipy_optimize  # noqa: PLC0414
 from pystage.pp.forms import FORMS, Floats, Form
-from pystage.pp.samples import Profile, Sample, samples_from_json, samples_to_json
+from pystage.pp.samples import (
+    Profile,
+    Sample,
+    samples_from,
+    samples_from_json,
+    samples_to_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +48,14 @@ class QualityGate:
     """When a fitted model may decide chunk sizes. Errors are relative (0.15 is 15 %)."""
 
     max_holdout_median: float = 0.15
+    """Of the error of samples left out, net of the scatter of repeats: noise alone, however large,
+    is for `max_uncertainty`."""
     max_holdout_p95: float = 0.60
     max_rejected: float = 0.34
     min_samples: int = 10
+    max_uncertainty: float = 0.25
+    max_unseen: float = 0.04
+    """The same for what lies beyond what was sampled: there the form alone speaks."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +77,38 @@ class FitReport:
     usable: bool
     reason: str
     """Why the model is not usable, or empty."""
+    history_range: tuple[int, int] = (0, 0)
+    """Shortest and longest history sampled, tokens; beyond it a prediction is a guess."""
+    chunk_range: tuple[int, int] = (0, 0)
+    uncertainty: float = 0.0
+    """Relative standard error of the model's predictions, the largest at the corners of what was
+    sampled. Unlike the hold-out error it falls with more samples."""
+    unseen: float = 0.0
+    """The same without history, where no sample was without; else 0."""
+    repeat_noise: float = 0.0
+    """Relative scatter of repeats of one point; NaN if no point was repeated."""
+
+    @property
+    def misfit_median(self) -> float:
+        """`holdout_median` net of the scatter of repeats: what the model itself is off by."""
+        return self._net(self.holdout_median, 0.6745)
+
+    @property
+    def misfit_p95(self) -> float:
+        return self._net(self.holdout_p95, 1.96)
+
+    def _net(self, error: float, sigmas: float) -> float:
+        noise = 0.0 if math.isnan(self.repeat_noise) else sigmas * self.repeat_noise
+        return math.sqrt(max(error * error - noise * noise, 0.0))
 
     def __str__(self) -> str:
         verdict = "usable" if self.usable else f"NOT usable: {self.reason}"
         return (
             f"{self.form} form, hold-out error median {self.holdout_median:.1%}, "
             f"p95 {self.holdout_p95:.1%}, {self.samples_used} samples used, "
-            f"{len(self.rejected)} rejected; {verdict}"
+            f"{len(self.rejected)} rejected, predictions uncertain by {self.uncertainty:.1%}, "
+            f"histories {self.history_range[0]:,} to {self.history_range[1]:,}, "
+            f"chunks {self.chunk_range[0]:,} to {self.chunk_range[1]:,}; {verdict}"
         )
 
 
@@ -112,7 +150,7 @@ class LatencyModel:
     @classmethod
     def fit(
         cls,
-        samples: Profile | Iterable[Sample],
+        samples: Profile | Iterable[Sample] | Iterable[Sequence[float]] | ArrayLike,
         *,
         forms: Sequence[str] = FORMS,
         gate: QualityGate | None = None,
@@ -120,11 +158,13 @@ class LatencyModel:
     ) -> LatencyModel:
         """Fits every form, keeps the best by cross-validation. Same samples, same model.
 
+        `samples` may also be rows of (history_len, chunk_len, latency_ms), in tokens and ms.
+
         Needs SciPy (extra `pp`). A poor fit does not raise: `report.usable` is False, the reason
         is logged, and a `ChunkSizer` keeps the static size. `FitError` is for samples that cannot
         be fitted at all.
         """
-        model = cls._fit(samples, forms, gate or QualityGate(), seed)
+        model = cls._fit(samples_from(samples), forms, gate or QualityGate(), seed)
         if model.report.usable:
             logger.info("latency model: %s", model.report)
         else:
@@ -184,10 +224,33 @@ class LatencyModel:
             rejected=tuple(rejected),
             usable=True,
             reason="",
+            history_range=(int(data.history.min()), int(data.history.max())),
+            chunk_range=(int(data.chunk.min()), int(data.chunk.max())),
+            repeat_noise=repeat_noise(points),
         )
+        model = cls(form, report, kept, fits[name])
+        open_, unseen = model._uncertainty_of_corners(data.pick(used), scale)
+        report = model.report = replace(report, uncertainty=open_, unseen=unseen)
         if reason := _gate_reason(report, gate):
-            report = replace(report, usable=False, reason=reason)
-        return cls(form, report, kept, fits[name])
+            model.report = replace(report, usable=False, reason=reason)
+        return model
+
+    def _uncertainty_of_corners(self, data: Data, scale: float) -> tuple[float, float]:
+        """Of a middling and a large sampled chunk without history, and of a middling one behind
+        the longest; the larger of the first two again, where no sample was without history.
+
+        The jackknife sees what the form does not explain, but five parts are few and may agree by
+        chance; the linearised fit sees noise alone. Their geometric mean.
+        """
+        if not self.committee:
+            return math.inf, 0.0
+        middle, large = np.quantile(data.chunk, (0.5, 0.9))
+        history = np.array([0.0, 0.0, 1.0]) * data.history.max()
+        chunk = np.array([middle, large, middle])
+        linear = linearised_error(self.form, data, scale, history, chunk)
+        error = np.sqrt(self.uncertainty(history, chunk) * linear)
+        unseen = float(error[:2].max()) if data.history.min() > 0 else 0.0
+        return float(error.max()), unseen
 
     # --- use ---------------------------------------------------------------------------------
 
@@ -295,6 +358,8 @@ class LatencyModel:
         if data.get("version") != 1:
             raise ValueError(f"unknown latency model version {data.get('version')!r}, 1 is known")
         report = dict(data["report"])
+        for name in ("history_range", "chunk_range"):
+            report[name] = tuple(report.get(name, (0, 0)))
         report["rejected"] = tuple(
             (samples_from_json([row])[0], str(why)) for row, why in report["rejected"]
         )
@@ -320,8 +385,18 @@ def _gate_reason(report: FitReport, gate: QualityGate) -> str:
         return f"{report.samples_used} samples left, {gate.min_samples} needed"
     if len(report.rejected) > gate.max_rejected * total:
         return f"{len(report.rejected)} of {total} samples rejected"
-    if not report.holdout_median <= gate.max_holdout_median:
-        return f"median error {report.holdout_median:.0%} over {gate.max_holdout_median:.0%}"
-    if not report.holdout_p95 <= gate.max_holdout_p95:
-        return f"p95 error {report.holdout_p95:.0%} over {gate.max_holdout_p95:.0%}"
+    if not report.misfit_median <= gate.max_holdout_median:
+        return f"median error {report.misfit_median:.0%} over {gate.max_holdout_median:.0%}"
+    if not report.misfit_p95 <= gate.max_holdout_p95:
+        return f"p95 error {report.misfit_p95:.0%} over {gate.max_holdout_p95:.0%}"
+    if not report.uncertainty <= gate.max_uncertainty:
+        return (
+            f"predictions uncertain by {report.uncertainty:.0%}, over {gate.max_uncertainty:.0%}: "
+            "more samples, or less noise, are needed"
+        )
+    if not report.unseen <= gate.max_unseen:
+        return (
+            f"no sample without history, where predictions are uncertain by {report.unseen:.0%}, "
+            f"over {gate.max_unseen:.0%}"
+        )
     return ""

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 Point = tuple[int, int]
 """(history_len, chunk_len), both in tokens."""
 
@@ -81,6 +83,29 @@ def samples_to_json(samples: Sequence[Sample]) -> list[list[float | None]]:
         [s.history_len, s.chunk_len, s.latency_ms, s.host_ms if math.isfinite(s.host_ms) else None]
         for s in samples
     ]
+
+
+def samples_from(samples: Any) -> tuple[Sample, ...]:
+    """Samples, or rows of (history_len, chunk_len, latency_ms) or with a host time as the fourth;
+    TypeError for anything else."""
+    if isinstance(samples, np.ndarray):
+        samples = samples.tolist()
+    out = []
+    for row in samples:
+        sample = row
+        if not isinstance(sample, Sample):
+            try:
+                history, chunk, ms, *host = row
+                if len(host) > 1 or int(history) != history or int(chunk) != chunk:
+                    raise ValueError("not whole numbers of tokens, or too many columns")
+                sample = Sample(int(history), int(chunk), *map(float, (ms, *host)))
+            except (TypeError, ValueError) as error:
+                raise TypeError(
+                    f"{row!r} is no Sample and no row of (history_len, chunk_len, latency_ms): "
+                    f"{error}"
+                ) from error
+        out.append(sample)
+    return tuple(out)
 
 
 def samples_from_json(rows: Sequence[Sequence[Any]]) -> tuple[Sample, ...]:

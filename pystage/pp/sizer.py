@@ -21,6 +21,9 @@ _STRETCH = 1.10  # and a whole plan this much, rather than add a chunk for a sma
 _STRETCHES = (_STRETCH, 1.2, 1.3, 1.4)  # or this much, where steps in the latency leave it uneven
 _EVEN = 0.12  # spread of a plan's predicted times, (max - min) / mean, that is even enough
 
+_Known = dict[int, NDArray[np.float64]]
+"""By history: the times of all sizes. A plan comes back to most histories many times."""
+
 
 class ChunkSizer:
     """Sizes prefill chunks so that each takes the time of `base_chunk` tokens without history.
@@ -105,20 +108,21 @@ class ChunkSizer:
             whole, rest = divmod(prompt_len, self.base_chunk)
             return [self.base_chunk] * whole + [rest] * bool(rest)
         plans = []
+        known: _Known = {}
         for stretch in _STRETCHES:
-            chunks = self._even_tail(self._fewest(prompt_len, self.target_ms * stretch))
+            chunks = self._even_tail(self._fewest(prompt_len, self.target_ms * stretch, known))
             times = self._times(chunks)
             plans.append((float(np.ptp(times) / times.mean()), chunks))
             if plans[-1][0] <= _EVEN:
                 return chunks
         return min(plans, key=lambda plan: plan[0])[1]
 
-    def _fewest(self, prompt_len: int, high: float) -> list[int]:
-        best = self._cover(prompt_len, high, at_most=prompt_len) or [prompt_len]
+    def _fewest(self, prompt_len: int, high: float, known: _Known) -> list[int]:
+        best = self._cover(prompt_len, high, prompt_len, known) or [prompt_len]
         low = 0.0
         for _ in range(24):
             middle = (low + high) / 2
-            chunks = self._cover(prompt_len, middle, at_most=len(best))
+            chunks = self._cover(prompt_len, middle, len(best), known)
             if chunks is None:
                 low = middle
             else:
@@ -225,13 +229,18 @@ class ChunkSizer:
             )
         return report.usable
 
-    def _equal_time(self, history_len: int, target_ms: float) -> int:
+    def _equal_time(self, history_len: int, target_ms: float, known: _Known | None = None) -> int:
         """The largest allowed size that is predicted to stay at the target, give or take 3 %.
 
         Where the time jumps with size (a wave of the device is full) that may leave it far under:
         then the next size, if it is less than 8 % over, and else the efficient one below the jump.
         """
-        times = np.asarray(self.model.predict(history_len, self._sizes)) / target_ms
+        ms = None if known is None else known.get(history_len)
+        if ms is None:
+            ms = np.asarray(self.model.predict(history_len, self._sizes))
+            if known is not None:
+                known[history_len] = ms
+        times = ms / target_ms
         at = max(int((times <= _OVER).sum()) - 1, 0)  # predictions do not fall with size
         if times[at] < _UNDER and at + 1 < times.size and times[at + 1] <= _FAR_OVER:
             at += 1
@@ -241,13 +250,15 @@ class ChunkSizer:
             size = size // self.page_size * self.page_size
         return min(max(size, self._floor), self._cap)
 
-    def _cover(self, prompt_len: int, target_ms: float, at_most: int) -> list[int] | None:
+    def _cover(
+        self, prompt_len: int, target_ms: float, at_most: int, known: _Known
+    ) -> list[int] | None:
         chunks: list[int] = []
         done = 0
         while done < prompt_len:
             if len(chunks) == at_most:
                 return None
-            chunks.append(min(self._equal_time(done, target_ms), prompt_len - done))
+            chunks.append(min(self._equal_time(done, target_ms, known), prompt_len - done))
             done += chunks[-1]
         return chunks
 

@@ -34,15 +34,15 @@ MUTANTS: Mutants = {
         "any-wire": M('_require("wire", wire, ("auto", "int64"))', "pass"),
         "stops-ignored": M("token_ids, starts, <|stops|>, vocab_size)\n        except", "None"),
         "exhausted-without-stats": M(
-            "stops, vocab_size)\n        except PoolExhaustedError as error:\n            <|error.stats = self.stats()|>",
+            "stops, vocab_size)\n        except PoolExhaustedError as error:\n            <|self._tell(error)|>",
             "pass",
         ),
         "exhausted-swallowed": M(
-            "stops, vocab_size)\n        except PoolExhaustedError as error:\n            error.stats = self.stats()\n            <|raise|>",
+            "stops, vocab_size)\n        except PoolExhaustedError as error:\n            self._tell(error)\n            <|raise|>",
             "return self.stage([])",
         ),
         "small-without-stats": M(
-            "values, dtypes)\n        except PoolExhaustedError as error:\n            <|error.stats = self.stats()|>",
+            "values, dtypes)\n        except PoolExhaustedError as error:\n            <|self._tell(error)|>",
             "pass",
             tests=SMALL,
         ),
@@ -388,12 +388,24 @@ MUTANTS: Mutants = {
             "max(0, min(blocks * MOONCAKE_BLOCK_TOKENS, <|length - 1|>))", "length"
         ),
         "budget-of-nothing": M("if chunk_tokens < 1 <|or|> max_requests < 1:", "and"),
+        "blocks-not-remembered": M("    seen.update(ids)\n", ""),
+        "blocks-all-reused": M("if block not in seen), <|len(ids)|>)", "0"),
+        "blocks-anywhere": M(
+            "reused = <|next((at for at, block in enumerate(ids) if block not in seen), len(ids))|>",
+            "sum(block in seen for block in ids)",
+        ),
+        "blocks-of-any-size": M("if len(ids) > -(-length // MOONCAKE_BLOCK_TOKENS):", "if False:"),
+        "true-is-a-count": M(
+            "if <|type(value) is not int|> or value < 0:", "not isinstance(value, int)"
+        ),
+        "negative-count": M("if type(value) is not int<| or value < 0|>:", ""),
+        "json-line-number": M("enumerate(lines, <|1|>):", "0"),
         "row-too-long": M("if <|None in row or |>None in row.values():", ""),
         "row-too-short": M("if None in row<| or None in row.values()|>:", ""),
         "no-requests": M("    if not requests:\n        raise", "    if False:\n        raise"),
         "line-number": M("{name}, line {reader.<|line_num|>}: {error}", "line_num - 1"),
     },
-    "pystage/_replay.py": {
+    "pystage/cli/replay.py": {
         "difference-passed": M("if not torch.equal(ours, plain):", "if False:"),
         "difference-position": M("return request, <|start + at|>", "at"),
         "difference-request": M("at -= stop - start", "at -= stop"),
@@ -407,32 +419,77 @@ MUTANTS: Mutants = {
         ),
         "p99-is-max": M("np.percentile(microseconds, [50, <|99|>])", "100"),
     },
-    "pystage/cli.py": {
-        "different-ids-pass": M("EXIT_DIFFERENT_IDS = <|1|>", "0"),
-        "not-well-passes": M("EXIT_NOT_WELL = <|1|>", "0"),
-        "cannot-run-passes": M("EXIT_CANNOT_RUN = <|2|>", "0"),
+    "pystage/_extension.py": {
+        "any-folder-is-source": M('if <|not (package.parent / "csrc").is_dir() or |>any', ""),
+        "built-is-not-looked-at": M('is_dir()<| or any(package.glob("_C*.so"))|>:', ""),
+        "another-without-extension": M(
+            'for package in packages<| if any(package.glob("_C*.so"))|>)', ""
+        ),
+    },
+    "pystage/cli/__init__.py": {
         "errors-escape": M(
             "except (CannotRunError, <|trace.TraceError, |>PystageError, OSError)", ""
         ),
-        "numbers-of-zero": M("<|1|> <= int(text) <= limit):", "0"),
-        "numbers-over-limit": M("1 <= int(text)<| <= limit|>):", ""),
+        "interrupt-escapes": M("except KeyboardInterrupt:", "except ZeroDivisionError:"),
+        "reader-left-escapes": M("except BrokenPipeError:", "except ZeroDivisionError:"),
+        "not-flushed": M("        sys.stdout.flush()", "        pass"),
+        "other-modules-missing": M('if error.name not in ("typer", "rich"):', "if True:"),
+    },
+    "pystage/cli/output.py": {
+        "failed-passes": M("EXIT_FAILED = <|1|>", "0"),
+        "cannot-run-passes": M("EXIT_CANNOT_RUN = <|2|>", "0"),
+        "interrupted-passes": M("EXIT_INTERRUPTED = <|130|>", "0"),
         "any-device": M(
             'if device is None or device.type not in ("cpu", "cuda"):', "if device is None:"
         ),
-        "well-if-any": M("well = <|all|>(check.ok", "any"),
-        "json-not-written": M(
-            "    if options.json:\n        _write_json", "    if False:\n        _write_json"
+        "missing-device": M("if not count:", "if False:"),
+        "index-past-end": M("if (device.index or 0) <|>=|> count:", ">"),
+        "old-file-kept": M("file.truncate(0)", "pass"),
+        "old-file-removed": M("if <|new and |>not written:", ""),
+        "empty-file-left": M("            os.unlink(path)", "            pass"),
+        "devices-truncated": M("if stat.S_ISREG(os.fstat(file.fileno()).st_mode):", "if True:"),
+        "nan-written": M(
+            "None if isinstance(value, float) and not <|math.isfinite(value)|>", "True"
         ),
+        "lists-not-entered": M("[_finite(item) for item in value]", "value"),
+        "wider-than-the-terminal": M("widths[widths.index(max(widths))] -= 1", "break"),
+        "numbers-at-the-left": M("part.rjust(w) if <|table.numbers and at|> else", "False"),
+    },
+    "pystage/cli/demo.py": {
+        "json-not-written": M("write(_figures(report, chunks, options))", "pass"),
         "plan-in-spite": M(
-            "chunks = <|None if options.no_profile else |>_size_chunks(options)", ""
+            "chunks = _size_chunks(device, options.issue, tell)<| if options.profile else None|>",
+            "",
         ),
         "ratio-inverted": M("return <|plain.p50_us / both.p50_us|>,", "both.p50_us / plain.p50_us"),
-        "missing-device": M(
-            'if device is not None and device.type == "cuda" and not torch.cuda.is_available():',
-            "if False:",
+        "ratio-of-a-stand-in": M('if report.device == "cpu":\n        return None', "pass"),
+        "tables-among-json": M('_nothing if options.json == "-" else <|show|>', "_nothing"),
+        "json-among-tables": M('tell = <|_nothing if options.json == "-" else |>show', ""),
+        "profiler-logs": M("logger.setLevel(logging.ERROR)", "pass"),
+        "bars-into-files": M("disable=<|not console.is_terminal|>,", "False"),
+        "bars-stay": M("transient=<|True|>,", "False"),
+        "no-bars": M("disable=<|not console.is_terminal|>,", "True"),
+        "worse-plan-praised": M("if planned <|<|> fixed:", ">"),
+    },
+    "pystage/cli/chunks.py": {
+        "unusable-plan-run": M(
+            "planned = run(sizer.plan(size.context))<| if model.report.usable else None|>", ""
         ),
     },
-    "pystage/doctor.py": {
+    "pystage/cli/doctor.py": {
+        "wrong-passes": M("return <|EXIT_FAILED if wrong else 0|>", "0"),
+        "advice-is-wrong": M('return "note" if self.advice else "ok"', 'return "ok"'),
+        "any-maker": M('.read_text().strip() <|==|> "0x10de"', "!="),
+        "any-function": M(
+            '\n            and (device / "class").read_text().startswith("0x03")', ""
+        ),
+        "idle-gpu-always": M("idle_gpu = <|device is None and |>_has", ""),
+        "hidden-is-wrong": M("if hidden is not None:", "if False:"),
+        "cpu-torch-is-wrong": M("if torch.version.cuda is None:", "if False:"),
+        "driver-always-needed": M("needed = <|idle_gpu and |>torch", ""),
+        "build-needs-no-gpu": M(
+            "not info.cuda<| and (torch.cuda.is_available() or _has_nvidia_gpu())|>:", ""
+        ),
         "errors-are-well": M("checks.append(Check(name, <|False|>, str(error)", "True"),
         "rebuilt-torch": M("if info.torch_built != info.torch:", "if False:"),
         "self-test-compares-not": M("if not torch.equal(ids.cpu(), expected[at]):", "if False:"),
@@ -447,6 +504,6 @@ MUTANTS: Mutants = {
         "plugin-failed": M("if done.returncode != 0:", "if False:"),
         "plugin-off-is-well": M('ok = <|bool(status["active"]) and |>not status["broken"]', ""),
         "plugin-broken-is-well": M('ok = bool(status["active"])<| and not status["broken"]|>', ""),
-        "chosen-off-is-wrong": M('"SGLang", <|ok or chosen_off|>, text', "ok"),
+        "chosen-off-is-wrong": M("if <|ok or chosen_off|>:", "ok"),
     },
 }

@@ -15,6 +15,7 @@ MUTANTS: Mutants = {
         "holdout-fits-on-all": M(
             "train, seen = data.pick(<|~test|>), data.pick(test)", "test | True"
         ),
+        "behind-not-told-apart": M("raw[:, behind] = 0.0", "pass"),
         "holdout-repeats-split": M(
             "return np.asarray(<|(order % _FOLDS)[which.ravel()]|>, dtype=np.int64)",
             "np.arange(data.ms.size) % _FOLDS",
@@ -40,15 +41,20 @@ MUTANTS: Mutants = {
             "if False:",
         ),
         "gate-median-off": M(
-            "if not report.holdout_median <= gate.max_holdout_median:", "if False:"
+            "if not report.misfit_median <= gate.max_holdout_median:", "if False:"
         ),
-        "gate-p95-off": M("if not report.holdout_p95 <= gate.max_holdout_p95:", "if False:"),
+        "gate-p95-off": M("if not report.misfit_p95 <= gate.max_holdout_p95:", "if False:"),
         "gate-p95-by-median": M(
-            "if not report.<|holdout_p95|> <= gate.max_holdout_p95:", "holdout_median"
+            "if not report.<|misfit_p95|> <= gate.max_holdout_p95:", "misfit_median"
         ),
+        "gate-uncertainty-off": M(
+            "if not report.uncertainty <= gate.max_uncertainty:", "if False:"
+        ),
+        "gate-unseen-off": M("if not report.unseen <= gate.max_unseen:", "if False:"),
+        "noise-is-misfit": M("sigmas * <|self.repeat_noise|>", "0"),
         "report-p95-is-median": M("np.percentile(errors, <|95|>)) if measured", "50"),
         "usable-in-spite": M(
-            "report = replace(report, <|usable=False|>, reason=reason)", "usable=True"
+            "model.report = replace(report, <|usable=False|>, reason=reason)", "usable=True"
         ),
         "live-holdout-is-fitted": M(
             "pool = self._samples + tuple(self._live.fit)",
@@ -143,8 +149,8 @@ MUTANTS: Mutants = {
         ),
         "fastest-last-cut-elsewhere": M("chunks[<|-1|>] -= cells * grain - prompt_len", "0"),
         "plan-without-even-tail": M(
-            "chunks = <|self._even_tail(self._fewest(prompt_len, self.target_ms * stretch))|>",
-            "self._fewest(prompt_len, self.target_ms * stretch)",
+            "chunks = <|self._even_tail(self._fewest(prompt_len, self.target_ms * stretch, known))|>",
+            "self._fewest(prompt_len, self.target_ms * stretch, known)",
         ),
         "usable-says-each-time": M("self._told = True", "pass"),
         "far-over-never": M(
@@ -166,8 +172,8 @@ MUTANTS: Mutants = {
         ),
         "cover-one-more": M("if len(chunks) <|==|> at_most:", ">"),
         "cover-past-the-prompt": M(
-            "chunks.append(<|min(self._equal_time(done, target_ms), prompt_len - done)|>)",
-            "self._equal_time(done, target_ms)",
+            "chunks.append(<|min(self._equal_time(done, target_ms, known), prompt_len - done)|>)",
+            "self._equal_time(done, target_ms, known)",
         ),
         "tail-donor-last": M(
             "donor = int(np.argmax(<|times[:-1]|>))",

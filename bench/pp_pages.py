@@ -1,0 +1,160 @@
+"""Tables and the plot of the study of simulated models (pp_surfaces.py), from its result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import svg
+from bench.common import amount, load
+from bench.pages import tabulate
+
+# Keys of the result, and how the pages call them.
+NAMES = {
+    "fixed 1024": "fixed 1,024",
+    "sglang": "SGLang",
+    "equal time": "equal time",
+    "choose": "`choose`",
+    "choose timed": "`choose`, timed",
+    "optimum": "optimum",
+}
+COLORS = {
+    "sglang": "#d9822b",
+    "equal time": "#8c5fb4",
+    "choose timed": "#1f6fb4",
+    "optimum": "#555555",
+}
+
+
+def sections(path: Path) -> dict[str, str]:
+    """What stands in docs/pp.md between marks, by the mark's name."""
+    if not path.exists():
+        text = "Not run yet: `make pp-surfaces`, then `make report`."
+        return dict.fromkeys(("pp-surfaces", "pp-surfaces-budget", "pp-surfaces-targets"), text)
+    result = load(path)
+    return {
+        "pp-surfaces": families_table(result),
+        "pp-surfaces-budget": budget_table(result),
+        "pp-surfaces-targets": f"{target_table(result)}\n\n{origin(result, path.name)}",
+    }
+
+
+def origin(result: dict[str, Any], file: str) -> str:
+    """Where the figures come from: no device measured anything."""
+    return (
+        f"Simulated in {result['seconds']:.0f} s on {result['cores']} cores ({result['cpu']}), "
+        f"SGLang {result['sglang']}, commit `{result['commit'][:9]}`: `{result['command']}`, "
+        f"`bench/results/{file}`."
+    )
+
+
+def target_table(result: dict[str, Any]) -> str:
+    rows = [
+        [row["measure"], row["target"], amount(row), "yes" if row["ok"] else "no"]
+        for row in result["targets"]
+    ]
+    return tabulate(["measure", "target", "measured", "met"], rows)
+
+
+def families_table(result: dict[str, Any]) -> str:
+    """Time to first token by kind of model: the mean of its cells, and the worst."""
+    rows = []
+    every = result["by_family"]
+    for family in [*(name for name in every if name != "all"), "all"]:
+        for base, label in (("tuned", "the best fixed size"), ("8192", "fixed 8,192")):
+            shown = [_shown(every[family].get(name), base) for name in NAMES]
+            rows.append([f"{family}, {every[family]['cells']} cells", label, *shown])
+    return tabulate(["model", "%, mean / worst, against", *NAMES.values()], rows)
+
+
+def budget_table(result: dict[str, Any]) -> str:
+    """Throughput with a cap on the time of a chunk: over prompts and noise."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in result["budget"]:
+        groups.setdefault((row["family"], row["cap_ms"]), []).append(row)
+    rows = []
+    for (family, cap), runs in groups.items():
+        cells = [row for row in runs if row["fixed"] is not None]
+        if not cells:
+            rows.append([family, f"{cap:.0f}", "none", "", "", "", ""])
+            continue
+        gains = [100 * row["gain"] for row in cells]
+        sizes = sorted({row["fixed"] for row in cells})
+        rows.append(
+            [
+                family,
+                f"{cap:.0f}",
+                ", ".join(f"{size:,}" for size in sizes),
+                f"{np.mean(gains):+.1f}%",
+                f"{min(gains):+.1f}%",
+                f"{100 * np.mean([row['over_cap_5%'] for row in cells]):.1f}%",
+                f"{max(row['slowest_ms'] for row in cells):.0f}",
+            ]
+        )
+    head = ["model, one stage", "cap, ms", "best fixed sizes within it", "tokens/s, mean", "worst"]
+    return tabulate([*head, "chunks over the cap by 5%", "slowest, ms"], rows)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Each cell against the tuned fixed size, by kind of model; and by ranks against 8,192."""
+    plt = svg.pyplot()
+    every, rows = result["by_family"], result["cells"]
+    names = [name for name in COLORS if name in every["all"]]
+    families = [name for name in every if name != "all"]
+    figure, (cells, means) = plt.subplots(
+        2, 1, figsize=(svg.WIDTH, 8.5), layout="constrained", height_ratios=(5, 3)
+    )
+    most = 60.0
+    for k, name in enumerate(names):
+        at, values = [], []
+        for row in rows:
+            for cell in row["cells"]:
+                at.append(families.index(row["family"]) + 0.2 * (k - (len(names) - 1) / 2))
+                values.append(min(100 * (cell["ms"][name] / _tuned(cell) - 1.0), most))
+        cells.scatter(values, at, s=12, color=COLORS[name], label=_label(name), alpha=0.8)
+    cells.axvline(0, color="black", lw=0.7)
+    cells.set_yticks(range(len(families)), families)
+    cells.invert_yaxis()
+    cells.set_xlabel(f"time to first token against the best fixed size, % ({most:.0f}: and more)")
+    ranks = sorted({row["ranks"] for row in rows})
+    for name in (*names, "tuned"):
+        values = []
+        for count in ranks:
+            some = [cell for row in rows if row["ranks"] == count for cell in row["cells"]]
+            times = [_tuned(cell) if name == "tuned" else cell["ms"][name] for cell in some]
+            static = [cell["ms"]["fixed 8192"] for cell in some]
+            values.append(100 * float(np.mean(np.divide(times, static) - 1.0)))
+        color, style = COLORS.get(name, "black"), ":" if name == "tuned" else "-"
+        means.plot(ranks, values, style, marker="o", ms=4, color=color, label=_label(name))
+    means.axhline(0, color="black", lw=0.7)
+    means.set_xscale("log", base=2)
+    means.set_xticks(ranks, [str(count) for count in ranks])
+    means.set(xlabel="ranks", ylabel="against fixed 8,192, mean, %")
+    for axis in (cells, means):
+        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        svg.plain(axis)
+    ours = every["all"]["choose timed"]
+    finding = (
+        f"choose, finalists timed: {100 * ours['vs_tuned_mean']:+.1f} % against the best fixed "
+        f"size ({100 * ours['vs_tuned_worst']:+.1f} % at worst), "
+        f"{100 * ours['vs_8192_mean']:+.0f} % against 8,192"
+    )
+    svg.tell(figure, finding, f"{every['all']['cells']} simulated cells; no GPU was measured.")
+    svg.save(figure, path)
+
+
+def _label(name: str) -> str:
+    return NAMES.get(name, "best fixed size").replace("`", "")
+
+
+def _shown(found: dict[str, float] | None, base: str) -> str:
+    if found is None:
+        return "absent"
+    mean, worst = (100 * found[f"vs_{base}_{which}"] for which in ("mean", "worst"))
+    return f"{mean:+.1f} / {worst:+.1f}"
+
+
+def _tuned(cell: dict[str, Any]) -> float:
+    return min(float(ms) for name, ms in cell["ms"].items() if name.startswith("fixed "))
