@@ -53,7 +53,7 @@ lint:  ## ruff, mypy, clang-format, and whether the pages have the figures of be
 docs: $(if $(strip $(VENV)),$(VENV)/bin/python)  ## build the documentation site into build/site, strictly
 	@$(PY) -c 'import material, mkdocstrings_handlers.python' || \
 	  $(PY) -m pip install --quiet mkdocs-material 'mkdocstrings[python]'
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 	@echo 'build/site/index.html'
 
 # An environment with SGLang, made once. The extension stands in the source folder, built for one
