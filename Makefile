@@ -56,8 +56,8 @@ docs: $(if $(strip $(VENV)),$(VENV)/bin/python)  ## build the documentation site
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 	@echo 'build/site/index.html'
 
-# An environment with SGLang, made once. The extension stands in the source folder, built for one
-# torch at a time: the other environments' stamps go, so that they build again.
+# An environment with SGLang, made once. The source folder holds one extension, built for one torch:
+# the stamps of the other environments are removed, so that they build again.
 SGLANG_VENV ?= .venv-sglang
 SGLANG_STAMP = $(SGLANG_VENV)/.complete-$(shell cat tests/sglang-requirements.txt tests/install_sglang.py | cksum | cut -d' ' -f1)
 
@@ -101,8 +101,8 @@ tidy:  ## run clang-tidy on the C++ that needs no torch (pip install clang-tidy;
 mutants: build  ## put single faults into the code; do the tests notice? (ARGS='--only pool.cpp --list')
 	$(PY) -m tests.mutants --sglang $(SGLANG_VENV)/bin/python $(ARGS)
 
-# libFuzzer by way of atheris, the extension under AddressSanitizer (clang), Python's objects each in
-# memory of its own. FUZZ_SEED=N runs what a run with that seed ran. A crash leaves its input in
+# libFuzzer through atheris; the extension under AddressSanitizer (clang); each Python object in its own
+# memory. FUZZ_SEED=N repeats the run with that seed. A crash leaves its input in
 # build/fuzz: python tests/fuzz.py --replay FILE.
 FUZZ_SECONDS ?= 60
 FUZZ_SEED ?= 0

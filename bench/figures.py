@@ -26,7 +26,7 @@ EVENER = "equal time, base x 2"
 
 
 def sections(root: Path) -> dict[str, str]:
-    """What stands in the pages between marks, by the mark's name."""
+    """The text between the marks of the pages, by the mark's name."""
     pipeline, ours_first = load(root / PIPELINE), load(root / OURS_FIRST)
     plugin = newest_on_gpu(root / RESULTS, "sglang")
     assert plugin is not None
