@@ -192,7 +192,7 @@ def _latency(result: dict[str, Any]) -> str:
 def _unpaused(result: dict[str, Any]) -> str:
     """Copies that are always queued, by contender; the table says who starved."""
     cells, rows = _cells(result, "latency"), []
-    only = (DEFERRED, *BASELINES)
+    only = (DEFERRED, *BASELINES, READY)
     names: dict[str, None] = {}
     for mib, depth in UNPAUSED:
         for ids in UNPAUSED_IDS:

@@ -252,7 +252,7 @@ def test_ids_that_never_come_have_starved(monkeypatch: pytest.MonkeyPatch) -> No
     text = pages.sections(
         made_up() | {"targets": [], "regimes": {"latency": {unpaused_name(16, 2, 2048): cell}}}
     )["suite-unpaused"]
-    assert "none within 0.001 s" in text and "2 x 16 MiB, 2,048 ids" in text
+    assert "none within 0.001 s" in text and "2,048 ids, 2 x 16 MiB queued" in text
 
 
 def test_turns_are_drawn_anew() -> None:

@@ -367,15 +367,16 @@ def test_each_rank_is_asked_for_what_concerns_it(
     asked: list[tuple[int, str]] = []
 
     def serve(rank: int, server: socket.socket) -> None:
-        while True:
-            connection, _ = server.accept()
-            with connection, connection.makefile("rw") as file:
-                op = json.loads(file.readline())["op"]
-                asked.append((rank, op))
-                if op == "end":
-                    return
-                answer = {"error": "no"} if op == "bad" else {"stages": 10 + rank, "rank": rank}
-                file.write(json.dumps(answer) + "\n")
+        with server:
+            while True:
+                connection, _ = server.accept()
+                with connection, connection.makefile("rw") as file:
+                    op = json.loads(file.readline())["op"]
+                    asked.append((rank, op))
+                    if op == "end":
+                        return
+                    answer = {"error": "no"} if op == "bad" else {"stages": 10 + rank, "rank": rank}
+                    file.write(json.dumps(answer) + "\n")
 
     monkeypatch.setenv("PYSTAGE_ENGINE_CONTROL", str(tmp_path / "on.control"))
     threads = []
