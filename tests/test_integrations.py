@@ -31,9 +31,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import pystage
-from pystage import StagedTokens, StagingPool, TokenRangeError, doctor
+from pystage import StagedTokens, StagingPool, TokenRangeError
 from pystage._C import ids_view
 from pystage.batch import PrefillBatch, forgotten_resolves, prepare_for_extend
+from pystage.cli import doctor
 from pystage.integrations import sglang as plugin
 from pystage.integrations.sglang import known_code, pp
 from pystage.pp import ProfileError
