@@ -345,8 +345,8 @@ def draw_pipeline(result: dict[str, Any], path: Path) -> None:
         figure,
         f"Over a prompt of 131,072 ids, chunks of 8,192 take up to {spans[0]:.1f} times as long as "
         f"the first one; planned chunks differ by {spans[1] - 1:.0%} (predicted)",
-        f"{result['devices']} x {result['device']}, Llama 3.1 8B. {report.samples_used} samples used, "
-        f"{len(report.rejected)} rejected. Error of samples left out of the fit: median "
+        f"{result['devices']} x {result['device']}, Llama 3.1 8B. {report.samples_used} samples "
+        f"used, {len(report.rejected)} rejected. Error of samples left out of the fit: median "
         f"{report.holdout_median:.1%}, p95 {report.holdout_p95:.1%}.",
     )
     svg.save(figure, path)
