@@ -57,8 +57,9 @@ class Run:
 
     @property
     def source(self) -> str:
-        """Without what the command discloses: that stands on the page by itself."""
+        """Without what the command discloses: the page has that by itself."""
         command = self.result["command"].partition(" --disclose ")[0]
+        command = command.replace("-m bench/engine", "-m bench.engine")  # as runs recorded it once
         return source({**self.result, "command": command}, self.file)
 
     @property
