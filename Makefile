@@ -16,7 +16,7 @@ endif
 STAMP := build/.installed-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: help demo test coverage sglang-env sglang-test cpp-test mutants fuzz fuzz-coverage bench report build clean
+.PHONY: help demo test coverage sglang-env sglang-test cpp-test tidy mutants fuzz fuzz-coverage bench report build clean
 help:  ## what there is (the default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -59,7 +59,7 @@ sglang-test: sglang-env  ## the plugin in the real SGLang, on the CPU
 # once more, on a build that counts its own: beside a copy of the package, so that the extension in
 # the source folder stays what it is. Needs the extra `dev`.
 COVERAGE := $(CURDIR)/build/coverage
-BINDINGS := batch bindings gil hostile integrations ops pool process races small_tensors stage staged_tokens stateful torch_memory
+BINDINGS := batch bindings figures gil hostile integrations ops pool process races small_tensors stage staged_tokens stateful torch_memory
 coverage: export COVERAGE_FILE = $(COVERAGE)/data
 coverage: build  ## the tests in both environments, and the lines they miss
 	rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)/tree
@@ -76,6 +76,10 @@ coverage: build  ## the tests in both environments, and the lines they miss
 
 cpp-test:  ## the C++ tests of pool and gather; they need doctest
 	$(MAKE) -C csrc/tests
+
+TIDY ?= csrc/gather.cpp csrc/host_device.cpp csrc/pool.cpp
+tidy:  ## clang-tidy on the C++ that needs no torch (pip install clang-tidy; TIDY='FILES')
+	$(or $(wildcard $(VENV)/bin/clang-tidy),clang-tidy) --quiet $(TIDY) -- -std=c++20
 
 mutants: build  ## put single faults into pystage: do the tests notice? (ARGS='--only pool.cpp --list')
 	$(PY) -m tests.mutants --sglang $(SGLANG_VENV)/bin/python $(ARGS)

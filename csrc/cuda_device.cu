@@ -1,5 +1,6 @@
 // The device layer on CUDA: mapped pinned memory, events, and the kernels that read a slot over
 // the bus. Includes nothing but CUDA's own headers, so it builds in seconds and knows no torch.
+// Above 500 lines, and not split: the build hands this one file to nvcc, and links what it gives.
 //
 // Why a kernel and no cudaMemcpyAsync: a copy of more than a few KiB goes to a copy engine. It
 // queues there behind whatever KV-cache traffic was issued before it, on any stream, and handing

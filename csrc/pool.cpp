@@ -1,3 +1,5 @@
+// Above 500 lines, and not split: all of it works on what one mutex guards, and the order of its
+// steps is read together.
 #include "pool.h"
 
 #include <pthread.h>
@@ -726,6 +728,11 @@ PoolStats Pool::stats() {
   s.allocations = allocations_;
   s.frees = frees_;
   return s;
+}
+
+uint64_t Pool::allocations() const {
+  Lock lock(mutex_);
+  return allocations_;
 }
 
 std::string Pool::why_pageable() const {

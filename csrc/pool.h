@@ -233,6 +233,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   static void drop(std::shared_ptr<Pool> pool) noexcept;
 
   PoolStats stats();
+  uint64_t allocations() const;  // that of stats(), at the cost of a lock
   PoolCounters& counters() { return counters_; }
   Device& device() const { return device_; }
   const PoolOptions& options() const { return options_; }

@@ -7,6 +7,7 @@
 
 #include "errors.h"
 #include "gil.h"
+#include "python.h"
 #include "staging.h"
 
 namespace pystage {
@@ -165,6 +166,9 @@ void Parts::add(PyObject* object) {
     add_buffer(part, object);
   } else if (is_tensor(object)) {
     add_tensor(part, object);
+  } else if (is_staged_tokens(object)) {
+    throw py::type_error(where(part.request) +
+                         " is staged already: resolve it, or stage a copy, [staged.cpu()]");
   } else if (PyIndex_Check(object)) {
     throw py::type_error(where(part.request) +
                          " is an int: token_ids is a sequence of sequences, so wrap a single "
@@ -233,6 +237,9 @@ py::object as_fast_sequence(py::handle object, const char* name) {
   if (PyUnicode_Check(object.ptr()) || PyDict_Check(object.ptr()))
     throw py::type_error(std::string(name) + " is a " + type_name(object.ptr()) +
                          ", not a sequence");
+  if (is_staged_tokens(object.ptr()))
+    throw py::type_error(std::string(name) +
+                         " are staged already: resolve them, or stage a copy, [staged.cpu()]");
   PyObject* fast = call_python([&] { return PySequence_Fast(object.ptr(), "not a sequence"); });
   if (!fast) {
     if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();

@@ -1,7 +1,6 @@
 #include "small_tensors.h"
 
 #include <ATen/ops/empty.h>
-#include <c10/core/TensorImpl.h>
 
 #include <cstring>
 #include <utility>
@@ -14,15 +13,9 @@ namespace {
 // On the host a tensor that was not delivered is not to look as if it had been.
 constexpr int kNotDelivered = 0x5a;
 
-at::Tensor cut(const at::Tensor& memory, size_t at, at::ScalarType dtype, at::IntArrayRef sizes) {
-  const c10::DispatchKey key = memory.is_cpu() ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA;
-  at::Tensor tensor = at::detail::make_tensor<c10::TensorImpl>(
-      c10::Storage(memory.storage()), c10::DispatchKeySet(key), c10::scalarTypeToTypeMeta(dtype));
-  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  const size_t first = static_cast<size_t>(memory.storage_offset()) + at;  // memory is of bytes
-  impl->set_storage_offset(static_cast<int64_t>(first / c10::elementSize(dtype)));
-  impl->generic_set_sizes_contiguous(sizes);
-  return tensor;
+// The part of a tensor of bytes that begins at its byte `at`.
+at::Tensor part(const at::Tensor& memory, size_t at, at::ScalarType dtype, at::IntArrayRef sizes) {
+  return cut(memory.storage(), static_cast<size_t>(memory.storage_offset()) + at, dtype, sizes);
 }
 
 StreamHandle small_tensors_stream(c10::Device device) {
@@ -55,7 +48,7 @@ Parcel::Place Parcel::add(at::ScalarType dtype, at::IntArrayRef sizes) {
   if (!has_room(bytes))
     throw Error("a parcel of " + std::to_string(values_.size()) + " bytes has no room for " +
                 std::to_string(bytes) + " behind " + std::to_string(used_));
-  Place place{cut(memory_, used_, dtype, sizes), values_.data() + used_};
+  Place place{part(memory_, used_, dtype, sizes), values_.data() + used_};
   used_ += room(bytes);
   return place;
 }
@@ -74,7 +67,7 @@ void Parcel::deliver(const Poll& poll) {
     return;
   }
   const size_t count = bytes / sizeof(int64_t);
-  const at::Tensor target = cut(memory_, from, at::kLong, {static_cast<int64_t>(count)});
+  const at::Tensor target = part(memory_, from, at::kLong, {static_cast<int64_t>(count)});
   std::shared_ptr<Lease> lease = pool_->core().acquire(bytes, poll);
   at::Tensor host;
   if (!lease) {
@@ -118,7 +111,7 @@ std::vector<at::Tensor> small_tensors(at::TensorList values, c10::Device device)
     // GCOV_EXCL_START: small tensors on CUDA
     // Of its own: what an op returns is no part of what it returns beside it.
     const at::Tensor memory = empty_ids(device, at::kByte, Parcel::room(size));
-    made.push_back(cut(memory, 0, from.scalar_type(), from.sizes()));
+    made.push_back(part(memory, 0, from.scalar_type(), from.sizes()));
     if (!size) continue;
     if (fits) {
       std::memcpy(parameters.data() + used, from.const_data_ptr(), size);

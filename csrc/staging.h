@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/Storage.h>
 #include <c10/core/Stream.h>
 
 #include <atomic>
@@ -14,6 +13,7 @@
 
 #include "device.h"
 #include "gather.h"
+#include "output_memory.h"
 #include "pool.h"
 
 namespace pystage {
@@ -46,37 +46,8 @@ void check_memory(const at::Tensor& tensor, const std::string& name);
 Device& backend_of(c10::Device device);
 StreamHandle current_stream_of(c10::Device device);
 
-// Memory [count] on the current stream, for ids and other values.
-at::Tensor empty_ids(c10::Device device, at::ScalarType dtype, size_t count);
-
 // A fence that no slot holds.
 std::shared_ptr<void> make_fence(Device& device);
-
-// Counts the regions of this process that allocate from a torch.cuda.MemPool. Torch has no way to
-// ask, so pystage/_mempool.py counts them.
-extern std::atomic<int> mem_pool_regions;
-
-// Memory for the ids that resolve() hands out. See Note [Outputs cut from blocks].
-class OutputMemory {
- public:
-  explicit OutputMemory(c10::Device device) : device_(device) {}
-  // A new tensor [count] for work on `stream`, which is current.
-  at::Tensor allocate(at::ScalarType dtype, size_t count, StreamHandle stream);
-  void clear();
-  // Leaves the blocks to the end of the process.
-  void leak() noexcept;
-
- private:
-  struct Block {
-    StreamHandle stream;
-    c10::Storage storage;
-    size_t used;  // bytes
-  };
-  const c10::Device device_;
-  std::mutex mutex_;           // not held while torch allocates
-  std::vector<Block> blocks_;  // at most one a stream
-  size_t turn_ = 0;
-};
 
 class StagedTokens;
 
@@ -103,8 +74,10 @@ class StagingPool {
   // error that ends the context, they throw instead, where nothing may throw.
   bool can_free() const noexcept;
 
-  // Both guarded by the GIL.
+  // All guarded by the GIL.
   bool warned_pageable = false;
+  bool may_have_news = false;  // it may have grown or fallen back: to be logged
+  uint64_t logged_allocations = 0, logged_fallbacks = 0;
   bool closing = false;  // close() was called: the end of a lease may free pinned memory
 
  private:

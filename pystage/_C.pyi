@@ -70,7 +70,7 @@ def write_rows(
     ``lens`` are int64 CPU tensors. False, and nothing is done, where one launch cannot do it."""
 
 class Parcel:
-    """Stands in for ``torch.tensor`` in one thread, while known code runs (``python_small.cpp``).
+    """Stands in for ``torch.tensor`` in one thread, while known code runs (``python_parcel.cpp``).
 
     What that code makes of a list and sends with ``.to(device, non_blocking=True)`` is a small
     tensor. Those made so far are delivered when their number is in ``deliver_at``; the last of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 import warnings
@@ -16,12 +17,14 @@ from torch import Tensor
 from . import _C, _mempool
 from ._tensor_like import TensorLike
 from .errors import DeviceError, ForkedProcessError, PoolExhaustedError
-from .stats import StagingStats, size
+from .stats import StagingStats, in_units
 
 AtCapacity = Literal["wait", "fallback", "raise"]
 Issue = Literal["deferred", "eager"]
 TransferKind = Literal["kernel", "copy_engine"]
 Wire = Literal["auto", "int64"]
+
+_logger = logging.getLogger("pystage")
 
 
 class StagingPool:
@@ -63,6 +66,9 @@ class StagingPool:
     Where pinned memory cannot be had (memlock limit, WSL, Confidential Computing, or
     ``PYSTAGE_DISABLE_PINNED=1``), the pool works in pageable memory, counts it, and warns once with
     the reason (:class:`PageableMemoryWarning`).
+
+    The logger ``"pystage"`` tells of growth (info), and of a pool without a slot: of its first
+    fallback and of its first :class:`PoolExhaustedError` as a warning, of later ones for debugging.
     """
 
     def __init__(
@@ -161,7 +167,7 @@ class StagingPool:
         try:
             return _C.stage(self._handle, self, token_ids, starts, stops, vocab_size)
         except PoolExhaustedError as error:
-            error.stats = self.stats()
+            self._tell(error)
             raise
 
     def small_tensors(
@@ -198,8 +204,13 @@ class StagingPool:
         try:
             return _C.small_tensors(self._handle, values, dtypes)
         except PoolExhaustedError as error:
-            error.stats = self.stats()
+            self._tell(error)
             raise
+
+    def _tell(self, error: PoolExhaustedError) -> None:
+        error.stats = self.stats()
+        first = error.stats.exhausted == 1
+        _logger.log(logging.WARNING if first else logging.DEBUG, "%s", error)
 
     def stats(self) -> StagingStats:
         """The pool's figures now."""
@@ -236,11 +247,11 @@ class StagingPool:
             s, closed = self.stats(), self.closed
         except ForkedProcessError:
             return f"<StagingPool on {self._device}, of another process>"
-        pageable = f", {size(s.pageable_bytes)} of it pageable" if s.pageable_bytes else ""
+        pageable = f", {in_units(s.pageable_bytes)} of it pageable" if s.pageable_bytes else ""
         return (
-            f"<{'closed ' if closed else ''}StagingPool on {self._device}: {size(s.in_use_bytes)} "
-            f"in use of {size(s.reserved_bytes)} reserved{pageable}, capacity "
-            f"{size(s.capacity_bytes)}>"
+            f"<{'closed ' if closed else ''}StagingPool on {self._device}: "
+            f"{in_units(s.in_use_bytes)} in use of {in_units(s.reserved_bytes)} reserved"
+            f"{pageable}, capacity {in_units(s.capacity_bytes)}>"
         )
 
 

@@ -78,7 +78,7 @@ class StagingStats:
         return [(name, _written(name, value)) for name, value in asdict(self).items()]
 
 
-def size(count: int) -> str:
+def in_units(count: int) -> str:
     """Bytes, for a reader: ``"8.0 MiB"``."""
     if count < 1024:
         return f"{count} bytes"

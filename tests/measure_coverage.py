@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON_LIMIT = 92.0  # per cent of lines, of the package
 CPP_LIMIT = 92.0  # of each of these
 CPP_FILES = (
-    *("ids_view.cpp", "ops.cpp", "python.cpp", "python_small.cpp", "requests.cpp"),
-    *("small_tensors.cpp", "staging.cpp"),
+    *("ids_view.cpp", "ops.cpp", "output_memory.cpp", "python.cpp", "python_parcel.cpp"),
+    *("python_rows.cpp", "python_small_tensors.cpp", "python_stage.cpp"),
+    *("python_staged_tokens.cpp", "requests.cpp", "small_tensors.cpp", "staging.cpp"),
 )
 PLUGIN = "pystage/integrations/*"  # runs in SGLang's environment alone
 EXCLUDED = re.compile(r"GCOV_EXCL_(?:START|LINE): (.*)|GCOV_EXCL_(STOP)")

@@ -1,4 +1,7 @@
-"""Batches with deferred ids: the seeds' bug, then every path of a scheduler, right."""
+"""Batches with deferred ids: the seeds' bug, then every path of a scheduler, right.
+
+Above 500 lines: the paths of a scheduler build on each other and share what makes a batch.
+"""
 
 from __future__ import annotations
 
@@ -866,3 +869,20 @@ def test_running_requests_leave_nothing_resolved(device: str) -> None:
     merge(batch, running)
     assert batch.input_ids is None
     assert resolved_ids(batch, tensor([7, 8], device)) == [5, 8]
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([3], "mix_running_indices is a list, not a tensor: make it one on the batch's device"),
+        (torch.tensor(3), r"mix_running_indices is torch.int64 \[\], not int32 or int64 \[k\]"),
+        (torch.tensor([3.0]), r"mix_running_indices is torch.float32 \[1\], not int32 or int64"),
+    ],
+)
+def test_running_indices_are_a_tensor(indices: Any, message: str) -> None:
+    with pystage.StagingPool("cpu", 1 << 16) as pool:
+        batch = PrefillBatch("cpu")
+        prepare_for_extend(batch, [[1, 2]], pool=pool)
+        with pytest.raises(TypeError, match=message):
+            mix_with_running(batch, indices)
+        assert batch.mix_running_indices is None and batch.extend_lens == [2]

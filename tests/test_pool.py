@@ -6,6 +6,7 @@ import threading
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -384,3 +385,17 @@ def test_weak_references_end_with_the_tokens() -> None:
         assert reference() is staged
         del staged
         assert reference() is None and ended == [reference]
+
+
+@pytest.mark.parametrize("name", ["capacity_bytes", "reserve_bytes"])
+@pytest.mark.parametrize("value", ["64M", 1e6, 4096.0])
+def test_a_size_is_a_number_of_bytes(name: str, value: object) -> None:
+    message = f"{name} is {value!r}; it is a number of bytes, as an int: 64 << 20 is 64 MiB"
+    with pytest.raises(TypeError) as raised:
+        pystage.StagingPool("cpu", **{name: value})  # type: ignore[arg-type]
+    assert str(raised.value) == message
+
+
+def test_a_size_may_be_any_integer() -> None:
+    with pystage.StagingPool("cpu", np.int64(1 << 16)) as pool:  # type: ignore[arg-type]
+        assert pool.stats().capacity_bytes == 1 << 16

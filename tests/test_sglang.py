@@ -2,6 +2,8 @@
 
 What runs without the plugin runs first; then it is loaded, and the same has to come out. Cases that
 need another environment, or break something, run in processes of their own.
+
+Above 500 lines: one engine, whose start takes most of a minute, serves all of them.
 """
 
 from __future__ import annotations

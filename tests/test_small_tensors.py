@@ -1,4 +1,7 @@
-"""Small tensors: values as a kernel's parameters, rows of a table, and known code's tensors."""
+"""Small tensors: values as a kernel's parameters, rows of a table, and known code's tensors.
+
+Above 500 lines: lists, rows and parcels share their pools and what a kernel takes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What stage() takes, what it refuses, and what it leaves behind."""
+"""What stage() takes, what it refuses, and what it leaves behind.
+
+Above 500 lines: one function, with every kind of request it takes.
+"""
 
 from __future__ import annotations
 

@@ -6,8 +6,11 @@ import copy
 import gc
 import operator
 import pickle
+import subprocess
 import sys
+import textwrap
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ import pystage
 
 from .conftest import run_of
 
+ROOT = Path(__file__).resolve().parent.parent
 VALUES = [5, 1, 4, 1, 5, 9, 2, 6]
 PLAIN = torch.tensor(VALUES)
 
@@ -364,3 +368,56 @@ def test_the_array_protocol_gives_the_type_asked_for() -> None:
         staged = pool.stage([[1, 2]])
         assert staged.__array__(np.int32).dtype == np.int32
         assert staged.__array__().dtype == np.int64
+
+
+def test_what_type_checkers_take() -> None:
+    """To them it is no tensor, so ``.cpu()`` where a tensor is asked for."""
+    pytest.importorskip("mypy")
+    code = """
+    import torch
+    import pystage
+
+    def f(staged: pystage.StagedTokens, other: torch.Tensor) -> torch.Tensor:
+        torch.cat([staged, other])
+        half: pystage.StagedTokens = staged.contiguous()
+        size: torch.Size = half.shape
+        there: torch.Tensor = half.to("cpu", non_blocking=True)
+        pystage.resolve(staged, dtype=torch.int32)
+        return torch.cat([staged.cpu(), other, there[: size[0]]])
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--config-file=", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        cwd=ROOT,
+    )
+    errors = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert len(errors) == 1 and errors[0].startswith("<string>:6: error:"), done
+
+
+def test_staged_again(device: str) -> None:
+    with pystage.StagingPool(device, 1 << 16) as pool:
+        staged = pool.stage([[1, 2, 3]])
+        with pytest.raises(
+            TypeError, match=r"token_ids\[1\] is staged already: .*\[staged.cpu\(\)\]"
+        ):
+            pool.stage([[4], staged[1:]])
+        with pytest.raises(TypeError, match=r"token_ids are staged already: resolve them, or"):
+            pool.stage(staged)
+        assert pool.stage([[4], staged[1:].cpu()]).tolist() == [4, 2, 3]
+
+
+@pytest.mark.parametrize("dtypes", [(torch.int64, torch.int32), (torch.int32, torch.int64)])
+def test_an_output_of_another_type_than_asked_for(device: str, dtypes: Any) -> None:
+    with pystage.StagingPool(device, 1 << 16) as pool:
+        staged = pool.stage([[1, 2, 3]])
+        out = torch.zeros(3, dtype=dtypes[0], device=device)
+        with pytest.raises(TypeError, match=f"out is {dtypes[0]}, but dtype is {dtypes[1]}"):
+            pystage.resolve(staged, out, dtypes[1])
+        assert out.tolist() == [0, 0, 0]
+        assert pystage.resolve(staged, out, dtypes[0]).tolist() == [1, 2, 3]
+        assert pystage.resolve(staged, out=out).dtype == dtypes[0]
+        assert pystage.resolve(staged, dtype=dtypes[1]).dtype == dtypes[1]
+        assert pystage.resolve(staged).dtype == torch.int64

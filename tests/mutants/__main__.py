@@ -71,7 +71,7 @@ HEADER = "pystage_mutant.h"
 
 # What runs on a fault of each file, in this order: "cpp" or "schedules" with doctest's options (the
 # C++ tests, the pool under all interleavings), "pytest", or "sglang": pytest in its environment.
-PYTHON_TESTS = "pytest tests/test_stage.py tests/test_staged_tokens.py tests/test_pool.py"
+PYTHON_TESTS = "pytest tests/test_stage.py tests/test_staged_tokens.py tests/test_pool.py tests/test_figures.py"
 BATCHES = "pytest tests/test_batch.py tests/test_ops.py -k 'not equals_cat and not opcheck'"
 LIVES = "pytest tests/test_races.py tests/test_process.py"
 HOSTILE = "pytest tests/test_hostile.py tests/test_bindings.py tests/test_gil.py"
@@ -89,14 +89,19 @@ TESTS: dict[str, tuple[str, ...]] = {
     "csrc/requests.h": (PYTHON_TESTS,),
     "csrc/requests.cpp": (PYTHON_TESTS, HOSTILE),
     "csrc/staging.cpp": (PYTHON_TESTS, BATCHES, HOSTILE, LIVES),
+    "csrc/output_memory.cpp": (PYTHON_TESTS, BATCHES, HOSTILE, LIVES),
     "csrc/python.cpp": (PYTHON_TESTS, BATCHES, HOSTILE, LIVES),
+    "csrc/python_stage.cpp": (PYTHON_TESTS, BATCHES, HOSTILE, LIVES),
+    "csrc/python_staged_tokens.cpp": (PYTHON_TESTS, BATCHES, HOSTILE, LIVES),
     "csrc/small_tensors.cpp": (SMALL,),
-    "csrc/python_small.cpp": (SMALL,),
+    "csrc/python_parcel.cpp": (SMALL,),
+    "csrc/python_rows.cpp": (SMALL,),
+    "csrc/python_small_tensors.cpp": (SMALL,),
     "csrc/ids_view.cpp": ("pytest tests/test_integrations.py -k view", PYTHON_TESTS),
     "csrc/ops.cpp": ("pytest tests/test_ops.py", PYTHON_TESTS),
     "pystage/pool.py": (PYTHON_TESTS, BATCHES, LIVES),
     "pystage/_tensor_like.py": (PYTHON_TESTS, BATCHES, LIVES),
-    "pystage/stats.py": (PYTHON_TESTS,),
+    "pystage/stats.py": ("pytest tests/test_figures.py",),
     "pystage/batch.py": (
         "pytest tests/test_batch.py -k 'not equals_cat'",
         "pytest tests/test_batch.py -k equals_cat",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import M, Mutants
 
+FIGURES = "pytest tests/test_figures.py"
 MUTANTS: Mutants = {
     "csrc/small_tensors.cpp": {
         "delivered-twice": M(
@@ -27,7 +28,7 @@ MUTANTS: Mutants = {
             equivalent="new memory seldom has the values by chance: then a test would not see",
         ),
     },
-    "csrc/python_small.cpp": {
+    "csrc/python_small_tensors.cpp": {
         "int-overflow": M("if (<|overflow|> || number <", "false"),
         "int-too-small": M("<|number < std::numeric_limits<Int>::min()|> ||", "false"),
         "int-too-large": M("<|number > std::numeric_limits<Int>::max()|>)", "false"),
@@ -36,12 +37,16 @@ MUTANTS: Mutants = {
         "any-bool": M("if (<|number != 0 && number != 1|>)", "false"),
         "list-shrinks": M("if (<|i >= PySequence_Fast_GET_SIZE(list)|>)", "false"),
         "narrow-without-look": M("<|one.dtype == tensor.scalar_type()|> ||", "true"),
+    },
+    "csrc/python_rows.cpp": {
         "rows-anywhere": M("<|0 <= row && row < table.size(0)|> &&", "true"),
         "rows-too-long": M("<|prefix_count + length <= table.size(1)|> &&", "true"),
         "rows-beyond-the-rest": M("<|rest_at + length <= rest.numel()|>;", "true"),
         "rows-of-short-prefix": M("<|prefix_count <= prefix.numel()|> &&", "true"),
         "rest-not-counted": M("rest_at += length;", ";"),
         "too-many-rows": M("if (<|count > backend.most_rows()|> ||", "false"),
+    },
+    "csrc/python_parcel.cpp": {
         "any-code": M("<|!is_called_by(self->codes)|>", "false"),
         "any-thread": M("if (<|self->thread != std::this_thread::get_id()|> ||", "false"),
         "no-give-up": M("<|give_up(self);|>\n      return original();", ";"),
@@ -612,10 +617,49 @@ MUTANTS: Mutants = {
         ),
     },
     "csrc/python.cpp": {
+        "fallbacks-all-warned": M(
+            'log(<|first ? "warning" : "debug"|>,', '"warning"', tests=FIGURES
+        ),
+        "growth-not-remembered": M(
+            "  pool.logged_allocations = s.allocations;\n", "", tests=FIGURES
+        ),
         "fallback-counts-as-closing": M(
             "pool.closing = true;",
             ";",
             equivalent="the GIL is held while memory is unpinned, and nothing else",
+        ),
+        "hold-current-only": M(
+            "if (<|pool.options().eager|>) hold(pool, pool.eager_stream());", "false"
+        ),
+        "hold-never-released": M(
+            "void release() { <|holds_.clear();|> }",
+            "",
+            equivalent="the hold ends with the generator of hold_transfers, right after",
+        ),
+        "synchronize-current-only": M("if (<|pool.options().eager|>) streams.push_back", "false"),
+        "synchronize-does-not": M("<|device.synchronize(fence.get());|>", ""),
+        "policy-wait-is-raise": M(
+            'at_capacity == "wait"       ? <|AtCapacity::kWait|>', "AtCapacity::kRaise"
+        ),
+        "timeout-ignored": M("options.pool.timeout_s = <|timeout_s|>;", "1.0"),
+        "reserve-ignored": M("options.pool.reserve_bytes = <|reserve_bytes|>;", "size_t{4096}"),
+        "wire-always-narrow": M("options.narrow_wire = <|narrow_wire|>;", "true"),
+        "copy-engine-ignored": M("options.copy_engine = <|copy_engine|>;", "false"),
+        "too-large-is-exhausted": M(
+            'raise_as(<|"RequestTooLargeError"|>, e);', '"PoolExhaustedError"'
+        ),
+        "closed-is-an-error": M('raise_as(<|"PoolClosedError"|>, e);', '"PystageError"'),
+        "stats-waits": M("PYSTAGE_STAT(waits);", 'd["waits"] = s.fallbacks;'),
+        "stats-quarantined": M(
+            "PYSTAGE_STAT(in_flight_slots);", 'd["in_flight_slots"] = s.leased_slots;'
+        ),
+    },
+    "csrc/python_stage.cpp": {
+        "news-not-told": M("  pool.may_have_news = true;\n", "", tests=FIGURES),
+        "told-each-time": M(
+            "if (<|pool->may_have_news|>) log_events",
+            "true",
+            equivalent="it looks again whether there is something to tell",
         ),
         "request-not-held": M(
             "const auto request = py::reinterpret_borrow<py::object>(\n        <|PySequence_Fast_GET_ITEM(requests.ptr(), static_cast<Py_ssize_t>(i))|>);",
@@ -672,6 +716,10 @@ MUTANTS: Mutants = {
         "fallback-never-fits": M(
             "return staged({self, std::move(fallback), <|fits_int32|>});", "false"
         ),
+        "vocab-overflow-taken": M('if (<|overflow|>) throw py::value_error("vocab_size', "false"),
+        "vocab-errors-lost": M("if (<|*vocab_size == -1 && PyErr_Occurred()|>)", "false"),
+    },
+    "csrc/python_staged_tokens.cpp": {
         "host-does-not-wait": M(
             "(<|host ? !host_stream_held(host_current_stream()) : blocking|>)", "false"
         ),
@@ -680,16 +728,6 @@ MUTANTS: Mutants = {
         "dtype-ignored": M(
             "<|scalar_type = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;|>", ""
         ),
-        "hold-current-only": M(
-            "if (<|pool.options().eager|>) hold(pool, pool.eager_stream());", "false"
-        ),
-        "hold-never-released": M(
-            "void release() { <|holds_.clear();|> }",
-            "",
-            equivalent="the hold ends with the generator of hold_transfers, right after",
-        ),
-        "synchronize-current-only": M("if (<|pool.options().eager|>) streams.push_back", "false"),
-        "synchronize-does-not": M("<|device.synchronize(fence.get());|>", ""),
         "pool-not-held": M("<|Py_XINCREF(pool);|>", ""),
         "pool-never-let-go": M("<|Py_XDECREF(self->pool);|>", ""),
         "weak-references-dangle": M(
@@ -704,24 +742,7 @@ MUTANTS: Mutants = {
             "",
             equivalent="every cycle goes through the dict of a pool, which breaks it",
         ),
-        "vocab-overflow-taken": M('if (<|overflow|>) throw py::value_error("vocab_size', "false"),
-        "vocab-errors-lost": M("if (<|*vocab_size == -1 && PyErr_Occurred()|>)", "false"),
         "wire-bits": M("PyLong_FromSize_t(<|8 * size_of(tokens_of(self).wire())|>)", "64"),
-        "policy-wait-is-raise": M(
-            'at_capacity == "wait"       ? <|AtCapacity::kWait|>', "AtCapacity::kRaise"
-        ),
-        "timeout-ignored": M("options.pool.timeout_s = <|timeout_s|>;", "1.0"),
-        "reserve-ignored": M("options.pool.reserve_bytes = <|reserve_bytes|>;", "size_t{4096}"),
-        "wire-always-narrow": M("options.narrow_wire = <|narrow_wire|>;", "true"),
-        "copy-engine-ignored": M("options.copy_engine = <|copy_engine|>;", "false"),
-        "too-large-is-exhausted": M(
-            'raise_as(<|"RequestTooLargeError"|>, e);', '"PoolExhaustedError"'
-        ),
-        "closed-is-an-error": M('raise_as(<|"PoolClosedError"|>, e);', '"PystageError"'),
-        "stats-waits": M("PYSTAGE_STAT(waits);", 'd["waits"] = s.fallbacks;'),
-        "stats-quarantined": M(
-            "PYSTAGE_STAT(in_flight_slots);", 'd["in_flight_slots"] = s.leased_slots;'
-        ),
     },
     "csrc/staging.cpp": {
         "op-negated": M('<|plain(wire, "wire")|>.contiguous();', "wire"),

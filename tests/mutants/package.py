@@ -34,15 +34,15 @@ MUTANTS: Mutants = {
         "any-wire": M('_require("wire", wire, ("auto", "int64"))', "pass"),
         "stops-ignored": M("token_ids, starts, <|stops|>, vocab_size)\n        except", "None"),
         "exhausted-without-stats": M(
-            "stops, vocab_size)\n        except PoolExhaustedError as error:\n            <|error.stats = self.stats()|>",
+            "stops, vocab_size)\n        except PoolExhaustedError as error:\n            <|self._tell(error)|>",
             "pass",
         ),
         "exhausted-swallowed": M(
-            "stops, vocab_size)\n        except PoolExhaustedError as error:\n            error.stats = self.stats()\n            <|raise|>",
+            "stops, vocab_size)\n        except PoolExhaustedError as error:\n            self._tell(error)\n            <|raise|>",
             "return self.stage([])",
         ),
         "small-without-stats": M(
-            "values, dtypes)\n        except PoolExhaustedError as error:\n            <|error.stats = self.stats()|>",
+            "values, dtypes)\n        except PoolExhaustedError as error:\n            <|self._tell(error)|>",
             "pass",
             tests=SMALL,
         ),

@@ -1,0 +1,104 @@
+#include "output_memory.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/TensorImpl.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace pystage {
+
+// Straight from the caching allocator: the dispatcher on the
+// way there costs as much as the allocation.
+at::Tensor empty_ids(c10::Device device, at::ScalarType dtype, size_t count) {
+  const int64_t size = static_cast<int64_t>(count);
+  // Asked for each time: change_current_allocator() puts another in its place.
+  if (device.is_cuda())
+    return at::detail::empty_generic({size}, at::detail::getCUDAHooks().getCUDADeviceAllocator(),
+                                     c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype,
+                                     std::nullopt);
+  return at::empty({size}, at::TensorOptions().device(device).dtype(dtype));
+}
+
+at::Tensor cut(const c10::Storage& memory, size_t offset, at::ScalarType dtype,
+               at::IntArrayRef sizes) {
+  const c10::DispatchKey key =
+      memory.device().is_cpu() ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA;
+  at::Tensor tensor = at::detail::make_tensor<c10::TensorImpl>(
+      c10::Storage(memory), c10::DispatchKeySet(key), c10::scalarTypeToTypeMeta(dtype));
+  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  impl->set_storage_offset(static_cast<int64_t>(offset / c10::elementSize(dtype)));
+  impl->generic_set_sizes_contiguous(sizes);
+  return tensor;
+}
+
+std::atomic<int> mem_pool_regions{0};
+
+// Note [Outputs cut from blocks]
+// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+// A call of torch's caching allocator touches so much memory that it is the longest part of
+// resolve() where the CPU's caches hold none of it, longer than the launch (bench/notes.md). So
+// short outputs are cut from blocks, eight or more from one. No part of a block is handed out
+// twice. The storage is torch's own, and all tensors of a block share it: it goes back to the
+// allocator with the last of them, and record_stream() on one holds for all. A tensor that is kept
+// keeps its block, of 1 MiB at most; so does the pool, for each of the streams it saw last.
+// Where a part of the program allocates from a torch.cuda.MemPool, no output is cut: a block would
+// bring memory of that pool to the others, or theirs to it.
+namespace {
+
+constexpr size_t kOutputAlignment = 512;           // that of torch's caching allocator
+constexpr size_t kLargestCut = size_t{128} << 10;  // bytes; what is longer is allocated alone
+constexpr size_t kSmallestBlock = size_t{64} << 10;
+constexpr size_t kOutputStreams = 8;
+
+}  // namespace
+
+at::Tensor OutputMemory::allocate(at::ScalarType dtype, size_t count, StreamHandle stream) {
+  const size_t item = c10::elementSize(dtype);
+  if (!device_.is_cuda() || !count || count > kLargestCut / item ||
+      mem_pool_regions.load(std::memory_order_relaxed) > 0)
+    return empty_ids(device_, dtype, count);
+  // GCOV_EXCL_START: outputs on CUDA alone are cut
+  const size_t bytes = (count * item + kOutputAlignment - 1) / kOutputAlignment * kOutputAlignment;
+  // The first part of `block` that was not handed out yet.
+  auto next = [&](Block& block) {
+    at::Tensor ids = cut(block.storage, block.used, dtype, static_cast<int64_t>(count));
+    block.used += bytes;
+    return ids;
+  };
+  auto of_stream = [&] {
+    return std::find_if(blocks_.begin(), blocks_.end(),
+                        [&](const Block& block) { return block.stream == stream; });
+  };
+  {
+    std::lock_guard<std::mutex> guard(mutex_);
+    const auto block = of_stream();
+    if (block != blocks_.end() && block->storage.nbytes() - block->used >= bytes)
+      return next(*block);
+  }
+  Block fresh{stream, empty_ids(device_, at::kByte, std::max(8 * bytes, kSmallestBlock)).storage(),
+              0};
+  at::Tensor ids = next(fresh);
+  std::lock_guard<std::mutex> guard(mutex_);
+  const auto block = of_stream();
+  if (block != blocks_.end())
+    std::swap(*block, fresh);
+  else if (blocks_.size() < kOutputStreams)
+    blocks_.push_back(std::move(fresh));
+  else
+    std::swap(blocks_[turn_++ % kOutputStreams], fresh);
+  return ids;
+  // GCOV_EXCL_STOP
+}
+
+void OutputMemory::clear() {
+  std::vector<Block> blocks;
+  std::lock_guard<std::mutex> guard(mutex_);
+  blocks.swap(blocks_);
+}
+
+void OutputMemory::leak() noexcept { new std::vector<Block>(std::move(blocks_)); }
+
+}  // namespace pystage

@@ -1,0 +1,38 @@
+// What the files of the Python extension have of each other. Each adds its part to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+
+#include "staging.h"
+
+namespace pystage {
+
+namespace py = pybind11;
+
+// The pool in the capsule that StagingPool.handle() made; throws where it is none.
+const std::shared_ptr<StagingPool>& pool_of(PyObject* handle);
+
+// Warns once, for a pool, that and why its memory is pageable.
+void warn_if_pageable(StagingPool& pool);
+// Logs (logger "pystage") that a pool has grown, or fallen back to torch's memory, since this was
+// called last. Runs Python code.
+void log_events(StagingPool& pool);
+
+// A new pystage.StagedTokens; `pool` is the Python pool.
+PyObject* make_staged_tokens(PyObject* pool, StagedTokens tokens);
+// Whether an object is one.
+bool is_staged_tokens(PyObject* object);
+
+// `count` items of a list or tuple, to `out`, as `dtype`; `index` is what errors call the list.
+// Reading one may run Python code, which may change the list.
+void read_list(PyObject* list, Py_ssize_t count, at::ScalarType dtype, void* out, size_t index);
+
+void add_stage(py::module_& module);          // stage()
+void add_staged_tokens(py::module_& module);  // StagedTokens, set_staged_tokens_type(), gather()
+void add_small_tensors(py::module_& module);  // small_tensors()
+void add_rows(py::module_& module);           // write_rows()
+void add_parcel(py::module_& module);         // Parcel, parcel()
+
+}  // namespace pystage
