@@ -1,7 +1,5 @@
 #include "small_tensors.h"
 
-#include <ATen/ops/empty.h>
-
 #include <cstring>
 #include <utility>
 

@@ -4,12 +4,10 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/Stream.h>
 
-#include <atomic>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <utility>
-#include <vector>
 
 #include "device.h"
 #include "gather.h"

@@ -22,7 +22,7 @@ CPP_FILES = (
     *("python_rows.cpp", "python_small_tensors.cpp", "python_stage.cpp"),
     *("python_staged_tokens.cpp", "requests.cpp", "small_tensors.cpp", "staging.cpp"),
 )
-PLUGIN = "pystage/integrations/*"  # runs in SGLang's environment alone
+PLUGIN = "pystage/integrations/sglang/*"  # runs in SGLang's environment alone
 EXCLUDED = re.compile(r"GCOV_EXCL_(?:START|LINE): (.*)|GCOV_EXCL_(STOP)")
 
 
