@@ -2,7 +2,7 @@
 
     python bench/pp_surfaces.py [--quick] [--sglang DIR]
 
-Ten kinds of model, 2 to 16 ranks, prompts of 32k to 1M tokens. Each model is profiled the way an
+Ten kinds of model, 2 to 16 ranks, prompts of 32k, 128k and 1M tokens. Each model is profiled the way an
 engine is (`profile_prefill`, at most 48 noisy forwards), the plans are made from the fit, and their
 time to first token is that of the true surface (bench/pp_truth.py). Nothing here is a measurement
 of a GPU: device work is a roofline, stages are equal, and transfers between them cost nothing.
@@ -60,7 +60,7 @@ from bench.pp_truth import FAMILIES, HARSH, NOISES
 
 PARTS = ("cells", "gate", "budget", "designs", "blas")
 RANKS = (2, 4, 8, 16)
-PROMPTS = ((32_768, 131_072), (524_288, 1_048_576))  # of one profile each
+PROMPTS = ((32_768, 131_072), (1_048_576,))  # of one profile each
 DESIGNS = 60
 PLANS = ("equal time", "fastest", "choose", "choose timed")
 
