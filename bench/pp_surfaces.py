@@ -2,10 +2,10 @@
 
     python bench/pp_surfaces.py [--quick] [--sglang DIR]
 
-Ten kinds of model, 2 to 16 ranks, prompts of 32k, 128k and 1M tokens. Each model is profiled the way an
-engine is (`profile_prefill`, at most 48 noisy forwards), the plans are made from the fit, and their
-time to first token is that of the true surface (bench/pp_truth.py). Nothing here is a measurement
-of a GPU: device work is a roofline, stages are equal, and transfers between them cost nothing.
+Ten kinds of model, 2 to 16 ranks, prompts of 32k, 128k and 1M tokens. Each model is profiled the
+way an engine is (`profile_prefill`, at most 48 noisy forwards), the plans are made from the fit,
+and their time to first token is that of the true surface (bench/pp_truth.py). Nothing here is a
+measurement of a GPU: device work is a roofline, stages are equal, transfers between them are free.
 
 Parts (`--parts`, default all):
   cells    time to first token of each plan, against the best fixed size and the true optimum; the
