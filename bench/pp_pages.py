@@ -60,10 +60,13 @@ def spread(result: dict[str, Any]) -> str:
 
 def origin(result: dict[str, Any], file: str) -> str:
     """Where the figures come from: no device measured anything."""
+    quick = (
+        "This is the quick run: 4 ranks, prompts of 32,768 and 131,072. " if result["quick"] else ""
+    )
+    where = f"{result['cores']} cores ({result['cpu']})"
     return (
-        f"Simulated in {result['seconds']:.0f} s on {result['cores']} cores ({result['cpu']}), "
-        f"SGLang {result['sglang']}, commit `{result['commit'][:9]}`: `{result['command']}`, "
-        f"`bench/results/{file}`."
+        f"{quick}Simulated in {result['seconds']:.0f} s on {where}, SGLang {result['sglang']}, "
+        f"commit `{result['commit'][:9]}`: `{result['command']}`, `bench/results/{file}`."
     )
 
 
