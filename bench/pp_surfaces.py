@@ -2,10 +2,10 @@
 
     python bench/pp_surfaces.py [--quick] [--sglang DIR]
 
-Ten kinds of model, 2 to 16 ranks, prompts of 32k to 1M tokens. Each model is profiled the way an
-engine is (`profile_prefill`, at most 48 noisy forwards), the plans are made from the fit, and their
-time to first token is that of the true surface (bench/pp_truth.py). Nothing here is a measurement
-of a GPU: device work is a roofline, stages are equal, and transfers between them cost nothing.
+Ten kinds of model, 2 to 16 ranks, prompts of 32k, 128k and 1M tokens. Each model is profiled the
+way an engine is (`profile_prefill`, at most 48 noisy forwards), the plans are made from the fit,
+and their time to first token is that of the true surface (bench/pp_truth.py). Nothing here is a
+measurement of a GPU: device work is a roofline, stages are equal, transfers between them are free.
 
 Parts (`--parts`, default all):
   cells    time to first token of each plan, against the best fixed size and the true optimum; the
@@ -28,6 +28,7 @@ if __name__ == "__main__":  # before NumPy: two processes on two cores, and no m
 
 import argparse
 import logging
+import math
 import multiprocessing
 import sys
 import time
@@ -45,6 +46,7 @@ from bench.peers import Sources
 from bench.pp_parts import (
     BASE,
     BUDGETS,
+    CORE_TYPES,
     FIXED,
     FORWARDS,
     Item,
@@ -60,7 +62,7 @@ from bench.pp_truth import FAMILIES, HARSH, NOISES
 
 PARTS = ("cells", "gate", "budget", "designs", "blas")
 RANKS = (2, 4, 8, 16)
-PROMPTS = ((32_768, 131_072), (524_288, 1_048_576))  # of one profile each
+PROMPTS = ((32_768, 131_072), (1_048_576,))  # of one profile each
 DESIGNS = 60
 PLANS = ("equal time", "fastest", "choose", "choose timed")
 
@@ -234,17 +236,29 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
             for r in result["budget"]
             if r["kind"] == kind and r["cap_ms"] == 80.0 and r["gain"] is not None
         ]
-        label = f"tokens/s with no chunk over 80 ms, against the best fixed size, {kind}, mean"
+        label = f"tokens/s, chunks capped at 80 ms, against the best fixed size, {kind}, mean"
         row(label, ">=", limit, "%", 100 * float(np.mean(gains)))
     for noisy in (True, False) if "designs" in result else ():
         fits = [r["ok"] for r in result["designs"] if r["noisy"] is noisy]
         label = f"designs without history 0, {'10 % noise and outliers' if noisy else 'no noise'}"
         row(f"{label}: within 10 % or refused", ">=", len(fits), "", sum(fits))
-    if "models" in result.get("blas", {}):
-        cores = " and ".join(result["blas"]["core_types"])
-        label = f"models whose plans differ between BLAS kernels ({cores})"
-        row(label, "<=", 0, "", result["blas"]["sent_differ"])
+    if "blas" in result:
+        label = f"models whose plans differ between BLAS kernels ({' and '.join(CORE_TYPES)})"
+        row(label, "<=", 0, "", result["blas"].get("sent_differ", math.nan))
+        if "absent" in result["blas"]:  # a CPU without these instructions
+            rows[-1] |= {"value": None, "ok": False}
     return rows
+
+
+def losers(rows: Sequence[dict[str, Any]], plan: str) -> list[str]:
+    """The five cells where a plan does worst against the best fixed size, worst first."""
+    found = []
+    for row in rows:
+        for cell in row["cells"]:
+            tuned = min(cell["ms"][f"fixed {size}"] for size in FIXED)
+            where = f"{row['family']}, {row['ranks']} ranks, {cell['prompt']:,}, {row['noise']}"
+            found.append((cell["ms"][plan] / tuned - 1.0, where))
+    return [f"{100 * loss:+.2f} %: {where}" for loss, where in sorted(found, reverse=True)[:5]]
 
 
 def parts_of(text: str) -> tuple[str, ...]:
@@ -266,6 +280,8 @@ def show(result: dict[str, Any]) -> None:
             cells = [(row[n]["vs_tuned_mean"], row[n]["vs_tuned_worst"]) for n in names]
             table.add_row(family, *(f"{100 * a:+.1f} / {100 * b:+.1f}" for a, b in cells))
         console.print(table)
+        for plan in ("choose timed", "choose"):
+            console.print(f"worst cells of {plan}:", *losers(result["cells"], plan), sep="\n  ")
     table = Table("measure", "target", "measured", "met")
     for row in result["targets"]:
         table.add_row(row["measure"], row["target"], amount(row), "yes" if row["ok"] else "no")

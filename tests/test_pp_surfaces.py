@@ -180,6 +180,29 @@ def test_a_summary_compares_with_the_best_fixed_size_of_each_cell() -> None:
     alone = "first token, `choose`, predictions alone: against"
     assert not rows_of[f"{alone} tuned, worst cell"]["ok"]
     assert rows_of[f"{alone} 8,192, mean"]["ok"]
+    for row in rows:
+        row |= {"ranks": 4, "noise": "3 %"}
+        row["cells"][0]["prompt"] = 32_768
+    worst = study.losers(rows, "choose")
+    assert worst == ["+5.00 %: b, 4 ranks, 32,768, 3 %", "-2.00 %: a, 4 ranks, 32,768, 3 %"]
+
+
+def test_targets_of_the_other_parts_follow_their_rows() -> None:
+    gate = [{"wrong": "accept"}, *[{"wrong": ""}] * 98, {"wrong": "reject"}]
+    budget = [
+        {"kind": "dense", "cap_ms": 80.0, "gain": 0.06},
+        {"kind": "dense", "cap_ms": 40.0, "gain": -0.5},
+        {"kind": "MoE", "cap_ms": 80.0, "gain": 0.2},
+        {"kind": "MoE", "cap_ms": 80.0, "gain": None},
+    ]
+    designs = [{"noisy": True, "ok": True}, {"noisy": True, "ok": False}, {"noisy": False, "ok": 1}]
+    blas = {"absent": "SkylakeX: -4"}
+    result = {"gate": gate, "budget": budget, "designs": designs, "blas": blas}
+    rows = study.targets(result)
+    assert [row["value"] for row in rows] == [1.0, 1.0, 6.0, 20.0, 1, 1, None]
+    assert [row["ok"] for row in rows] == [True, True, True, False, False, True, False]
+    rows = study.targets({"blas": {"sent_differ": 1, "models": 9}})
+    assert [(row["value"], row["ok"]) for row in rows] == [(1, False)]
 
 
 # --- SGLang's predictor ---------------------------------------------------------------------------
