@@ -377,6 +377,7 @@ MUTANTS: Mutants = {
         "history-of-all": M("if not 0 <= self.history <|<|> self.length:", "<="),
         "length-zero": M("if not <|1|> <= self.length", "0"),
         "batch-tokens": M("return sum(self.stops)<| - sum(self.starts)|>", ""),
+        "vocabulary-of-none": M("if length < 0 <|or|> vocab_size < 1:", "and"),
         "chunk-overfull": M("stop = min(request.length, <|start + room|>)", "start + room + 1"),
         "requests-unbounded": M("if room == 0<| or len(batch.requests) == max_requests|>:", ""),
         "last-batch-lost": M("    if batch.requests:\n        yield batch", "    pass"),
