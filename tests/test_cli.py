@@ -82,7 +82,7 @@ def test_demo(
     for name in ("stage", "resolve", "both", "plain"):
         times = figures[name]
         assert 0 < times["p50_us"] <= times["p99_us"] <= times["max_us"]
-    assert figures["plain_to_pystage"] is None
+    assert figures["plain_to_pystage"] is None and "chunks" not in figures
 
 
 def report(path: Path) -> replay_module.Report:
@@ -435,7 +435,8 @@ def test_a_bad_trace_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_no_gpu_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["demo", "--device", "cuda"]) == cli.EXIT_CANNOT_RUN
-    assert "no cuda here" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "no cuda here" in captured.err and "sees no CUDA device (pystage doctor" in captured.err
 
 
 def test_exit_statuses_are_those_that_are_promised() -> None:

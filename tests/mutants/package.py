@@ -468,9 +468,7 @@ MUTANTS: Mutants = {
         "tables-among-json": M('_nothing if options.json == "-" else <|show|>', "_nothing"),
         "json-among-tables": M('tell = <|_nothing if options.json == "-" else |>show', ""),
         "profiler-logs": M("logger.setLevel(logging.ERROR)", "pass"),
-        "bars-into-files": M("disable=<|not console.is_terminal|>,", "False"),
         "bars-stay": M("transient=<|True|>,", "False"),
-        "no-bars": M("disable=<|not console.is_terminal|>,", "True"),
         "worse-plan-praised": M("if planned <|<|> fixed:", ">"),
     },
     "pystage/cli/chunks.py": {
