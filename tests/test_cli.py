@@ -61,7 +61,9 @@ def test_demo(
     out = tmp_path / "figures.json"
     assert demo(mooncake, "--issue", issue, "--json", str(out)) == 0
 
-    shown = capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert captured.err == ""  # no bar but on a terminal
+    shown = captured.out
     for text in ("12 (after 20 of warm-up)", "after warm-up", "stage + resolve"):
         assert text in shown
     assert "these times say nothing about a GPU" in shown

@@ -152,14 +152,16 @@ def _progress(what: str, total: int | None = None) -> Iterator[Callable[[], None
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     count = MofNCompleteColumn() if total else TextColumn("{task.completed}")
+    console = Console(stderr=True)
     # Refreshed by hand: rich's own thread would take the GIL in the middle of a timed call.
     with Progress(
         TextColumn(what),
         BarColumn(),
         count,
-        console=Console(stderr=True),
+        console=console,
         auto_refresh=False,
         transient=True,
+        disable=not console.is_terminal,  # else rich leaves an empty line there
     ) as progress:
         task = progress.add_task("", total=total)
         shown = time.monotonic()

@@ -468,6 +468,7 @@ MUTANTS: Mutants = {
         "tables-among-json": M('_nothing if options.json == "-" else <|show|>', "_nothing"),
         "json-among-tables": M('tell = <|_nothing if options.json == "-" else |>show', ""),
         "profiler-logs": M("logger.setLevel(logging.ERROR)", "pass"),
+        "line-for-the-bar": M("disable=<|not console.is_terminal|>,", "False"),
         "bars-stay": M("transient=<|True|>,", "False"),
         "worse-plan-praised": M("if planned <|<|> fixed:", ">"),
     },
