@@ -458,9 +458,10 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 # --- without typer
 
 
-@pytest.fixture
-def no_typer(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("typer", "rich", "rich.console"):
+@pytest.fixture(params=["typer", "rich"])
+def no_typer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of them, or a typer without the rich that belongs to it."""
+    for name in (request.param, "rich", "rich.console"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "pystage.cli.commands", raising=False)
     monkeypatch.delattr(cli, "commands", raising=False)
