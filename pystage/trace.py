@@ -163,7 +163,7 @@ def prefill_batches(
         ValueError: a budget below 1.
     """
     if chunk_tokens < 1 or max_requests < 1:
-        raise ValueError(f"no batch fits {chunk_tokens} tokens and {max_requests} requests")
+        raise ValueError(f"{chunk_tokens=} and {max_requests=}: both must be at least 1")
     return _fill_batches(requests, chunk_tokens, max_requests)
 
 
@@ -182,7 +182,7 @@ def with_token_ids(
         batches: of ``requests``, from :func:`prefill_batches`.
         requests: the trace. An index past its end counts on from the first request, so that
             ``prefill_batches(itertools.cycle(requests))`` fits too.
-        vocab_size: ids are uniform in ``[0, vocab_size)``.
+        vocab_size: ids are uniform in ``[0, vocab_size)``; at least 1.
         seed: with the request's index, decides its ids, whatever the batches are.
 
     Yields:
@@ -202,7 +202,13 @@ def with_token_ids(
 
 
 def draw_ids(length: int, vocab_size: int, seed: int | Sequence[int]) -> array[int]:
-    """``length`` ids, uniform in ``[0, vocab_size)``, the same for the same seed."""
+    """``length`` ids, uniform in ``[0, vocab_size)``, the same for the same seed.
+
+    Raises:
+        ValueError: no ids in that range, or a negative length.
+    """
+    if length < 0 or vocab_size < 1:
+        raise ValueError(f"{length=} must not be negative, {vocab_size=} must be at least 1")
     drawn = np.random.default_rng(seed).integers(0, vocab_size, length, dtype=np.int64)
     ids = array("q")
     ids.frombytes(drawn.tobytes())
@@ -306,7 +312,7 @@ def _number(row: Mapping[str, Any], field: str) -> int:
 
 def _require_whole(row: Mapping[str | None, str | None], columns: int) -> None:
     if None in row or None in row.values():
-        raise ValueError(f"not {columns} fields, as the header has")
+        raise ValueError(f"it does not have the {columns} fields of the header")
 
 
 def _expected_columns() -> str:

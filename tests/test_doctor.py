@@ -56,7 +56,7 @@ def test_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "8,192 ids equal" in shown and "WRONG" not in shown and "memlock limit" in shown
-    assert "All 8 checks are well." in shown and "what to do" in shown
+    assert "All 8 checks passed." in shown and "what to do" in shown
 
 
 @pytest.mark.usefixtures("no_sglang")
@@ -82,7 +82,7 @@ def test_what_is_wrong_is_shown_with_what_to_do(
     out = tmp_path / "out"
     assert cli.main(["doctor", "--device", "cpu", "--json", str(out)]) == 1
     shown = " ".join(capsys.readouterr().out.split())
-    assert "1 of 8 checks found something wrong: build." in shown
+    assert "1 of 8 checks failed: build." in shown
     assert "WRONG" in shown and "--force-reinstall" in shown
     build = json.loads(out.read_text())["checks"]["build"]
     assert build["advice"].startswith("pip install --no-build-isolation")
@@ -317,7 +317,7 @@ def test_pinned_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch, why: str, advic
     assert check.advice.startswith(advice) and bool(check.advice) == bool(why)
     assert check.figures["memlock_soft"] == 64 << 10 and check.figures["memlock_hard"] is None
     if why:
-        assert f"cannot be had: {why}" in check.found and check.figures["why_pageable"] == why
+        assert f"not available: {why}" in check.found and check.figures["why_pageable"] == why
     else:
         assert "64 MiB pinned" in check.found and check.figures["pinned_bytes"] == 64 << 20
 
@@ -388,7 +388,7 @@ def test_what_cannot_be_looked_at_is_not_well(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(doctor, "_found", broken)
     found = {check.name: check for check in doctor.examine(CPU, 0.05)}
     assert not found["device"].ok and "no such device" in found["device"].found
-    assert found["device"].advice.startswith("first mend what is WRONG above")
+    assert found["device"].advice.startswith("first fix what is WRONG above")
     assert found["self-test"].ok
 
 

@@ -87,8 +87,8 @@ def test_sample() -> None:
         ([AZURE, "x," + "9" * 5000 + ",44"], r"^t, line 2: ContextTokens is '9+', not a count"),
         ([AZURE, "x,0,44"], r"^t, line 2: a request of 0 tokens"),
         ([AZURE, f"x,{LONGEST_REQUEST_TOKENS + 1},44"], r"^t, line 2: a request of \d+ tokens"),
-        ([AZURE, "x,374"], r"^t, line 2: not 3 fields"),
-        ([AZURE, "x,374,44,5"], r"^t, line 2: not 3 fields"),
+        ([AZURE, "x,374"], r"^t, line 2: it does not have the 3 fields"),
+        ([AZURE, "x,374,44,5"], r"^t, line 2: it does not have the 3 fields"),
         ([AZURE, "x,374," + "4" * 200_000], r"^t, after line 1: field larger"),
         ([MOONCAKE, "0,1024,1,-1"], r"^t, line 2: reused_prefix_blocks is '-1'"),
         ([MOONCAKE, "0,1024,1,3"], r"^t, line 2: reused_prefix_blocks is 3: more than a prompt"),
@@ -241,7 +241,9 @@ def test_requests_are_read_no_further_than_needed() -> None:
 
 @pytest.mark.parametrize(("chunk", "most"), [(0, 1), (1, 0), (-1, 1)])
 def test_a_budget_is_at_least_one(chunk: int, most: int) -> None:
-    with pytest.raises(ValueError, match="no batch fits"):
+    with pytest.raises(
+        ValueError, match=f"chunk_tokens={chunk} and max_requests={most}: both must"
+    ):
         prefill_batches([Request(1)], chunk, most)
 
 
@@ -273,6 +275,12 @@ def test_ids_lie_within_the_vocabulary_and_fill_it(vocab_size: int) -> None:
         assert set(ids) == set(range(vocab_size))
     else:
         assert max(ids) > vocab_size // 2
+
+
+@pytest.mark.parametrize(("length", "vocab_size"), [(-1, 8), (8, 0), (8, -5)])
+def test_ids_that_cannot_be_drawn(length: int, vocab_size: int) -> None:
+    with pytest.raises(ValueError, match=f"length={length} must.* vocab_size={vocab_size} must"):
+        draw_ids(length, vocab_size, 0)
 
 
 def test_an_index_past_the_trace_counts_from_its_first_request() -> None:

@@ -1,7 +1,8 @@
 """The command line: ``pystage demo``, ``info`` and ``doctor``, or ``python -m pystage``.
 
-It needs typer and rich (extra ``cli``). Without them :mod:`pystage.cli.fallback` runs ``info`` and
-``doctor``, so that a machine where something is wrong can be looked at with what it has.
+It needs typer, which brings rich (extra ``cli``). Without them :mod:`pystage.cli.fallback` runs
+``info`` and ``doctor``, so that a machine where something is wrong can be looked at with what it
+has.
 """
 
 from __future__ import annotations

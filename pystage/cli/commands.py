@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import rich  # noqa: F401  (typer loads it late, where it would fail in help and errors)
 import typer
 
 from .. import trace

@@ -144,9 +144,9 @@ def _open_pool(device: torch.device | None, issue: Issue, chunk_tokens: int) -> 
 
 @contextmanager
 def _progress(what: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-    """Shows a bar on a terminal's stderr, gone when it is done; yields what advances it.
+    """Shows a bar if stderr is a terminal, until it is done; yields what advances it.
 
-    While it is there rich puts what others write to stderr above it. Without a total it counts.
+    Meanwhile rich puts what others write to stderr above the bar. Without a total it counts.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -161,7 +161,7 @@ def _progress(what: str, total: int | None = None) -> Iterator[Callable[[], None
         console=console,
         auto_refresh=False,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not console.is_terminal,  # else rich leaves an empty line there
     ) as progress:
         task = progress.add_task("", total=total)
         shown = time.monotonic()

@@ -110,8 +110,8 @@ def as_table(checks: Sequence[Check]) -> Table:
 
 def _summary(wrong: Sequence[str], count: int) -> str:
     if not wrong:
-        return f"All {count} checks are well."
-    return f"{len(wrong)} of {count} checks found something wrong: {', '.join(wrong)}."
+        return f"All {count} checks passed."
+    return f"{len(wrong)} of {count} checks failed: {', '.join(wrong)}."
 
 
 def examine(
@@ -147,7 +147,7 @@ def examine(
         try:
             checks.append(step())
         except (PystageError, ValueError, RuntimeError, OSError) as error:
-            advice = f"first mend what is WRONG above; if nothing is, {_REPORT}"
+            advice = f"first fix what is WRONG above; if nothing is, {_REPORT}"
             checks.append(Check(name, False, str(error), {"error": str(error)}, advice))
     return checks
 
@@ -290,7 +290,7 @@ def _pinned(device: torch.device) -> Check:
         why, stats = pool.why_pageable, pool.stats()
     figures |= {"pinned_bytes": stats.reserved_bytes - stats.pageable_bytes, "why_pageable": why}
     if why:
-        text = f"cannot be had: {why} ({limit})"
+        text = f"not available: {why} ({limit})"
         return Check("pinned memory", False, text, figures, _pinning_advice(why))
     return Check("pinned memory", True, f"64 MiB pinned, {limit}", figures)
 

@@ -20,10 +20,10 @@ EXIT_FAILED = 1
 EXIT_CANNOT_RUN = 2
 EXIT_INTERRUPTED = 130
 EXIT_STATUS = (
-    "Exit status: 0 done; 1 the demo found wrong ids, or the doctor found something wrong; "
-    "2 wrong arguments, or the command cannot run here; 130 interrupted."
+    "Exit status: 0 done; 1 demo: ids differ, doctor: a check failed; "
+    "2 wrong arguments, or the command cannot run here; 130 interrupted (Ctrl-C)."
 )
-JSON_HELP = "Write the figures there as JSON; - is standard output, and then nothing else is."
+JSON_HELP = "Write the figures to this file as JSON; - means standard output, without the tables."
 DEVICE_HELP = "cpu, cuda or cuda:N. The default is the current GPU, or cpu without one."
 _STYLES = {"ok": "green", "note": "yellow", "WRONG": "bold red"}
 _NARROWEST_COLUMN = 12

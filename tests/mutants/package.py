@@ -376,6 +376,7 @@ MUTANTS: Mutants = {
         "history-of-all": M("if not 0 <= self.history <|<|> self.length:", "<="),
         "length-zero": M("if not <|1|> <= self.length", "0"),
         "batch-tokens": M("return sum(self.stops)<| - sum(self.starts)|>", ""),
+        "vocabulary-of-none": M("if length < 0 <|or|> vocab_size < 1:", "and"),
         "chunk-overfull": M("stop = min(request.length, <|start + room|>)", "start + room + 1"),
         "requests-unbounded": M("if room == 0<| or len(batch.requests) == max_requests|>:", ""),
         "last-batch-lost": M("    if batch.requests:\n        yield batch", "    pass"),
@@ -466,9 +467,8 @@ MUTANTS: Mutants = {
         "tables-among-json": M('_nothing if options.json == "-" else <|show|>', "_nothing"),
         "json-among-tables": M('tell = <|_nothing if options.json == "-" else |>show', ""),
         "profiler-logs": M("logger.setLevel(logging.ERROR)", "pass"),
-        "bars-into-files": M("disable=<|not console.is_terminal|>,", "False"),
+        "line-for-the-bar": M("disable=<|not console.is_terminal|>,", "False"),
         "bars-stay": M("transient=<|True|>,", "False"),
-        "no-bars": M("disable=<|not console.is_terminal|>,", "True"),
         "worse-plan-praised": M("if planned <|<|> fixed:", ">"),
     },
     "pystage/cli/chunks.py": {
