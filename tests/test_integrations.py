@@ -1136,7 +1136,7 @@ def stage_rank(rank: int, folder: str, fails_at: int) -> None:
     if rank == 0:
         stage = SimpleNamespace(world_size=2, cpu_group=dist.group.WORLD)
         try:
-            outcome = len(sglang_pp._lead(step, owner(), stage))
+            outcome = sglang_pp._lead(step, owner(), stage, lambda found, _: len(found))
         except ProfileError as error:
             outcome = str(error)
     else:

@@ -396,6 +396,20 @@ def _predict(original: Function, owner: Any, history_len: int) -> int | None:
     return predict(owner, history_len)
 
 
+def _add_chunked_req(original: Function, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    from .sglang_pp import fit_batch_to
+
+    fit_batch_to(adder, req, continued=True)
+    return original(adder, req, *args, **kwargs)
+
+
+def _add_one_req(original: Function, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    from .sglang_pp import fit_batch_to
+
+    fit_batch_to(adder, req, continued=False)
+    return original(adder, req, *args, **kwargs)
+
+
 # --- hooks: ids of requests ----------------------------------------------------------------------
 
 
@@ -626,6 +640,7 @@ class Hook(NamedTuple):
 
 _BATCH = "managers.schedule_batch:ScheduleBatch"
 _SIZER = "managers.scheduler_components.dynamic_chunk_sizer:DynamicChunkSizer"
+_ADDER = "managers.schedule_policy:PrefillAdder"
 _MIXIN = "managers.scheduler_pp_mixin:SchedulerPPMixin"
 _COLLECTOR = "observability.metrics_collector:SchedulerMetricsCollector"
 
@@ -676,6 +691,8 @@ def _optional(settings: Settings) -> list[Hook]:
             Hook("sizer", f"{_SIZER}.predict", ("self", "history_len"), _predict),
             Hook("sizer", f"{_MIXIN}.profile_and_init_predictor", ("self",), _profile_and_fit),
             Hook("sizer", f"{_MIXIN}.predict_next_chunk_size", ("self", "history_len"), _predict),
+            Hook("sizer", f"{_ADDER}.add_chunked_req", ("self", "req"), _add_chunked_req),
+            Hook("sizer", f"{_ADDER}.add_one_req", ("self", "req"), _add_one_req),
         ]
     else:
         profilers = (f"{_SIZER}._profile_prefill_latency", f"{_MIXIN}.profile_and_init_predictor")

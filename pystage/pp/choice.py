@@ -67,14 +67,8 @@ class Choice:
         return 1.0 - self.predicted_ms / self.fixed_ms if self.fixed_ms else 0.0
 
     def size_at(self, history_len: int) -> int:
-        """The plan's chunk behind `history_len` tokens: up to the end of the chunk they end in, or
-        all of the next where that leaves less than half of a chunk."""
-        ends = list(itertools.accumulate(self.chunks))
-        at = min(bisect.bisect_right(ends, history_len), len(ends) - 1)
-        left = ends[at] - history_len
-        if 2 * left < self.chunks[at] and at + 1 < len(ends):
-            return left + self.chunks[at + 1]
-        return max(left, 0) or self.chunks[-1]
+        """The plan's size behind `history_len` tokens; see `size_at`."""
+        return size_at(self.chunks, history_len)
 
     def __str__(self) -> str:
         sizes = [f"{n} x {size:,}" for size, n in _runs(self.chunks)]
@@ -84,6 +78,23 @@ class Choice:
             f"of fixed {self.fixed_size:,} ({self.fixed_ms:.1f} ms), base {self.base_ms:.1f} ms; "
             f"{self.why}; {shown}"
         )
+
+
+def size_at(chunks: Sequence[int], history_len: int) -> int:
+    """Tokens up to the end of the plan's chunk that `history_len` lies in, for a request that is
+    not where the plan would be (it began behind a cached prefix, or beside others).
+
+    Where less than half of that chunk is left, the next one is added. Behind the plan's end: the
+    longer of its last two sizes, for the last may be a rest.
+    """
+    ends = list(itertools.accumulate(chunks))
+    at = bisect.bisect_right(ends, history_len)
+    if at == len(ends):
+        return max(chunks[-2:])
+    left = ends[at] - history_len
+    if 2 * left < chunks[at] and at + 1 < len(ends):
+        return left + chunks[at + 1]
+    return left
 
 
 def _runs(chunks: Sequence[int]) -> list[tuple[int, int]]:
