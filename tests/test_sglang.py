@@ -656,9 +656,15 @@ def adder_of(engine: Engine, tokens: int, decodes: int = 0) -> Any:
     return PrefillAdder(1, rig.tree, rig.kv, running, 0.5, 4096, tokens, decodes)
 
 
-def test_a_prompts_chunks_are_those_of_its_plan(engine: Engine, planned: sglang_pp.Plans) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "chunks"),
+    [(2000, [640, 512, 384, 256, 208]), (1800, [640, 512, 384, 264]), (1000, [512, 488])],
+)
+def test_a_prompts_chunks_are_those_of_its_plan(
+    engine: Engine, planned: sglang_pp.Plans, tokens: int, chunks: list[int]
+) -> None:
     """SGLang's own adder cuts it, the first chunk included; the budget it is given is SGLang's."""
-    req = engine.rig.request(range(2000))
+    req = engine.rig.request(range(tokens))
     sizes, more = [], True
     while more:
         history = sum(sizes)
@@ -671,8 +677,8 @@ def test_a_prompts_chunks_are_those_of_its_plan(engine: Engine, planned: sglang_
         hooked(own, adder, req, *extra)
         assert adder.can_run_list == [req]
         sizes.append(req.extend_end - history)
-        more = req.extend_end < 2000
-    assert sizes == [640, 512, 384, 464]  # what is left behind the third is less than 320 more
+        more = req.extend_end < tokens
+    assert sizes == chunks
 
 
 def test_a_batch_that_has_begun_or_that_decodes_share(

@@ -3,8 +3,8 @@
 As there (PR 37674), the first pipeline stage profiles. Unlike there, which point comes next depends
 on the times so far, so the stage's first rank leads: it tells the others of its stage each point
 before they run it together. It also fits, chooses a plan for each of some prompt lengths
-(``ChunkSizer.choose``, the finalists timed), and sends model and plans to every rank of every stage:
-ranks that each fitted the same samples might disagree.
+(``ChunkSizer.choose``, the finalists timed), and sends model and plans to all ranks of all stages,
+which might disagree if each fitted the same samples.
 
 Note [Which size a batch gets]
 SGLang asks its sizer for the next chunk of the request that it is cutting, by history alone. The
@@ -13,7 +13,7 @@ plan depends on the prompt's length too, and the first chunk of a request is not
 to the plan's size, also for the first chunk and behind a cached prefix, and to all that is left of
 the prompt where that is little more (SGLang #23621). A request that does not begin its batch takes
 what the batch has left. Sizes are whole pages, and multiples of the tensor and context parallel
-sizes. What the plugin does not know is how long the other stages take: the plans are for equal ones.
+sizes. The plugin does not know how long the other stages take: the plans are for equal ones.
 
 ``owner`` is SGLang's ``DynamicChunkSizer``, or its ``Scheduler`` before that existed.
 """
