@@ -330,14 +330,22 @@ class Planner:
 
 
 def _shrunk(ratios: Sequence[float], prior: float) -> tuple[float, float]:
-    """Mean of log ratios, spikes cut, drawn towards 0 as far as it may be noise; its error."""
+    """Mean of log ratios, spikes cut, drawn towards 0 as far as it may be noise; its error.
+
+    What is far outside of both the noise and the model's own error is not drawn anywhere: there the
+    model is wrong, and says nothing.
+    """
     values = np.asarray(ratios)
     centre = float(np.median(values))
-    values = np.minimum(values, centre + math.log(_SPIKE))
-    scatter = max(1.4826 * float(np.median(np.abs(values - centre))), 0.003)
-    error = scatter / math.sqrt(values.size)
+    spikes = values > centre + math.log(_SPIKE)
+    if spikes.mean() <= 0.2:
+        values = np.where(spikes, centre, values)
+    mean = float(values.mean())
+    error = max(float(values.std()), 0.003) / math.sqrt(values.size)
+    if abs(mean) > 3.0 * math.hypot(prior, error):
+        return mean, error
     keep = prior**2 / (prior**2 + error**2)
-    return keep * float(values.mean()), math.sqrt(keep) * error
+    return keep * mean, math.sqrt(keep) * error
 
 
 def _ladder(smallest: int, largest: int, per_octave: int) -> list[int]:

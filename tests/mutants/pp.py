@@ -290,7 +290,9 @@ MUTANTS: Mutants = {
         "settled-ignores-rejected": M(
             "            and len(report.rejected) <= 0.05 * len(self.samples)\n", ""
         ),
-        "settled-never": M("        if small:\n            return f", "        if False:\n            return f"),
+        "settled-never": M(
+            "        if small:\n            return f", "        if False:\n            return f"
+        ),
         "on-policy-off": M(
             "if len(self.samples) < 2 * plan.check_every or not plan.on_policy:", "if True:"
         ),
