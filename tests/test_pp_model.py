@@ -192,6 +192,17 @@ def test_a_launch_floor_is_found() -> None:
     assert model.predict(100_000, 4096) == pytest.approx(latency(100_000, 4096), rel=0.06)
 
 
+def test_attention_behind_a_floor_is_not_set_aside_as_spikes() -> None:
+    """Most samples take the host's launches; the few that show attention look like outliers."""
+
+    def latency(history: int, chunk: int) -> float:
+        return max(22.0, 2.0 + 0.0015 * chunk + 1e-7 * (history + chunk / 2) * chunk)
+
+    model = LatencyModel.fit(samples_of(latency, noise=0.02))
+    for history, chunk in ((0, 8192), (60_000, 8192), (120_000, 4096)):
+        assert model.predict(history, chunk) == pytest.approx(latency(history, chunk), rel=0.1)
+
+
 def test_linear_attention_keeps_the_chunk_size_over_history() -> None:
     model = LatencyModel.fit(samples_of(lambda h, c: 3.0 + 0.01 * c, noise=0.02))
     sizer = ChunkSizer(model, base_chunk=8192, context_len=131072)

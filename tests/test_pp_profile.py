@@ -131,8 +131,19 @@ def test_it_stops_early_when_the_law_is_found_and_not_when_noise_hides_it() -> N
     early = profile_prefill(clean.step, plan_for(), timer=clean.timer)
     full = profile_prefill(noisy.step, plan_for(), timer=noisy.timer)
     assert early.stop_reason.startswith("hold-out error")
-    assert early.forwards < 45
-    assert full.forwards > 55
+    assert early.forwards < full.forwards <= 48
+
+
+def test_it_stops_when_the_decision_stands_though_the_error_does_not_fall() -> None:
+    pytest.importorskip("scipy")
+    noisy = [Device(law, noise=0.05, seed=3) for _ in range(2)]
+    some, all_ = (
+        profile_prefill(d.step, plan_for(decided=limit), timer=d.timer)
+        for d, limit in zip(noisy, (0.05, 0.0), strict=True)
+    )
+    assert some.stop_reason == "the chosen plan no longer changes"
+    assert some.forwards < all_.forwards == 48
+    assert [s.latency_ms for s in some] == [s.latency_ms for s in all_][: len(some)]
 
 
 @pytest.mark.parametrize(("least", "planned"), [(26, 24), (27, 32)])
@@ -180,7 +191,18 @@ def run_with(samples: int, **report: Any) -> _Run:
 def test_it_is_settled_when_all_limits_are_met(
     samples: int, report: dict[str, Any], settled: bool
 ) -> None:
-    assert run_with(samples, **report).settled() == ("hold-out error 1.0%" if settled else "")
+    run = run_with(samples, **report)
+    assert run.settled() == ("hold-out error 1.0%" if settled else "")
+
+
+def test_a_decision_stands_if_the_one_before_is_still_as_good() -> None:
+    run = run_with(20, holdout_median=0.05)
+    assert not run.decided()  # there is none before
+    chosen = run.chosen
+    assert run.decided() and run.chosen == chosen and run.settled()
+    run.chosen = (512,) * 256  # many more launches
+    assert not run.decided() and run.chosen == chosen
+    assert not run_with(20, usable=False).decided()
 
 
 def test_it_fits_again_when_there_are_more_samples_and_not_before() -> None:

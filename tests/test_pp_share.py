@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pystage.pp import (
+    ChunkSizer,
     LatencyModel,
     Profile,
     RemoteProfileError,
     Sample,
     SamplePlan,
+    share_model,
     share_profile,
 )
 
@@ -41,6 +47,16 @@ def share_and_fit(rank: int, folder: str) -> None:
     profile = share_profile(measured if rank == 0 else not_mine)
     model = LatencyModel.fit(profile)
     Path(folder, f"{rank}.json").write_text(json.dumps([profile.to_json(), model.to_json()]))
+
+
+def share_the_fit(rank: int, folder: str) -> None:
+    model = share_model((lambda: LatencyModel.fit(measured())) if rank == 0 else no_model_of_mine)
+    plans = [list(ChunkSizer(model, base_chunk=8192, context_len=131072).choose(65_536, 4).chunks)]
+    Path(folder, f"{rank}.json").write_text(json.dumps([model.to_json(), plans]))
+
+
+def no_model_of_mine() -> LatencyModel:
+    raise AssertionError("only the source rank may fit")
 
 
 def share_from_the_last(rank: int, folder: str) -> None:
@@ -91,6 +107,57 @@ def test_every_rank_has_the_same_samples_and_the_same_model(tmp_path: Path) -> N
     assert first[0] == json.loads(json.dumps(measured().to_json()))
     assert first[1]["report"]["usable"]
     assert others == [first, first]
+
+
+def test_every_rank_has_the_model_that_one_has_fitted(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    on_ranks(2, tmp_path, share_the_fit)
+    first, second = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2)]
+    assert first == second and len(first[0]["committee"]) == 5
+
+
+RANK = """
+import json, os, sys
+from tests.test_pp_share import *
+rank, folder = int(sys.argv[1]), sys.argv[2]
+def decide(rank, folder):
+    mine = LatencyModel.fit(noisy())  # what each would have for itself
+    share_the_fit(rank, folder)
+    print(json.dumps(mine.to_json()["form"]))
+in_group(rank, 2, folder, decide)
+"""
+
+
+def noisy() -> Profile:
+    rng = np.random.default_rng(9)
+    rows = measured().to_json()
+    for row in rows["samples"]:
+        row[2] *= float(np.exp(0.1 * rng.standard_normal()))
+    return Profile.from_json(rows)
+
+
+def test_ranks_on_unlike_cpus_use_the_same_model_and_plans(tmp_path: Path) -> None:
+    """OpenBLAS picks its kernels by the CPU, and fits end differently with them."""
+    pytest.importorskip("scipy")
+    root = str(Path(__file__).parent.parent)
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path)],
+            env=os.environ | {"OPENBLAS_CORETYPE": kind, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=root,
+        )
+        for rank, kind in enumerate(("Haswell", "Sandybridge"))
+    ]
+    done = [process.communicate(timeout=120) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], done
+    first, second = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2)]
+    assert first == second
+    own = [out.strip().splitlines()[-1] for out, _ in done]
+    assert own[0] != own[1]  # else the two core types are no test
 
 
 def test_a_group_of_some_ranks_with_another_source(tmp_path: Path) -> None:

@@ -73,13 +73,14 @@ def test_a_late_chunk_may_be_smaller_than_a_quarter_but_not_than_the_floor() -> 
 
 
 def test_sizes_keep_to_pages_maximum_and_context() -> None:
-    sizer = sizer_of(page_size=256, max_chunk=6000)
+    sizer = sizer_of(page_size=256, max_chunk=6000, context_margin=100)
     assert sizer.next_chunk(0) == 5888
     # 131,072 - 130,300 - 100 leaves 672 tokens: two pages of 256.
     assert sizer.next_chunk(130_300) == 512
     assert sizer.next_chunk(131_072 - 100 - 256) == 256
-    assert sizer.next_chunk(131_072 - 100 - 255) is None
-    assert sizer.next_chunk(131_072) is None
+    assert sizer.next_chunk(131_072 - 100 - 255) == 0
+    assert sizer.next_chunk(131_072) == 0
+    assert sizer_of(page_size=256).next_chunk(131_072 - 256) == 256
 
 
 def test_one_size_alone_may_be_allowed() -> None:

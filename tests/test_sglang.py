@@ -691,6 +691,70 @@ def test_pystages_profiler_and_sizer(engine: Engine, forwards: list[torch.Tensor
         assert sizes == [None] * 3
 
 
+PLAN = [640, 512, 384, 256, 256]
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> pp.Plans:
+    plans = pp.Plans({1024: [512, 512], 2048: PLAN}, 4096, page_size=64, largest=1024)
+    monkeypatch.setattr(pp._serving, "plans", plans)
+    return plans
+
+
+def adder_of(engine: Engine, tokens: int, decodes: int = 0) -> Any:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.schedule_policy import PrefillAdder
+
+    rig = engine.rig
+    running = ScheduleBatch(reqs=[])
+    return PrefillAdder(1, rig.tree, rig.kv, running, 0.5, 4096, tokens, decodes)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunks"),
+    [(2000, [640, 512, 384, 256, 208]), (1800, [640, 512, 384, 264]), (1000, [512, 488])],
+)
+def test_a_prompts_chunks_are_those_of_its_plan(
+    engine: Engine, planned: pp.Plans, tokens: int, chunks: list[int]
+) -> None:
+    """SGLang's own adder cuts it, the first chunk included; the budget it is given is SGLang's."""
+    req = engine.rig.request(range(tokens))
+    sizes, more = [], True
+    while more:
+        history = sum(sizes)
+        req.init_next_round_input(engine.rig.tree if not sizes else None)
+        req.prefix_len = history
+        adder = adder_of(engine, planned.next_chunk(history) if sizes else 512)
+        hooked = plugin._add_chunked_req if sizes else plugin._add_one_req
+        own = type(adder).add_chunked_req if sizes else type(adder).add_one_req
+        extra = () if sizes else (False, None)
+        hooked(own, adder, req, *extra)
+        assert adder.can_run_list == [req]
+        sizes.append(req.extend_end - history)
+        more = req.extend_end < tokens
+    assert sizes == chunks
+
+
+def test_a_batch_that_has_begun_or_that_decodes_share(
+    engine: Engine, planned: pp.Plans
+) -> None:
+    request = engine.rig.request(range(2000))
+    request.init_next_round_input(engine.rig.tree)
+    begun = adder_of(engine, 512)
+    begun.can_run_list.append(object())
+    pp.fit_batch_to(begun, request, continued=False)
+    assert begun.rem_chunk_tokens == 512
+    request.prefix_len = 640
+    shared = adder_of(engine, planned.next_chunk(640), decodes=100)
+    pp.fit_batch_to(shared, request, continued=True)
+    assert shared.rem_chunk_tokens == 512 - 100
+    short = engine.rig.request(range(400))
+    short.init_next_round_input(engine.rig.tree)
+    whole = adder_of(engine, 512)
+    pp.fit_batch_to(whole, short, continued=False)
+    assert whole.rem_chunk_tokens == 512
+
+
 def test_a_failed_profile_keeps_the_static_size(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

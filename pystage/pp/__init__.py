@@ -1,10 +1,10 @@
 """Chunk sizes for pipeline-parallel prefill: profile, fit, size.
 
     plan = SamplePlan.spread(base_chunk=8192, context_len=131072)
-    profile = share_profile(lambda: profile_prefill(step, plan))  # rank 0 runs, all ranks get
-    model = LatencyModel.fit(profile)
+    model = share_model(lambda: LatencyModel.fit(profile_prefill(step, plan)))  # on rank 0, for all
     sizer = ChunkSizer(model, base_chunk=8192, context_len=131072)
-    sizer.next_chunk(history_len)  # tokens, or None: keep the static size
+    sizer.choose(prompt_len, ranks)  # the plan for the least time to first token, and why
+    BudgetSizer(model, budget_ms=60).next_chunk(history_len, beside)  # the most within a time
 
 Knows an engine only as `step(history_len, chunk_len)`. Importing needs torch and NumPy; fitting
 needs SciPy (extra `pp`), `pystage.pp.plot` matplotlib (extra `plot`).
@@ -12,6 +12,7 @@ needs SciPy (extra `pp`), `pystage.pp.plot` matplotlib (extra `plot`).
 
 from pystage.pp.budget import BudgetSizer, Piece
 from pystage.pp.choice import Choice
+from pystage.pp.correction import Correction
 from pystage.pp.makespan import simulate_pipeline
 from pystage.pp.model import FitError, FitReport, LatencyModel, QualityGate
 from pystage.pp.profile import (
@@ -22,13 +23,14 @@ from pystage.pp.profile import (
     random_token_ids,
 )
 from pystage.pp.samples import Profile, Sample, Timing
-from pystage.pp.share import RemoteProfileError, share_profile
+from pystage.pp.share import RemoteProfileError, share_json, share_model, share_profile
 from pystage.pp.sizer import ChunkSizer
 
 __all__ = [
     "BudgetSizer",
     "Choice",
     "ChunkSizer",
+    "Correction",
     "FitError",
     "FitReport",
     "LatencyModel",
@@ -43,6 +45,8 @@ __all__ = [
     "Timing",
     "profile_prefill",
     "random_token_ids",
+    "share_json",
+    "share_model",
     "share_profile",
     "simulate_pipeline",
 ]

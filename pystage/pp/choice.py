@@ -67,14 +67,8 @@ class Choice:
         return 1.0 - self.predicted_ms / self.fixed_ms if self.fixed_ms else 0.0
 
     def size_at(self, history_len: int) -> int:
-        """The plan's chunk behind `history_len` tokens: up to the end of the chunk they end in, or
-        all of the next where that leaves less than half of a chunk."""
-        ends = list(itertools.accumulate(self.chunks))
-        at = min(bisect.bisect_right(ends, history_len), len(ends) - 1)
-        left = ends[at] - history_len
-        if 2 * left < self.chunks[at] and at + 1 < len(ends):
-            return left + self.chunks[at + 1]
-        return max(left, 0) or self.chunks[-1]
+        """The plan's size behind `history_len` tokens; see `size_at`."""
+        return size_at(self.chunks, history_len)
 
     def __str__(self) -> str:
         sizes = [f"{n} x {size:,}" for size, n in _runs(self.chunks)]
@@ -84,6 +78,23 @@ class Choice:
             f"of fixed {self.fixed_size:,} ({self.fixed_ms:.1f} ms), base {self.base_ms:.1f} ms; "
             f"{self.why}; {shown}"
         )
+
+
+def size_at(chunks: Sequence[int], history_len: int) -> int:
+    """Tokens up to the end of the plan's chunk that `history_len` lies in, for a request that is
+    not where the plan would be (it began behind a cached prefix, or beside others).
+
+    Where less than half of that chunk is left, the next one is added. Behind the plan's end: the
+    longer of its last two sizes, for the last may be a rest.
+    """
+    ends = list(itertools.accumulate(chunks))
+    at = bisect.bisect_right(ends, history_len)
+    if at == len(ends):
+        return max(chunks[-2:])
+    left = ends[at] - history_len
+    if 2 * left < chunks[at] and at + 1 < len(ends):
+        return left + chunks[at + 1]
+    return left
 
 
 def _runs(chunks: Sequence[int]) -> list[tuple[int, int]]:
@@ -319,14 +330,22 @@ class Planner:
 
 
 def _shrunk(ratios: Sequence[float], prior: float) -> tuple[float, float]:
-    """Mean of log ratios, spikes cut, drawn towards 0 as far as it may be noise; its error."""
+    """Mean of log ratios, spikes cut, drawn towards 0 as far as it may be noise; its error.
+
+    What is far outside of both the noise and the model's own error is not drawn anywhere: there the
+    model is wrong, and says nothing.
+    """
     values = np.asarray(ratios)
     centre = float(np.median(values))
-    values = np.minimum(values, centre + math.log(_SPIKE))
-    scatter = max(1.4826 * float(np.median(np.abs(values - centre))), 0.003)
-    error = scatter / math.sqrt(values.size)
+    spikes = values > centre + math.log(_SPIKE)
+    if spikes.mean() <= 0.2:
+        values = np.where(spikes, centre, values)
+    mean = float(values.mean())
+    error = max(float(values.std()), 0.003) / math.sqrt(values.size)
+    if abs(mean) > 3.0 * math.hypot(prior, error):
+        return mean, error
     keep = prior**2 / (prior**2 + error**2)
-    return keep * float(values.mean()), math.sqrt(keep) * error
+    return keep * mean, math.sqrt(keep) * error
 
 
 def _ladder(smallest: int, largest: int, per_octave: int) -> list[int]:

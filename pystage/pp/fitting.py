@@ -183,10 +183,22 @@ def fit_form(
         residual = np.log(data.ms) - np.log(form.predict(data.history, data.chunk))
         scale = max(1.4826 * float(np.median(np.abs(residual[used]))), 1e-3)
         used = np.abs(residual) <= max(4.0 * scale, math.log(_REJECT_RATIO))
+        used |= _is_structure(data, ~used & (residual > 0))
         if used.sum() < min(4, data.ms.size):
             return form, everything, scale
         form = _solve(optimize, form, data.pick(used), "huber", 1.345 * scale)
     return form, used, scale
+
+
+def _is_structure(data: Data, slow: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Where the slow samples are no spikes: most of those with the largest attention are slow.
+
+    Behind a launch floor few samples show attention at all, and must not be set aside for it.
+    """
+    area = (2.0 * data.history + data.chunk) * data.chunk
+    top = area >= np.quantile(area, 0.85)
+    most = slow[top].sum() >= max(3, 0.5 * top.sum())
+    return top if most else np.zeros_like(top)
 
 
 def find_tile_and_wave(optimize: ModuleType, data: Data) -> tuple[int, int]:

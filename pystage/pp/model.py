@@ -335,7 +335,12 @@ class LatencyModel:
             wave=form.wave,
         )
         self.form = form
+        self.committee = cross_validate(scipy_optimize(), [form.name], data, 0)[1][form.name]
         return True
+
+    def adopt(self, other: LatencyModel) -> None:
+        """Takes over another model's coefficients and report, where sizers hold this one."""
+        self.form, self.committee, self.report = other.form, other.committee, other.report
 
     # --- JSON --------------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ class SamplePlan:
     min_chunk: int = 512
     max_tokens: int = 131072
     """History plus chunk never exceeds it."""
-    max_forwards: int = 64
+    max_forwards: int = 48
     max_seconds: float = 60.0
     max_warmup: int = 6
     steady: float = 0.05
@@ -77,6 +77,11 @@ class SamplePlan:
     target_error: float = 0.015
     """Early stop: once the median hold-out error is below this and the 95th percentile below four
     times this, only the on-policy points are still measured."""
+    ranks: int = 4
+    """Pipeline stages of the plan that `decided` is about."""
+    decided: float = 0.005
+    """The same stop: once the plan chosen a check ago for a prompt of `max_tokens` is predicted to
+    take no more than this fraction longer than the one chosen now. 0: never for that reason."""
     min_samples: int = 24
     check_every: int = 8
 
@@ -193,6 +198,8 @@ class _Run:
     skipped: list[Point] = field(default_factory=list)
     forwards: int = 0
     fitted: LatencyModel | None = None
+    chosen: tuple[int, ...] = ()
+    """The chunks that were chosen at the last check."""
 
     def spent(self) -> str | None:
         """Which budget is used up, if one is."""
@@ -255,7 +262,7 @@ class _Run:
         return "every point and repeat measured"
 
     def settled(self) -> str:
-        """Says so if the hold-out error is small enough to stop."""
+        """Why it may stop: the hold-out error is small enough, or the decision stands."""
         if len(self.samples) < self.plan.min_samples:
             return ""
         report = self.fit().report
@@ -264,7 +271,32 @@ class _Run:
             and report.holdout_p95 <= 4 * self.plan.target_error
             and len(report.rejected) <= 0.05 * len(self.samples)
         )
-        return f"hold-out error {report.holdout_median:.1%}" if small else ""
+        if small:
+            return f"hold-out error {report.holdout_median:.1%}"
+        return "the chosen plan no longer changes" if self.decided() else ""
+
+    def decided(self) -> bool:
+        """Whether what was chosen at the last check is as good as what is chosen now."""
+        model, plan = self.fit(), self.plan
+        if not plan.decided or not model.report.usable:
+            return False
+        sizer = self.sizer(model)
+        now = sizer.choose(plan.max_tokens, plan.ranks)
+        before, self.chosen = self.chosen, now.chunks
+        return bool(before) and (
+            sizer.predicted_ms(before, plan.ranks) <= (1.0 + plan.decided) * now.predicted_ms
+        )
+
+    def sizer(self, model: LatencyModel) -> ChunkSizer:
+        plan = self.plan
+        return ChunkSizer(
+            model,
+            base_chunk=plan.base[1],
+            context_len=plan.max_tokens,
+            page_size=plan.page_size,
+            min_chunk=min(plan.min_chunk, plan.base[1]),
+            max_chunk=max(plan.base[1], *(chunk for _, chunk in plan.points)),
+        )
 
     def fit(self) -> LatencyModel:
         """The model of the samples so far; without the costliest form, this is between forwards."""
@@ -290,20 +322,12 @@ class _Run:
         if not model.report.usable:
             return
         largest = max(plan.base[1], *(chunk for _, chunk in plan.points))
-        sizer = ChunkSizer(
-            model,
-            base_chunk=plan.base[1],
-            context_len=plan.max_tokens,
-            page_size=plan.page_size,
-            min_chunk=min(plan.min_chunk, plan.base[1]),
-            max_chunk=largest,
-            context_margin=0,
-        )
+        sizer = self.sizer(model)
         page, deepest = plan.page_size, plan.max_tokens - plan.min_chunk
         for k in range(1, plan.on_policy + 1):
             history = int(k / plan.on_policy * deepest) // page * page
             size = sizer.next_chunk(history)
-            if size is not None:
+            if size:
                 yield history, size
         wave = self.fit().form.wave
         for k in range(1, 4 if wave > page else 1):

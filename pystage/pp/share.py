@@ -1,17 +1,20 @@
-"""One rank profiles, every rank gets the samples or the failure.
+"""One rank profiles, fits and decides; every rank gets the result or the failure.
 
-Pipeline ranks must agree on every chunk size. `LatencyModel.fit` gives the same model for the same
-samples, so sharing the samples is enough.
+Pipeline ranks must agree on every chunk size. The samples are not enough for that: a fit ends
+where its last iteration does, which differs between the kernels of a BLAS on unlike CPUs, and now
+and then another form or wave wins. So the fitted model travels, and whatever was decided with it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from pystage.pp.model import LatencyModel
 from pystage.pp.samples import Profile
 
 
@@ -28,9 +31,39 @@ def share_profile(
 ) -> Profile:
     """Runs `profile` on global rank `src` and returns its result on every rank of `group`.
 
-    A collective call: every rank of the group makes it, only `src` runs `profile`. If that raises,
+    See `share_json`. Fits of the same samples may differ between ranks: `share_model` does not.
+    """
+    data = share_json(lambda: profile().to_json(), group=group, src=src, device=device)
+    return Profile.from_json(data)
+
+
+def share_model(
+    model: Callable[[], LatencyModel],
+    *,
+    group: dist.ProcessGroup | None = None,
+    src: int = 0,
+    device: torch.device | str | None = None,
+) -> LatencyModel:
+    """Runs `model` (profile and fit) on global rank `src`; every rank gets the same model.
+
+    See `share_json`.
+    """
+    data = share_json(lambda: model().to_json(), group=group, src=src, device=device)
+    return LatencyModel.from_json(data)
+
+
+def share_json(
+    work: Callable[[], Any],
+    *,
+    group: dist.ProcessGroup | None = None,
+    src: int = 0,
+    device: torch.device | str | None = None,
+) -> Any:
+    """Runs `work` on global rank `src`; every rank of `group` gets its result by way of JSON.
+
+    A collective call: every rank of the group makes it, only `src` runs `work`. If that raises,
     `src` raises the error itself and every other rank `RemoteProfileError`; none is left waiting.
-    The others wait as long as profiling takes, so the group's timeout must be above its budget in
+    The others wait as long as the work takes, so the group's timeout must be above its budget in
     seconds. `device` carries the broadcast (default: the current CUDA device under NCCL, else CPU).
     """
     if device is None:
@@ -39,14 +72,13 @@ def share_profile(
     if dist.get_rank() != src:
         return _receive(group, src, torch.device(device))
     try:
-        result = profile()
-        text = json.dumps({"profile": result.to_json()})
+        text = json.dumps({"result": work()})
     except BaseException as error:
         text = json.dumps({"error": f"{type(error).__name__}: {error}"})
         _send(text, group, src, torch.device(device))
         raise
     _send(text, group, src, torch.device(device))
-    return result
+    return json.loads(text)["result"]
 
 
 def _send(text: str, group: dist.ProcessGroup | None, src: int, device: torch.device) -> None:
@@ -55,7 +87,7 @@ def _send(text: str, group: dist.ProcessGroup | None, src: int, device: torch.de
     dist.broadcast(payload, src=src, group=group)
 
 
-def _receive(group: dist.ProcessGroup | None, src: int, device: torch.device) -> Profile:
+def _receive(group: dist.ProcessGroup | None, src: int, device: torch.device) -> Any:
     size = torch.zeros(1, dtype=torch.int64, device=device)
     dist.broadcast(size, src=src, group=group)
     payload = torch.empty(int(size), dtype=torch.uint8, device=device)
@@ -63,4 +95,4 @@ def _receive(group: dist.ProcessGroup | None, src: int, device: torch.device) ->
     message = json.loads(bytes(payload.cpu().numpy()))
     if "error" in message:
         raise RemoteProfileError(f"rank {src} could not profile: {message['error']}")
-    return Profile.from_json(message["profile"])
+    return message["result"]

@@ -29,9 +29,9 @@ class ChunkSizer:
     """Sizes prefill chunks so that each takes the time of `base_chunk` tokens without history.
 
     All sizes in tokens. Sizes are multiples of `page_size`, between `min_chunk` and `max_chunk`,
-    and leave `context_margin` of the context free, as SGLang's sizer does (PR 37674); its floor of
-    a quarter of the base chunk is replaced by `min_chunk`, because late in a long prompt that
-    quarter takes a multiple of the target. `smooth` below 1 moves only that share of the way from
+    and leave `context_margin` of the context free. SGLang's floor of a quarter of the base chunk
+    is replaced by `min_chunk`, because late in a long prompt that quarter takes a multiple of the
+    target. `smooth` below 1 moves only that share of the way from
     the base chunk to the equal-time size.
 
     With a model whose report is not usable there are no sizes: `next_chunk` returns None, which
@@ -48,7 +48,7 @@ class ChunkSizer:
         min_chunk: int = 512,
         max_chunk: int | None = None,
         smooth: float = 1.0,
-        context_margin: int = 100,
+        context_margin: int = 0,
     ) -> None:
         limit = max_chunk if max_chunk is not None else 2 * base_chunk
         if page_size < 1:
@@ -79,9 +79,10 @@ class ChunkSizer:
         return float(self.model.predict(0, self.base_chunk))
 
     def next_chunk(self, history_len: int) -> int | None:
-        """The next chunk behind `history_len` tokens, or None to keep the static size.
+        """The next chunk behind `history_len` tokens, of the time of a base chunk.
 
-        None where the model is not usable, and where less than a page of the context is left.
+        None: the model is not usable, keep the static size. 0: less than a page of the context is
+        left.
         """
         if history_len < 0:
             raise ValueError(f"history_len={history_len} must not be negative")
@@ -90,7 +91,7 @@ class ChunkSizer:
         room = self.context_len - history_len - self.context_margin
         room = room // self.page_size * self.page_size
         if room < self.page_size:
-            return None
+            return 0
         return min(self._equal_time(history_len, self.target_ms), room)
 
     def plan(self, prompt_len: int) -> list[int]:
@@ -155,7 +156,7 @@ class ChunkSizer:
         for cover in cheapest_covers(ms, sizes, caps):
             chunks = [size * grain for size in cover]
             chunks[-1] -= cells * grain - prompt_len
-            plans.append((makespan(self._times(chunks), [1.0] * ranks), chunks))
+            plans.append((self.predicted_ms(chunks, ranks), chunks))
         return min(plans, key=lambda plan: plan[0])[1]
 
     def choose(
@@ -217,6 +218,10 @@ class ChunkSizer:
                 why,
             )
         return planner.choose(time, budget)
+
+    def predicted_ms(self, chunks: Sequence[int], ranks: int, overhead_ms: float = 0.0) -> float:
+        """Predicted time to first token of a prompt in such chunks over `ranks` equal stages."""
+        return makespan(self._times(chunks), [1.0] * ranks, overhead_ms)
 
     def _usable(self) -> bool:
         report = self.model.report

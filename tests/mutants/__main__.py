@@ -124,6 +124,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "pystage/pp/model.py": (f"{MODEL} {QUICK_FITS}", f"{MODEL} {SLOW_FITS}"),
     "pystage/pp/makespan.py": ("pytest tests/test_pp_sizer.py -k 'simulation or stages'",),
     "pystage/pp/budget.py": ("pytest tests/test_pp_budget.py",),
+    "pystage/pp/correction.py": ("pytest tests/test_pp_correction.py",),
     "pystage/pp/choice.py": ("pytest tests/test_pp_sizer.py tests/test_pp_choice.py",),
     "pystage/pp/samples.py": ("pytest tests/test_pp_profile.py -k 'not importing'",),
     "pystage/pp/sizer.py": (

@@ -241,12 +241,12 @@ MUTANTS: Mutants = {
         "wanted-not-there": M("if wanted and part not in parts:", "if False:"),
     },
     "pystage/integrations/sglang/pp.py": {
-        "unusable-sizer": M("        if not model.report.usable:\n            return False\n", ""),
+        "static-is-as-good": M('"plans": {} if <|as_good|> else', "False"),
         "failure-ends-the-server": M(
             "    except Exception as error:  # as SGLang",
             "    except ZeroDivisionError as error:  # as SGLang",
         ),
-        "sizer-left": M("    owner.pystage_sizer = None\n", ""),
+        "sizer-left": M("    owner.pystage_sizer = _serving.plans = None\n", ""),
         "follow-not": M("is_first_rank and dist.get_rank() != 0:", "is_first_rank and False:"),
         "plan-beyond-cache": M("max(page, min(context, <|free - page, |>row - page))", ""),
         "plan-beyond-row": M("max(page, min(context, free - page<|, row - page|>))", ""),
@@ -255,10 +255,10 @@ MUTANTS: Mutants = {
         ),
         "plan-largest": M("max_chunk=int(owner.max_prefill_tokens),", "max_chunk=None,"),
         "sizer-largest": M(
-            "max_chunk=max(<|min(int(owner.max_prefill_tokens), 2 * base)|>, page),", "2 * base"
+            "return max(<|min(int(owner.max_prefill_tokens), 2 * base)|>, _page(owner))", "2 * base"
         ),
         "predict-always": M(
-            "return None if sizer is None else sizer.next_chunk(<|history_len|>)", "0"
+            "return None if plans is None else plans.next_chunk(<|history_len|>)", "0"
         ),
         "leader-does-not-tell": M(
             "        if together:\n            _tell((history_len, chunk_len), stage.cpu_group)\n",
@@ -274,6 +274,12 @@ MUTANTS: Mutants = {
         "request-kept": M(
             "        finally:\n            request.release()", "        finally:\n            pass"
         ),
+        "shared-batch-resized": M("or budget is None<| or adder.can_run_list|>", ""),
+        "whole-request-cut": M(
+            "if not continued and prompt_len - history_len <= budget:", "if False:"
+        ),
+        "decodes-not-taken-off": M("max(size<| - decodes|>, plans.page_size)", ""),
+        "short-tail-left": M("if 0 < rest <= min(", "if 0 > rest <= min("),
         "one-vocabulary": M(
             "random_token_ids(tokens, <|int(self.owner.model_config.vocab_size)|>, self.count)", "8"
         ),

@@ -72,7 +72,7 @@ MUTANTS: Mutants = {
             "if not better or np.percentile(new, 95) > np.percentile(old, 95):", "if not better:"
         ),
         "refit-keeps-form": M(
-            "        self.form = form\n        return True", "        return True"
+            "        self.form = form\n        self.committee", "        self.committee"
         ),
         "refit-keeps-report": M(
             """coefficients=dict(zip(form.terms(), form.coefficients, strict=True)),
@@ -217,6 +217,21 @@ MUTANTS: Mutants = {
         "order-not-kept": M("if takes[i] < left:\n                <|break|>", "continue"),
         "unusable-is-fine": M("if not model.report.usable:", "if False:"),
     },
+    "pystage/pp/correction.py": {
+        "waits-for-nothing": M("while self._running<| and self._running[0][3].query()|>:", ""),
+        "decodes-count": M(
+            """if <|len(pieces) != 1 or pieces[0][1] <= 1|>:
+            return False
+        self._running""",
+            "not pieces",
+        ),
+        "running-unbounded": M(
+            "self._running: deque[tuple[int, int, Event, Event]] = deque(<|maxlen=pending|>)", ""
+        ),
+        "new-forever": M("new, self._new = self._draft.to_json(), <|False|>", "True"),
+        "new-without-news": M("                if self._new:\n", "                if True:\n"),
+        "draft-is-the-model": M("<|LatencyModel.from_json(model.to_json())|>", "model"),
+    },
     "pystage/pp/choice.py": {
         "cover-not-reversed": M("plans.append(<|chunks[::-1]|>)", "chunks"),
         "cover-last-not-cut": M("<|chunks[-1] -= sum(chunks) - q.prompt_len|>", "pass"),
@@ -275,7 +290,9 @@ MUTANTS: Mutants = {
         "settled-ignores-rejected": M(
             "            and len(report.rejected) <= 0.05 * len(self.samples)\n", ""
         ),
-        "settled-never": M('if small else ""', 'if False else ""'),
+        "settled-never": M(
+            "        if small:\n            return f", "        if False:\n            return f"
+        ),
         "on-policy-off": M(
             "if len(self.samples) < 2 * plan.check_every or not plan.on_policy:", "if True:"
         ),
@@ -322,7 +339,7 @@ MUTANTS: Mutants = {
             """        _send(text, group, src, torch.device(device))
         raise""",
             """        _send(text, group, src, torch.device(device))
-        return Profile((), 0, 0.0, "")""",
+        return {"samples": [], "forwards": 0, "seconds": 0.0, "stop_reason": "", "warmup_ms": [], "skipped": []}""",
             tests="pytest tests/test_pp_share.py -k a_failure",
         ),
         "only-exceptions-told": M(

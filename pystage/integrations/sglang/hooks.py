@@ -12,6 +12,7 @@ from .symbols import Hook, MissingError, look_up
 
 BATCH = "managers.schedule_batch:ScheduleBatch"
 _SIZER = "managers.scheduler_components.dynamic_chunk_sizer:DynamicChunkSizer"
+_ADDER = "managers.schedule_policy:PrefillAdder"
 _MIXIN = "managers.scheduler_pp_mixin:SchedulerPPMixin"
 _COLLECTOR = "observability.metrics_collector:SchedulerMetricsCollector"
 _FILL_IDS = "managers.schedule_batch:Req.get_fill_ids"
@@ -61,6 +62,8 @@ def optional(settings: Settings) -> list[Hook]:
             Hook(
                 "sizer", f"{_MIXIN}.predict_next_chunk_size", ("self", "history_len"), sizer.predict
             ),
+            Hook("sizer", f"{_ADDER}.add_chunked_req", ("self", "req"), sizer.add_chunked_req),
+            Hook("sizer", f"{_ADDER}.add_one_req", ("self", "req"), sizer.add_one_req),
         ]
     else:
         profilers = (f"{_SIZER}._profile_prefill_latency", f"{_MIXIN}.profile_and_init_predictor")

@@ -1,8 +1,19 @@
 """``pystage.pp`` in SGLang, in place of its own profiler and chunk sizer (PYSTAGE_SGLANG_SIZER=1).
 
-As there (PR 37674), the first pipeline stage profiles, and every rank of every stage fits the same
-samples. Unlike there, which point comes next depends on the times so far, so the stage's first rank
-leads: it tells the others of its stage each point before they run it together.
+As there (PR 37674), the first pipeline stage profiles. Unlike there, which point comes next depends
+on the times so far, so the stage's first rank leads: it tells the others of its stage each point
+before they run it together. It also fits, chooses a plan for each of some prompt lengths
+(``ChunkSizer.choose``, the finalists timed), and sends model and plans to all ranks of all stages,
+which might disagree if each fitted the same samples.
+
+Note [Which size a batch gets]
+SGLang asks its sizer for the next chunk of the request that it is cutting, by history alone. The
+plan depends on the prompt's length too, and the first chunk of a request is not asked for. So
+``PrefillAdder`` is hooked as well: there the request is known, and its batch's token budget is set
+to the plan's size, also for the first chunk and behind a cached prefix, and to all that is left of
+the prompt where that is little more (SGLang #23621). A request that does not begin its batch takes
+what the batch has left. Sizes are whole pages, and multiples of the tensor and context parallel
+sizes. The plugin does not know how long the other stages take: the plans are for equal ones.
 
 ``owner`` is SGLang's ``DynamicChunkSizer``, or its ``Scheduler`` before that existed.
 """
@@ -11,8 +22,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,45 +35,158 @@ from ...pp import (
     LatencyModel,
     Profile,
     SamplePlan,
+    Step,
     profile_prefill,
     random_token_ids,
-    share_profile,
+    share_json,
 )
+from ..pp.choice import size_at
+from ..pp.profile import cuda_timer, host_timer
 
 logger = logging.getLogger("pystage.sglang")
 
 _SMALLEST_PAGE = 64  # SGLang aligns chunks to no less
 _STOP = (-1, -1)
+CONTEXT_MARGIN = 100
+"""Tokens of the context that SGLang's own sizer leaves free."""
+_PROMPTS = 4  # plans for prompts of all of the context, half of it, and so on
+_TIMED, _BUDGET = 3, 32  # for so many of them the finalists are timed, with so many forwards each
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The plans of this server, all in tokens."""
+
+    by_prompt: dict[int, list[int]]
+    """Chunks for prompts up to that length."""
+    context_len: int
+    page_size: int
+    largest: int
+
+    def next_chunk(self, history_len: int, prompt_len: int | None = None) -> int | None:
+        """The next chunk behind ``history_len``; None: less than a page of the context is left."""
+        room = self.context_len - history_len - CONTEXT_MARGIN
+        if room < self.page_size:
+            return None
+        lengths = sorted(self.by_prompt)
+        known = [n for n in lengths if prompt_len is not None and n >= prompt_len]
+        size = size_at(self.by_prompt[known[0] if known else lengths[-1]], history_len)
+        most = min(self.largest, room)
+        if prompt_len is not None:
+            rest = prompt_len - history_len
+            if 0 < rest <= min(size + max(size // 4, self.page_size), self.largest):
+                return -(-rest // self.page_size) * self.page_size
+        return max(min(size, most) // self.page_size, 1) * self.page_size
+
+
+class _Serving:
+    """What this process serves with, for ``PrefillAdder``, which knows no sizer."""
+
+    plans: Plans | None = None
+
+
+_serving = _Serving()
 
 
 def profile_and_fit(owner: Any) -> bool:
-    """Profiles, fits, and gives ``owner`` a sizer; False: SGLang keeps its static chunk size."""
+    """Profiles, fits, and gives ``owner`` plans; False: SGLang keeps its static chunk size."""
     from sglang.srt.distributed import parallel_state
 
     stage, world = parallel_state.get_tp_group(), parallel_state.get_world_group()
-    owner.pystage_sizer = None
+    owner.pystage_sizer = _serving.plans = None
     try:
         step = PrefillStep(owner)
         if parallel_state.get_pp_group().is_first_rank and dist.get_rank() != 0:
             _follow(step, stage.cpu_group)
-        profile = share_profile(
-            lambda: _lead(step, owner, stage), group=world.cpu_group, device="cpu"
+        ranks = int(parallel_state.get_pp_group().world_size)
+        decision = share_json(
+            lambda: _lead(step, owner, stage, lambda *found: _decide(owner, ranks, *found)),
+            group=world.cpu_group,
+            device="cpu",
         )
-        model = LatencyModel.fit(profile)
-        if not model.report.usable:
+        for line in decision["why"]:
+            logger.info("pystage: %s", line)
+        if not decision["plans"]:
             return False
-        owner.pystage_sizer = _sizer(model, owner)
+        plans = Plans(
+            by_prompt={int(n): [int(c) for c in plan] for n, plan in decision["plans"].items()},
+            context_len=int(owner.model_config.context_len),
+            page_size=_page(owner),
+            largest=_largest(owner),
+        )
     except Exception as error:  # as SGLang: a failed profile costs the sizer, not the server
         logger.warning("pystage: no chunk sizer, the chunk size stays static: %r", error)
         return False
-    logger.info("pystage: chunks of %.1f ms each: %s", owner.pystage_sizer.target_ms, model.report)
+    owner.pystage_sizer = _serving.plans = plans
     return True
 
 
 def predict(owner: Any, history_len: int) -> int | None:
     """Tokens of the next chunk behind ``history_len``, or None for the static size."""
-    sizer: ChunkSizer | None = getattr(owner, "pystage_sizer", None)
-    return None if sizer is None else sizer.next_chunk(history_len)
+    plans: Plans | None = getattr(owner, "pystage_sizer", None)
+    return None if plans is None else plans.next_chunk(history_len)
+
+
+def fit_batch_to(adder: Any, req: Any, continued: bool) -> None:
+    """Sets the token budget of a batch that ``req`` begins to the size of its plan.
+
+    See Note [Which size a batch gets]. ``continued``: SGLang has sized the batch for this request
+    already, by its history.
+    """
+    plans, budget = _serving.plans, adder.rem_chunk_tokens
+    if plans is None or budget is None or adder.can_run_list or adder.dllm_config is not None:
+        return
+    prompt_len, history_len = _lengths(req)
+    base = plans.next_chunk(history_len) if continued else None
+    if not continued and prompt_len - history_len <= budget:
+        return  # whole as it is, and others may share its batch
+    size = plans.next_chunk(history_len, prompt_len)
+    if size is None or (continued and base is None):
+        return
+    # Decodes that share the batch have been taken off already.
+    decodes = max(base - budget, 0) if base is not None else 0
+    adder.rem_chunk_tokens = max(size - decodes, plans.page_size)
+
+
+def _lengths(req: Any) -> tuple[int, int]:
+    """Of the request: all tokens to prefill, and those in the cache."""
+    if hasattr(req, "prefix_len"):
+        return len(req.full_untruncated_fill_ids), int(req.prefix_len)
+    ids = getattr(req, "full_untruncated_fill_ids", None)
+    return len(req.origin_input_ids if ids is None else ids), len(req.prefix_indices)
+
+
+def _decide(owner: Any, ranks: int, profile: Profile, run: Step) -> dict[str, Any]:
+    """The plans by prompt length, none if the static size is as good; and why. In JSON's terms."""
+    model = LatencyModel.fit(profile)
+    timer = cuda_timer if torch.device(owner.device).type == "cuda" else host_timer
+
+    def time(points: Sequence[tuple[int, int]]) -> list[float]:
+        return [timer(lambda p=point: run(*p)).latency_ms for point in points]  # type: ignore[misc]
+
+    limit = sample_plan(owner).max_tokens
+    base = int(owner.chunked_prefill_size)
+    sizer = ChunkSizer(
+        model,
+        base_chunk=base,
+        context_len=limit,
+        page_size=_page(owner),
+        min_chunk=min(512, base),
+        max_chunk=_largest(owner),
+    )
+    lengths = [limit >> k for k in range(_PROMPTS) if (limit >> k) > base] or [limit]
+    choices = {
+        n: sizer.choose(n, ranks, time=time if k < _TIMED else None, budget=_BUDGET)
+        for k, n in enumerate(lengths)
+    }
+    as_good = all(c.chunks[0] == base and len(set(c.chunks[:-1])) <= 1 for c in choices.values())
+    return {
+        "model": model.to_json(),
+        "plans": {} if as_good else {str(n): list(c.chunks) for n, c in choices.items()},
+        "why": [str(model.report), *(f"{n:,} tokens: {c}" for n, c in choices.items())],
+    }
 
 
 def sample_plan(owner: Any) -> SamplePlan:
@@ -81,22 +207,28 @@ def sample_plan(owner: Any) -> SamplePlan:
     )
 
 
-def _sizer(model: LatencyModel, owner: Any) -> ChunkSizer:
-    base, page = int(owner.chunked_prefill_size), max(int(owner.page_size), _SMALLEST_PAGE)
-    return ChunkSizer(
-        model,
-        base_chunk=base,
-        context_len=int(owner.model_config.context_len),
-        page_size=page,
-        min_chunk=min(512, base),
-        max_chunk=max(min(int(owner.max_prefill_tokens), 2 * base), page),
+def _page(owner: Any) -> int:
+    """Chunks are multiples of it: of SGLang's page, and of what the ranks of a stage split."""
+    from sglang.srt.distributed import parallel_state
+
+    page = math.lcm(
+        max(int(owner.page_size), _SMALLEST_PAGE), int(parallel_state.get_tp_group().world_size)
     )
+    ranks = getattr(parallel_state, "get_attn_context_model_parallel_world_size", None)
+    # Context parallel ranks take a block from the front and one from the back.
+    return page if ranks is None or ranks() == 1 else math.lcm(page, 2 * int(ranks()))
+
+
+def _largest(owner: Any) -> int:
+    base = int(owner.chunked_prefill_size)
+    return max(min(int(owner.max_prefill_tokens), 2 * base), _page(owner))
 
 
 # --- the ranks of the first stage ----------------------------------------------------------------
 
 
-def _lead(step: PrefillStep, owner: Any, stage: Any) -> Profile:
+def _lead(step: Step, owner: Any, stage: Any, then: Callable[[Profile, Step], T]) -> T:
+    """Profiles with the other ranks of the stage; what ``then`` makes of it, which may run more."""
     together = stage.world_size > 1
 
     def tell_and_run(history_len: int, chunk_len: int) -> None:
@@ -105,7 +237,9 @@ def _lead(step: PrefillStep, owner: Any, stage: Any) -> Profile:
         step(history_len, chunk_len)
 
     try:
-        return profile_prefill(tell_and_run, sample_plan(owner), device=owner.device, progress=True)
+        plan = sample_plan(owner)
+        profile = profile_prefill(tell_and_run, plan, device=owner.device, progress=True)
+        return then(profile, tell_and_run)
     finally:
         if together:
             _tell(_STOP, stage.cpu_group)

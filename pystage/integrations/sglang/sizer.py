@@ -40,3 +40,17 @@ def predict(original: Function, owner: Any, history_len: int) -> int | None:
     from . import pp
 
     return pp.predict(owner, history_len)
+
+
+def add_chunked_req(original: Function, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    from . import pp
+
+    pp.fit_batch_to(adder, req, continued=True)
+    return original(adder, req, *args, **kwargs)
+
+
+def add_one_req(original: Function, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    from . import pp
+
+    pp.fit_batch_to(adder, req, continued=False)
+    return original(adder, req, *args, **kwargs)

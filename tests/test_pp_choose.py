@@ -1,0 +1,217 @@
+"""The choice between plans: never much worse than the best fixed size, mostly better."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from pystage.pp import Choice, ChunkSizer, LatencyModel, SamplePlan, simulate_pipeline
+from pystage.pp.choice import Planner, Question, cheapest_covers, size_at
+from pystage.pp.makespan import makespan
+from tests.pp_surfaces import SURFACES, Device, Surface
+from tests.test_pp_sizer import LAW, STAIRS, model_of, sizer_of
+
+FIXED = [n for k in range(6) for n in (512 << k, 768 << k) if n <= 16_384]
+PLAN = SamplePlan.spread(base_chunk=8192, context_len=131_072)
+
+
+def fixed(size: int, prompt_len: int) -> list[int]:
+    whole, rest = divmod(prompt_len, size)
+    return [size] * whole + [rest] * bool(rest)
+
+
+def first_token_ms(surface: Surface, chunks: Sequence[int], ranks: int) -> float:
+    sizes = np.asarray(chunks, dtype=np.float64)
+    ms = np.asarray(surface(np.cumsum(sizes) - sizes, sizes), dtype=np.float64)
+    return makespan(ms, (1.0,) * ranks)
+
+
+@pytest.fixture(scope="module")
+def cells() -> list[dict[str, float]]:
+    """For each surface, a fit of noisy samples and what `choose` makes of it; a fraction of the
+    best fixed size's time, by the truth."""
+    pytest.importorskip("scipy")
+    out = []
+    for seed, (name, surface) in enumerate(SURFACES.items()):
+        device = Device(surface, noise=(0.02, 0.05)[seed % 2], seed=seed, spikes=0.02)
+        model = LatencyModel.fit(device.profile(PLAN))
+        assert model.report.usable, name
+        sizer = ChunkSizer(model, base_chunk=8192, context_len=131_072)
+        for prompt_len, ranks in ((32_768, 4), (131_072, 2), (131_072, 16)):
+            best = min(first_token_ms(surface, fixed(n, prompt_len), ranks) for n in FIXED)
+            usual = first_token_ms(surface, fixed(8192, prompt_len), ranks)
+            before = device.forwards
+            timed = sizer.choose(prompt_len, ranks, time=device.time, budget=64)
+            assert timed.forwards == device.forwards - before <= 64
+            blind = sizer.choose(prompt_len, ranks)
+            assert blind.forwards == 0 and sum(blind.chunks) == sum(timed.chunks) == prompt_len
+            out.append(
+                {
+                    "timed": first_token_ms(surface, timed.chunks, ranks) / best - 1,
+                    "blind": first_token_ms(surface, blind.chunks, ranks) / best - 1,
+                    "usual": first_token_ms(surface, timed.chunks, ranks) / usual - 1,
+                }
+            )
+    return out
+
+
+def test_the_chosen_plan_beats_the_best_fixed_size_on_average_and_loses_nowhere(
+    cells: list[dict[str, float]],
+) -> None:
+    timed = np.array([cell["timed"] for cell in cells])
+    assert timed.mean() < -0.01 and timed.max() < 0.02
+    blind = np.array([cell["blind"] for cell in cells])
+    assert blind.mean() < -0.01 and blind.max() < 0.04
+    assert np.mean([cell["usual"] for cell in cells]) < -0.18
+
+
+@pytest.mark.parametrize("model", [LAW, STAIRS], ids=["law", "stairs"])
+def test_a_choice_says_what_speaks_for_it(model: LatencyModel) -> None:
+    sizer = sizer_of(model)
+    choice = sizer.choose(131_072, 8)
+    assert choice.predicted_ms == pytest.approx(sizer.predicted_ms(choice.chunks, 8))
+    assert choice.fixed_ms == pytest.approx(
+        min(sizer.predicted_ms(fixed(n, 131_072), 8) for n in FIXED)
+    )
+    assert choice.base_ms == pytest.approx(sizer.predicted_ms(fixed(8192, 131_072), 8))
+    assert choice.fixed_ms == sizer.predicted_ms(fixed(choice.fixed_size, 131_072), 8)
+    assert choice.gain == 1 - choice.predicted_ms / choice.fixed_ms >= 0
+    assert choice.kind in str(choice) and f"fixed {choice.fixed_size:,}" in str(choice)
+
+
+def test_a_gain_within_the_fits_error_is_none() -> None:
+    """The same predictions, of a fit that misses its samples by more than a plan gains."""
+    sure = dataclasses.replace(STAIRS.report, holdout_median=0.0)
+    unsure = dataclasses.replace(STAIRS.report, holdout_median=0.2)
+    choices = [
+        sizer_of(LatencyModel(STAIRS.form, report, ())).choose(131_072, 8)
+        for report in (sure, unsure)
+    ]
+    assert choices[0].kind != "fixed" and 0 < choices[0].gain < 0.03
+    assert choices[1].kind == "fixed" and choices[1].gain == 0
+
+
+def test_fits_that_disagree_take_a_gain_back() -> None:
+    """Each without a fifth of the samples; one of five has no waves, for which the plan is made."""
+    form = STAIRS.form
+    report = dataclasses.replace(STAIRS.report, holdout_median=0.0)
+    other = dataclasses.replace(form, wave=1, tile=1)
+    question = Question(131_072, (1.0,) * 8, 0.0, 64, 512, 16_384, 8192)
+    gains = []
+    for committee in ([form] * 5, [form] * 4 + [other]):
+        planner = Planner(LatencyModel(form, report, (), committee), question)
+        plan = planner.candidate("steps", fixed(2112, 131_072))  # two waves
+        gains.append(planner.believed(plan, planner.fixed(1536)))
+    assert gains[0][1] == 0 and gains[1][1] > 0.01
+    assert gains[1][0] == pytest.approx(gains[0][0] - gains[1][1])
+
+
+def test_timing_turns_a_wrong_prediction_down() -> None:
+    """The engine has a jump that the model knows nothing of, at the sizes that it likes."""
+    sizer = sizer_of(STAIRS)
+    blind = sizer.choose(131_072, 8)
+    assert blind.kind != "fixed"
+    liked = set(blind.chunks)
+
+    def time(points: Sequence[tuple[int, int]]) -> list[float]:
+        return [
+            STAIRS.predict(h, c) * (1.3 if c in liked and c & (c - 1) else 1) for h, c in points
+        ]
+
+    timed = sizer.choose(131_072, 8, time=time, budget=128)
+    assert 32 <= timed.forwards <= 128 and "timed" in timed.why
+
+    def truth(chunks: Sequence[int]) -> float:
+        starts = np.cumsum(chunks) - np.asarray(chunks)
+        return simulate_pipeline([time(list(zip(starts.tolist(), chunks, strict=True)))] * 8)
+
+    best = min(truth(fixed(n, 131_072)) for n in FIXED)
+    assert truth(timed.chunks) <= 1.01 * best < truth(blind.chunks)
+
+
+@pytest.mark.parametrize("budget", [0, 1, 7, 30])
+def test_timing_keeps_to_its_budget(budget: int) -> None:
+    asked = []
+
+    def time(points: Sequence[tuple[int, int]]) -> list[float]:
+        asked.extend(points)
+        return [LAW.predict(*p) for p in points]
+
+    choice = sizer_of().choose(65_536, 4, time=time, budget=budget)
+    assert choice.forwards == len(asked) <= budget
+    assert all(h + c <= 65_536 and c > 0 for h, c in asked)
+
+
+def test_times_that_cannot_be_are_refused() -> None:
+    for wrong in ([1.0], [0.0] * 64, [float("nan")] * 64):
+        with pytest.raises(ValueError, match="time gave"):
+            sizer_of().choose(65_536, 4, time=lambda points, w=wrong: w[: len(points)])
+
+
+def test_overhead_makes_chunks_longer_and_more_stages_shorter() -> None:
+    def chunks(ranks: int, overhead_ms: float) -> int:
+        return len(sizer_of().choose(131_072, ranks, overhead_ms=overhead_ms).chunks)
+
+    assert chunks(8, 20.0) < chunks(8, 0.0)
+    assert chunks(2, 5.0) < chunks(16, 5.0)
+
+
+def test_a_slow_stage_counts() -> None:
+    """One of four stages takes twice as long: it works through all chunks, and the others add a
+    bubble of half a chunk each."""
+    sizer = sizer_of()
+    factors = [1.0, 2.0, 1.0, 1.0]
+    choice = sizer.choose(65_536, 4, stage_factors=factors)
+    starts = np.cumsum(choice.chunks) - np.asarray(choice.chunks)
+    ms = np.asarray(LAW.predict(starts, np.asarray(choice.chunks)))
+    assert choice.predicted_ms == pytest.approx(
+        simulate_pipeline([(factor * ms).tolist() for factor in factors])
+    )
+    assert choice.predicted_ms > 1.5 * sizer.choose(65_536, 4).predicted_ms
+
+
+def test_an_unusable_model_gives_static_chunks_and_says_why() -> None:
+    choice = sizer_of(model_of(LAW.form, usable=False)).choose(20_000, 4)
+    assert choice.kind == "static" and list(choice.chunks) == [8192, 8192, 3616]
+    assert choice.gain == 0 and "median error 40% over 15%" in choice.why
+
+
+@pytest.mark.parametrize("prompt_len", [1, 63, 500, 8192, 33_333, 131_072])
+def test_plans_are_of_whole_pages_within_the_limits(prompt_len: int) -> None:
+    sizer = sizer_of(page_size=128, max_chunk=6000, base_chunk=4096)
+    choice = sizer.choose(prompt_len, 4)
+    assert sum(choice.chunks) == prompt_len and min(choice.chunks) > 0
+    assert all(c % 128 == 0 for c in choice.chunks[:-1]) and max(choice.chunks) <= 6000
+
+
+def test_what_cannot_be_asked_is_refused() -> None:
+    for change, match in (
+        ({"ranks": 0}, "ranks=0"),
+        ({"prompt_len": 0}, "prompt_len=0"),
+        ({"prompt_len": 131_073}, "prompt_len"),
+        ({"stage_factors": [1.0]}, "2 positive numbers"),
+        ({"stage_factors": [1.0, 0.0]}, "2 positive numbers"),
+        ({"overhead_ms": -1.0}, "overhead_ms"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            sizer_of().choose(**({"prompt_len": 1000, "ranks": 2} | change))  # type: ignore[arg-type]
+
+
+def test_a_size_is_looked_up_by_history() -> None:
+    plan = [1024, 1024, 512, 256, 100]
+    assert [size_at(plan, h) for h in (0, 1024, 2048, 2560, 2816)] == plan
+    assert size_at(plan, 1024 - 600) == 600  # the rest of the first
+    assert size_at(plan, 1024 - 100) == 100 + 1024
+    assert size_at(plan, 2916) == size_at(plan, 9999) == 256
+    assert size_at([700], 10) == 690 and size_at([700], 700) == 700
+    assert Choice("fixed", tuple(plan), 1, 1, 1, 1, 0, 0, "").size_at(2048) == 512
+
+
+def test_a_cover_is_the_cheapest_under_its_cap() -> None:
+    ms = np.array([[1.0, 1.5, 9.0], [1.0, 4.0, 9.0], [1.0, 1.2, 9.0], [1.0, 1.1, 9.0]])
+    sizes = np.array([1, 2, 4])
+    covers = cheapest_covers(ms, sizes, np.array([1.0, 2.0, 9.0]))
+    assert covers == [[1, 1, 1, 1], [2, 2], [2, 2]]
