@@ -735,9 +735,7 @@ def test_a_prompts_chunks_are_those_of_its_plan(
     assert sizes == chunks
 
 
-def test_a_batch_that_has_begun_or_that_decodes_share(
-    engine: Engine, planned: pp.Plans
-) -> None:
+def test_a_batch_that_has_begun_or_that_decodes_share(engine: Engine, planned: pp.Plans) -> None:
     request = engine.rig.request(range(2000))
     request.init_next_round_input(engine.rig.tree)
     begun = adder_of(engine, 512)

@@ -41,7 +41,7 @@ from ...pp import (
     share_json,
 )
 from ..pp.choice import size_at
-from ..pp.profile import cuda_timer, host_timer
+from ...pp.profile import cuda_timer, host_timer
 
 logger = logging.getLogger("pystage.sglang")
 
