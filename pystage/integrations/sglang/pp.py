@@ -40,7 +40,7 @@ from ...pp import (
     random_token_ids,
     share_json,
 )
-from ..pp.choice import size_at
+from ...pp.choice import size_at
 from ...pp.profile import cuda_timer, host_timer
 
 logger = logging.getLogger("pystage.sglang")
