@@ -554,12 +554,12 @@ def test_it_runs_with_python_m() -> None:
     assert done.stderr == "pystage: --device: 'mps' is not cpu, cuda or cuda:N\n"
 
 
-@pytest.mark.parametrize("missing", ["", "typer"])
-def test_a_reader_that_leaves_is_no_traceback(missing: str) -> None:
+@pytest.mark.parametrize("missing", [(), ("typer", "rich")])
+def test_a_reader_that_leaves_is_no_traceback(missing: tuple[str, ...]) -> None:
     code = f"""
 import sys
-if {missing!r}:
-    sys.modules[{missing!r}] = None
+for name in {missing!r}:
+    sys.modules[name] = None
 from pystage import cli
 sys.stdin.read()
 sys.exit(cli.main(["info"]))
