@@ -554,8 +554,16 @@ def test_it_runs_with_python_m() -> None:
     assert done.stderr == "pystage: --device: 'mps' is not cpu, cuda or cuda:N\n"
 
 
-def test_a_reader_that_leaves_is_no_traceback() -> None:
-    code = "import sys; from pystage import cli; sys.stdin.read(); sys.exit(cli.main(['info']))"
+@pytest.mark.parametrize("missing", [(), ("typer", "rich")])
+def test_a_reader_that_leaves_is_no_traceback(missing: tuple[str, ...]) -> None:
+    code = f"""
+import sys
+for name in {missing!r}:
+    sys.modules[name] = None
+from pystage import cli
+sys.stdin.read()
+sys.exit(cli.main(["info"]))
+"""
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
