@@ -477,6 +477,16 @@ def test_without_typer_there_is_info(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.usefixtures("no_typer")
+def test_without_typer_there_is_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["demo", "--device", "cpu", "--batches", "20", "--no-profile", "--issue", "eager"]
+    assert cli.main(few) == 0
+    assert "20" in capsys.readouterr().out
+    assert cli.main([*few, "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert json.dumps(report).count("eager") >= 1
+
+
+@pytest.mark.usefixtures("no_typer")
 def test_without_typer_there_is_the_doctor(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -492,7 +502,8 @@ def test_without_typer_there_is_the_doctor(
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
-        (["demo", "--chunk", "1"], 2, "the demo needs typer: pip install 'typer>=0.19' (pystage's"),
+        (["demo", "--chunk", "0"], 2, "--chunk: 0 is not between 1 and 16777216"),
+        (["demo", "--trace", "/nowhere"], 2, "--trace: cannot read /nowhere: No such file"),
         (["other"], 2, "invalid choice: 'other'"),
         (["info", "--json", "/"], 2, "--json: cannot write /: Is a directory"),
         (["doctor", "--device", "mps"], 2, "--device: 'mps' is not cpu, cuda or cuda:N"),

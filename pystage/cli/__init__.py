@@ -1,8 +1,7 @@
 """The command line: ``pystage demo``, ``info`` and ``doctor``, or ``python -m pystage``.
 
-It needs typer, which brings rich (extra ``cli``). Without them :mod:`pystage.cli.fallback` runs
-``info`` and ``doctor``, so that a machine where something is wrong can be looked at with what it
-has.
+With typer, which brings rich (extra ``cli``). Without them :mod:`pystage.cli.fallback` runs the
+same commands in plain text, so that all can be tried, and looked at, with what a machine has.
 """
 
 from __future__ import annotations

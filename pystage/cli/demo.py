@@ -147,9 +147,14 @@ def _progress(what: str, total: int | None = None) -> Iterator[Callable[[], None
     """Shows a bar if stderr is a terminal, until it is done; yields what advances it.
 
     Meanwhile rich puts what others write to stderr above the bar. Without a total it counts.
+    Without rich there is no bar.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    except ModuleNotFoundError:
+        yield lambda: None
+        return
 
     count = MofNCompleteColumn() if total else TextColumn("{task.completed}")
     console = Console(stderr=True)

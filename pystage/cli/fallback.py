@@ -1,41 +1,71 @@
-"""The command line without typer: ``info`` and ``doctor``, in plain text."""
+"""The command line without typer: the same commands and options, in plain text."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from .. import trace
 from .._build import __version__
-from . import doctor, info
-from .output import DEVICE_HELP, EXIT_STATUS, JSON_HELP, CannotRunError
-
-_NEEDS = "needs typer: pip install 'typer>=0.19' (pystage's extra `cli`)"
+from . import demo, doctor, info
+from .output import DEVICE_HELP, EXIT_STATUS, JSON_HELP
 
 
 def run(arguments: Sequence[str]) -> int:
     """Runs a command and returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="pystage",
-        description=f"Stages prefill token ids in pinned memory. The demo {_NEEDS}.",
+        description="Stages prefill token ids in pinned memory and brings them to the GPU.",
         epilog=EXIT_STATUS,
     )
     parser.add_argument("--version", action="version", version=f"pystage {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("demo", help=_NEEDS, add_help=False)
+    replayed = commands.add_parser("demo", help=demo.HELP.partition("\n")[0], epilog=EXIT_STATUS)
     told = commands.add_parser("info", help=info.HELP, epilog=EXIT_STATUS)
     examined = commands.add_parser("doctor", help=doctor.HELP, epilog=EXIT_STATUS)
-    examined.add_argument("--device", metavar="DEVICE", help=DEVICE_HELP)
-    for command in (told, examined):
+    for command in (replayed, examined):
+        command.add_argument("--device", metavar="DEVICE", help=DEVICE_HELP)
+    for command in (replayed, told, examined):
         command.add_argument("--json", metavar="PATH", help=JSON_HELP)
-    if list(arguments[:1]) == ["demo"]:  # whatever its options are
-        raise CannotRunError(f"the demo {_NEEDS}")
+    _demo_options(replayed)
     try:
         options = parser.parse_args(arguments)
     except SystemExit as stopped:  # help, the version, or arguments that are wrong
         return int(stopped.code or 0)
+    if options.command == "demo":
+        names = vars(options).keys() - {"command"}
+        return demo.run(demo.Options(**{name: getattr(options, name) for name in names}))
     if options.command == "info":
         return info.run(options.json)
     if options.command == "doctor":
         return doctor.run(options.device, options.json)
     parser.print_help()
     return 0
+
+
+def _demo_options(parser: argparse.ArgumentParser) -> None:
+    """As in :mod:`pystage.cli.commands`."""
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="length trace to replay")
+    for name, dest, default, most, help_text in (
+        ("--batches", "batches", demo.DEFAULT_BATCHES, 10_000_000, "batches to measure"),
+        ("--chunk", "chunk_tokens", trace.DEFAULT_CHUNK_TOKENS, 1 << 24, "tokens a batch has"),
+        ("--vocab", "vocab_size", trace.DEFAULT_VOCAB_SIZE, (1 << 63) - 1, "ids are below this"),
+    ):
+        parser.add_argument(
+            name, dest=dest, type=_between(1, most), default=default, metavar="N", help=help_text
+        )
+    parser.add_argument("--issue", choices=("deferred", "eager"), default="deferred")
+    parser.add_argument(
+        "--no-profile", dest="profile", action="store_false", help="leave out the chunk plan"
+    )
+
+
+def _between(least: int, most: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is not between {least} and {most}")
+        return value
+
+    return number
