@@ -101,7 +101,7 @@ def _runs(chunks: Sequence[int]) -> list[tuple[int, int]]:
     return [(size, len(list(group))) for size, group in itertools.groupby(chunks)]
 
 
-@dataclass
+@dataclass(eq=False)
 class Candidate:
     """A plan and its times: predicted by the model, and by each member of its committee."""
 
@@ -262,9 +262,12 @@ class Planner:
     def _timed(
         self, fixed: dict[int, Candidate], ranked: list[Candidate], time: TimeChunks, budget: int
     ) -> Choice:
-        """Half of the budget for the finalists, the other half for the better two of them."""
+        """Half of the budget for the finalists, the other half for the best fixed size and the best
+        other plan of them."""
         by_total = sorted(fixed.values(), key=lambda c: c.total)
         near = [c for c in by_total[:3] if c.total <= 1.06 * by_total[0].total]
+        if fixed[self.q.base] not in near:
+            near.append(fixed[self.q.base])  # should the predictions be worth nothing
         kinds: list[Candidate] = []
         for plan in ranked:
             close = any(abs(math.log(plan.total / k.total)) < 1e-3 for k in kinds)
