@@ -282,13 +282,13 @@ class Planner:
             for plan in finalists:
                 forwards += self._time(plan, time, each)
             if keep:
-                first = min((c for c in finalists if c.kind == "fixed"), key=lambda c: c.timed)
+                first = _best_fixed(finalists)
                 free = [c for c in finalists if c.kind != "fixed"]
                 finalists = [first, *sorted(free, key=lambda c: c.timed)[: keep - 1]]
         measured = [c for c in (*near, *kinds) if c.timed]
         if not measured:
             return self.choose(None, 0)
-        best = min((c for c in measured if c.kind == "fixed"), key=lambda c: c.timed)
+        best = _best_fixed(measured)
         free = [c for c in measured if c.kind != "fixed"]
         chosen = min(free, key=lambda c: c.timed, default=best)
         error = math.hypot(chosen.timed_error, best.timed_error)
@@ -330,6 +330,17 @@ class Planner:
         plan.timed = total + bubbles * (math.exp(slow) - math.exp(work))
         weight = min(bubbles / plan.timed, 1.0)
         plan.timed_error = math.hypot((1 - weight) * work_error, weight * slow_error)
+
+
+def _best_fixed(plans: Sequence[Candidate]) -> Candidate:
+    """The fixed size that is predicted best, unless another was timed clearly faster."""
+    sizes = sorted((c for c in plans if c.kind == "fixed"), key=lambda c: c.total)
+    best = sizes[0]
+    for other in sizes[1:]:
+        error = math.hypot(best.timed_error, other.timed_error)
+        if math.log(best.timed / other.timed) > 2.0 * error:
+            best = other
+    return best
 
 
 def _shrunk(ratios: Sequence[float], prior: float) -> tuple[float, float]:
