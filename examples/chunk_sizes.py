@@ -1,11 +1,19 @@
-"""Sizes the chunks of long prompts so that each takes the same time. The engine is simulated."""
+"""Chooses the chunks of long prompts, and fills batches up to a time. The engine is simulated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from pystage.pp import ChunkSizer, LatencyModel, SamplePlan, Timing, profile_prefill
+from pystage.pp import (
+    BudgetSizer,
+    ChunkSizer,
+    LatencyModel,
+    SamplePlan,
+    Timing,
+    profile_prefill,
+    share_model,
+)
 
 
 def step(history_len: int, chunk_len: int) -> float:
@@ -18,17 +26,26 @@ def timer(run: Callable[[], Any]) -> Timing:
     return Timing(latency_ms=run(), host_ms=0.1)
 
 
+def time_chunks(chunks: Sequence[tuple[int, int]]) -> list[float]:
+    """Runs chunks, each (history_len, chunk_len), and returns the milliseconds of each."""
+    return [step(history, chunk) for history, chunk in chunks]
+
+
 # --8<-- [start:sizes]
 plan = SamplePlan.spread(base_chunk=8192, context_len=131072)
-profile = profile_prefill(step, plan, timer=timer)  # on rank 0; share_profile gives it to all ranks
-model = LatencyModel.fit(profile)  # t(history, chunk)
+# Rank 0 profiles and fits; all ranks get its model. Without torch.distributed there is one rank.
+model = share_model(lambda: LatencyModel.fit(profile_prefill(step, plan, timer=timer)))
 print(model.report)  # how good the fit is
 
 sizer = ChunkSizer(model, base_chunk=8192, context_len=131072)
-sizer.next_chunk(65536)  # behind so many tokens; None: keep the static size
-sizer.plan(100_000)  # all chunks of a prompt, of equal time, the last one included
-sizer.fastest_plan(100_000, ranks=4)  # the least predicted time to first token
+# The plan for the least time to first token, and why. With `time` its finalists are timed.
+choice = sizer.choose(100_000, ranks=8, time=time_chunks)
+print(choice)
+
+budget = BudgetSizer(model, budget_ms=200, max_tokens=8192)
+# The longest chunk behind 65,536 tokens that keeps a batch within 200 ms, beside two decodes.
+budget.next_chunk(65_536, beside=[(9_000, 1), (40_000, 1)])
 # --8<-- [end:sizes]
 
-sizes = sizer.plan(100_000)
-assert sum(sizes) == 100_000 and sizes[0] > sizes[-1]
+assert sum(choice.chunks) == 100_000
+assert choice.predicted_ms <= choice.fixed_ms

@@ -132,7 +132,7 @@ def test_timing_turns_a_wrong_prediction_down() -> None:
     assert truth(timed.chunks) <= 1.01 * best < truth(blind.chunks)
 
 
-@pytest.mark.parametrize("budget", [0, 1, 7, 30])
+@pytest.mark.parametrize("budget", [0, 1, 7, 30, 64])
 def test_timing_keeps_to_its_budget(budget: int) -> None:
     asked = []
 

@@ -143,7 +143,8 @@ def test_it_stops_when_the_decision_stands_though_the_error_does_not_fall() -> N
     )
     assert some.stop_reason == "the chosen plan no longer changes"
     assert some.forwards < all_.forwards == 48
-    assert [s.latency_ms for s in some] == [s.latency_ms for s in all_][: len(some)]
+    same = [s.latency_ms for s in some][:26]  # up to the second check at the earliest
+    assert same == [s.latency_ms for s in all_][:26]
 
 
 @pytest.mark.parametrize(("least", "planned"), [(26, 24), (27, 32)])

@@ -184,3 +184,11 @@ def test_an_interrupt_on_the_first_rank_ends_the_others_too(tmp_path: Path) -> N
     first, second = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2)]
     assert first == ["KeyboardInterrupt: stopped by hand", 2.0]
     assert second[0].startswith("RemoteProfileError: rank 0 could not profile: KeyboardInterrupt")
+
+
+def test_without_a_group_it_runs_here() -> None:
+    assert not dist.is_initialized()
+    profile = share_profile(measured)
+    assert profile.samples == measured().samples
+    with pytest.raises(ZeroDivisionError):
+        share_profile(lambda: 1 / 0)  # type: ignore[arg-type, return-value]

@@ -101,7 +101,7 @@ def _runs(chunks: Sequence[int]) -> list[tuple[int, int]]:
     return [(size, len(list(group))) for size, group in itertools.groupby(chunks)]
 
 
-@dataclass
+@dataclass(eq=False)
 class Candidate:
     """A plan and its times: predicted by the model, and by each member of its committee."""
 
@@ -262,9 +262,12 @@ class Planner:
     def _timed(
         self, fixed: dict[int, Candidate], ranked: list[Candidate], time: TimeChunks, budget: int
     ) -> Choice:
-        """Half of the budget for the finalists, the other half for the better two of them."""
+        """Half of the budget for the finalists, the other half for the best fixed size and the best
+        other plan of them."""
         by_total = sorted(fixed.values(), key=lambda c: c.total)
         near = [c for c in by_total[:3] if c.total <= 1.06 * by_total[0].total]
+        if fixed[self.q.base] not in near:
+            near.append(fixed[self.q.base])  # should the predictions be worth nothing
         kinds: list[Candidate] = []
         for plan in ranked:
             close = any(abs(math.log(plan.total / k.total)) < 1e-3 for k in kinds)
@@ -279,13 +282,13 @@ class Planner:
             for plan in finalists:
                 forwards += self._time(plan, time, each)
             if keep:
-                first = min((c for c in finalists if c.kind == "fixed"), key=lambda c: c.timed)
+                first = _best_fixed(finalists)
                 free = [c for c in finalists if c.kind != "fixed"]
                 finalists = [first, *sorted(free, key=lambda c: c.timed)[: keep - 1]]
         measured = [c for c in (*near, *kinds) if c.timed]
         if not measured:
             return self.choose(None, 0)
-        best = min((c for c in measured if c.kind == "fixed"), key=lambda c: c.timed)
+        best = _best_fixed(measured)
         free = [c for c in measured if c.kind != "fixed"]
         chosen = min(free, key=lambda c: c.timed, default=best)
         error = math.hypot(chosen.timed_error, best.timed_error)
@@ -327,6 +330,17 @@ class Planner:
         plan.timed = total + bubbles * (math.exp(slow) - math.exp(work))
         weight = min(bubbles / plan.timed, 1.0)
         plan.timed_error = math.hypot((1 - weight) * work_error, weight * slow_error)
+
+
+def _best_fixed(plans: Sequence[Candidate]) -> Candidate:
+    """The fixed size that is predicted best, unless another was timed clearly faster."""
+    sizes = sorted((c for c in plans if c.kind == "fixed"), key=lambda c: c.total)
+    best = sizes[0]
+    for other in sizes[1:]:
+        error = math.hypot(best.timed_error, other.timed_error)
+        if math.log(best.timed / other.timed) > 2.0 * error:
+            best = other
+    return best
 
 
 def _shrunk(ratios: Sequence[float], prior: float) -> tuple[float, float]:

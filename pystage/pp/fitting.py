@@ -191,14 +191,16 @@ def fit_form(
 
 
 def _is_structure(data: Data, slow: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Where the slow samples are no spikes: most of those with the largest attention are slow.
+    """Which of the slow samples are no spikes: of the largest attention, measured again with the
+    same result, and with no quick one behind as much history and of as many tokens.
 
     Behind a launch floor few samples show attention at all, and must not be set aside for it.
     """
     area = (2.0 * data.history + data.chunk) * data.chunk
-    top = area >= np.quantile(area, 0.85)
-    most = slow[top].sum() >= max(3, 0.5 * top.sum())
-    return top if most else np.zeros_like(top)
+    longer = data.history >= data.history[:, None]
+    larger = data.chunk >= data.chunk[:, None]
+    disproved = (longer & larger & ~slow).any(axis=1)
+    return slow & ~disproved & (data.weight > 1.0) & (area >= np.quantile(area, 0.85))
 
 
 def find_tile_and_wave(optimize: ModuleType, data: Data) -> tuple[int, int]:

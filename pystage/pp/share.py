@@ -65,7 +65,10 @@ def share_json(
     `src` raises the error itself and every other rank `RemoteProfileError`; none is left waiting.
     The others wait as long as the work takes, so the group's timeout must be above its budget in
     seconds. `device` carries the broadcast (default: the current CUDA device under NCCL, else CPU).
+    Without torch.distributed, or before it is initialized, the work runs here alone.
     """
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        return json.loads(json.dumps(work()))  # one process is all there is
     if device is None:
         nccl = dist.get_backend(group) == "nccl"
         device = torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
