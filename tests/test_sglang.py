@@ -725,7 +725,7 @@ def test_a_prompts_chunks_are_those_of_its_plan(
         req.init_next_round_input(engine.rig.tree if not sizes else None)
         req.prefix_len = history
         adder = adder_of(engine, planned.next_chunk(history) if sizes else 512)
-        hooked = plugin._add_chunked_req if sizes else plugin._add_one_req
+        hooked = plugin.sizer.add_chunked_req if sizes else plugin.sizer.add_one_req
         own = type(adder).add_chunked_req if sizes else type(adder).add_one_req
         extra = () if sizes else (False, None)
         hooked(own, adder, req, *extra)
