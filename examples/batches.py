@@ -24,7 +24,7 @@ assert prefill.input_ids.tolist() == [13, 14, 21, 22]
 
 # --8<-- [start:mixed]
 relay = torch.tensor([0, 500, 600, 700], device=device)  # the ids that the last forward sampled
-running = torch.tensor([1, 3], device=device)  # the running requests' places in it
+running = torch.tensor([1, 3], device=device)  # positions of the running requests' ids in it
 
 mixed = batch.PrefillBatch(device)
 batch.prepare_for_extend(mixed, prompts, pool=pool)

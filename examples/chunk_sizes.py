@@ -17,12 +17,12 @@ from pystage.pp import (
 
 
 def step(history_len: int, chunk_len: int) -> float:
-    """Stands for a prefill forward of your engine; returns the milliseconds that it would take."""
+    """Takes the place of a prefill forward of your engine; returns its milliseconds."""
     return 2.0 + chunk_len / 60 + chunk_len * (history_len + chunk_len / 2) / 3e6
 
 
 def timer(run: Callable[[], Any]) -> Timing:
-    """Stands for the clock; without a timer, profile_prefill times the step on the GPU."""
+    """Takes the place of the clock; without it, profile_prefill times the step on the GPU."""
     return Timing(latency_ms=run(), host_ms=0.1)
 
 

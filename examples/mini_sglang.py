@@ -1,8 +1,9 @@
 """The prefill path of an engine like mini-sglang, with pystage.
 
-mini-sglang keeps the ids of all requests in a table on the GPU, ``token_pool``, a row of int32 for
-each request. Its prefill manager pins each request's new ids and copies them into the row, on the
-scheduler's stream; the forward, on the engine's stream, gathers its ``input_ids`` from the table.
+mini-sglang keeps the ids of all requests in a table on the GPU, ``token_pool``, with a row of int32
+for each request. On the scheduler's stream, its prefill manager pins each request's new ids and
+copies them into the row. On the engine's stream, the forward gathers its ``input_ids`` from the
+table.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ token_pool = torch.zeros(8, 4096, dtype=torch.int32, device=pool.device)
 
 # --8<-- [start:add]
 def add_one_req(input_ids: torch.Tensor, row: int, cached_len: int, chunk_size: int) -> None:
-    """Puts the next ``chunk_size`` ids of a request into its row of the table.
+    """Writes the next ``chunk_size`` ids of a request into its row of the table.
 
-    In place of ``row_ids.copy_(input_ids[start:stop].pin_memory(), non_blocking=True)``.
+    It replaces ``row_ids.copy_(input_ids[start:stop].pin_memory(), non_blocking=True)``.
     """
     stop = cached_len + chunk_size
     staged = pool.stage([input_ids], starts=[cached_len], stops=[stop])

@@ -1,8 +1,9 @@
 """The prefill path of an engine like nano-vllm, with pystage.
 
-nano-vllm's ``ModelRunner.prepare_prefill`` extends a Python list by the ids of each sequence, and
-turns each of its lists into a pinned tensor and a copy. Here the ids are gathered into a slot, and
-all lists travel as the parameters of one kernel. ``Sequence`` has the fields that nano-vllm's has.
+nano-vllm's ``ModelRunner.prepare_prefill`` appends the ids of each sequence to a Python list. It
+makes each of its lists a pinned tensor and copies that to the GPU. Here ``stage`` gathers the ids
+into a slot, and one kernel gets the other lists as its parameters. ``Sequence`` has the same fields
+as nano-vllm's class.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import pystage
 @dataclass
 class Sequence:
     token_ids: list[int]
-    num_cached_tokens: int  # ids whose KV cache is there: not sent again
-    num_scheduled_tokens: int  # ids of this step
+    num_cached_tokens: int  # ids that are in the KV cache already and are not sent again
+    num_scheduled_tokens: int  # ids to send in this step
 
     @property
     def end(self) -> int:

@@ -1,7 +1,7 @@
-"""One pool in each rank: rank 0 has the requests, torch.distributed spreads them, each rank stages.
+"""One pool in each rank: rank 0 has the requests and broadcasts them, and each rank stages them.
 
-Two processes with gloo on the CPU. With GPUs each rank has its own, and the backend is NCCL for the
-tensors on them; the requests still travel over gloo, as they are on the host.
+This runs two processes with gloo on the CPU. With GPUs, each rank has its own GPU, and NCCL is the
+backend for tensors on them. The requests are still sent over gloo, because they are on the host.
 """
 
 from __future__ import annotations

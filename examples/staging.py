@@ -1,4 +1,4 @@
-"""Stage a batch, resolve it, and what a pool does around that. Runs with and without a GPU."""
+"""Stages and resolves batches, and shows a pool's other functions. Runs with or without a GPU."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 import pystage
 
-pool = pystage.StagingPool(device=None, capacity_bytes=64 << 20)  # None: the GPU, else the CPU
+pool = pystage.StagingPool(device=None, capacity_bytes=64 << 20)  # None: current GPU, or the CPU
 
 # --8<-- [start:history]
 prompt = array("q", range(100_000))
-chunk = pool.stage([prompt], starts=[98_000], stops=[99_000])  # reads these 1,000 ids only
+chunk = pool.stage([prompt], starts=[98_000], stops=[99_000])  # reads only these 1,000 ids
 assert len(chunk) == 1000
 # --8<-- [end:history]
 
@@ -28,13 +28,13 @@ input_ids = pystage.resolve(chunk)  # int64 [1000] on pool.device
 narrow = pystage.resolve(chunk, dtype=torch.int32)
 
 static = torch.zeros(4096, dtype=torch.int64, device=pool.device)
-pystage.resolve(chunk, out=static[:1000])  # into a tensor of yours
+pystage.resolve(chunk, out=static[:1000])  # into your own tensor
 # --8<-- [end:resolve]
 for result in (input_ids, narrow, static[:1000]):
     assert result.tolist() == list(range(98_000, 99_000))
 
 # --8<-- [start:slice]
-first, rest = chunk[:400], chunk[400:]  # share the slot, no ids are copied
+first, rest = chunk[:400], chunk[400:]  # these share the slot; no ids are copied
 del chunk
 assert pystage.resolve(rest)[0] == 98_400
 assert pool.stats().leased_slots == 1  # `first` and `rest` keep the slot
@@ -55,7 +55,7 @@ assert lengths.tolist() == [5, 7] and temperatures.shape == (2,)
 
 # --8<-- [start:capacity]
 small = pystage.StagingPool(device=None, capacity_bytes=1 << 20, at_capacity="raise")
-held = small.stage([list(range(200_000))])  # 200,000 int32 ids: 0.8 of 1 MiB
+held = small.stage([list(range(200_000))])  # 200,000 int32 ids: 0.8 MB of 1 MiB
 try:
     small.stage([list(range(200_000))])
 except pystage.PoolExhaustedError as error:
@@ -65,8 +65,8 @@ del held
 small.close()
 
 # --8<-- [start:choices]
-eager = pystage.StagingPool(device=None, issue="eager")  # transfer inside stage()
-engine = pystage.StagingPool(device=None, transfer="copy_engine")  # cudaMemcpyAsync
+eager = pystage.StagingPool(device=None, issue="eager")  # stage() starts the transfer
+engine = pystage.StagingPool(device=None, transfer="copy_engine")  # uses cudaMemcpyAsync
 # --8<-- [end:choices]
 for other in (eager, engine):
     assert pystage.resolve(other.stage([[4, 5]])).tolist() == [4, 5]

@@ -1,4 +1,4 @@
-"""The compiled part. Use the pystage package."""
+"""The compiled extension. Use the pystage package instead."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
@@ -65,20 +65,21 @@ def write_rows(
     lens: torch.Tensor,
     /,
 ) -> bool:
-    """``table[rows[i]]`` (int32) begins with ``prefixes[i][:prefix_lens[i]]`` and goes on with the
-    next ``lens[i]`` of ``rest``, by one kernel on the current stream. ``rows``, ``prefix_lens`` and
-    ``lens`` are int64 CPU tensors. False, and nothing is done, where one launch cannot do it."""
+    """Writes rows of ``table`` (int32) with one kernel on the current stream: ``table[rows[i]]``
+    gets ``prefixes[i][:prefix_lens[i]]``, then the next ``lens[i]`` values of ``rest``. ``rows``,
+    ``prefix_lens`` and ``lens`` are int64 CPU tensors. Returns False and does nothing if this does
+    not fit one launch."""
 
 class Parcel:
-    """Stands in for ``torch.tensor`` in one thread, while known code runs (``python_parcel.cpp``).
+    """Replaces ``torch.tensor`` in one thread while known code runs (``python_parcel.cpp``).
 
-    What that code makes of a list and sends with ``.to(device, non_blocking=True)`` is a small
-    tensor. Those made so far are delivered when their number is in ``deliver_at``; the last of
-    these ends it."""
+    A tensor that this code makes from a list and sends with ``.to(device, non_blocking=True)`` is
+    sent as a small tensor. The tensors made so far are delivered whenever their number is in
+    ``deliver_at``. The last number in it ends the replacement."""
 
     def tensor(self, data: Any, /, **kwargs: Any) -> torch.Tensor: ...
     def end(self) -> int:
-        """Delivers what is left, and returns how many tensors it made."""
+        """Delivers the remaining tensors and returns how many tensors were made."""
 
 def parcel(
     handle: object,
@@ -110,8 +111,8 @@ class StagedTokens:
     ) -> torch.Tensor: ...
 
 class IdsView:
-    """Ids ``[start, stop)`` of an array, not copied. Holds the array, not its buffer, so the array
-    can grow. A buffer of one dimension to whoever reads it."""
+    """A view of ids ``[start, stop)`` of an array. It holds the array, not its buffer, so the array
+    can grow. It supports the buffer protocol, with one dimension."""
 
     def __len__(self) -> int: ...
     @overload
@@ -121,10 +122,10 @@ class IdsView:
     def __iter__(self) -> Iterator[int]: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
     def copy(self) -> Any:
-        """As an array of its own."""
+        """Returns a copy as a new array."""
 
 def ids_view(ids: Any, start: int, stop: int, /) -> IdsView:
-    """As ``ids[start:stop]``."""
+    """Like ``ids[start:stop]``, without a copy."""
 
 class Hold:
     def __init__(self, pool: StagingPool) -> None: ...

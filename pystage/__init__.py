@@ -1,17 +1,20 @@
-"""Prefill token ids from the host to the GPU: gathered once into bounded pinned memory, made
-``input_ids`` by one small kernel on the stream that needs them.
+"""Gets prefill token ids onto the GPU with one host copy.
 
-The public surface is what this file names.
+:meth:`StagingPool.stage` gathers the ids of a batch into a size-capped pool of pinned memory.
+:func:`resolve` launches a small kernel on the current stream, which reads them from there and
+writes ``input_ids``.
+
+The public API is what this file lists in ``__all__``.
 """
 
 from __future__ import annotations
 
-from . import _interpreter  # noqa: F401  (before torch, which a subinterpreter must not import)
+from . import _interpreter  # noqa: F401  (first: a subinterpreter must not import torch)
 
 # isort: split
-import torch  # noqa: F401  (before the extension: it resolves its symbols against torch's)
+import torch  # noqa: F401  (before the extension, which needs torch's symbols)
 
-from . import _extension  # noqa: F401  (before all that use it: it says why it does not load)
+from . import _extension  # noqa: F401  (before its users: it explains why a load fails)
 
 # isort: split
 from . import batch, ops

@@ -1,4 +1,4 @@
-"""What this installation is: versions and the build of the extension."""
+"""Versions of this installation, and how its extension was built."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ class BuildInfo:
     """What the extension was built with, and what it runs with.
 
     Attributes:
-        version: of pystage.
+        version: pystage's version.
         cuda: whether the extension has CUDA code.
-        cuda_runtime: CUDA version it was compiled with, None without CUDA code.
-        cuda_architectures: what its kernels were compiled for; ``+PTX`` covers later ones.
-        cuda_driver: newest CUDA version the driver supports, None without a driver.
+        cuda_runtime: CUDA version it was compiled with; None without CUDA code.
+        cuda_architectures: architectures its kernels were compiled for; ``+PTX`` also covers later
+            ones.
+        cuda_driver: newest CUDA version that the driver supports; None without a driver.
         torch_built: torch version it was built against.
         torch: torch version it runs with.
     """
@@ -48,8 +49,8 @@ class BuildInfo:
 
 
 def _driver_version() -> int:
-    """Asked of the driver itself: through the runtime, the question would initialise CUDA, and a
-    child forked later could not use the GPU."""
+    """Asks the driver itself. Asking through the runtime would initialise CUDA, and then a child
+    that is forked later could not use the GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -59,7 +60,7 @@ def _driver_version() -> int:
 
 
 def build_info() -> BuildInfo:
-    """Describes the build. Starts no CUDA context and works without a driver."""
+    """Describes the build. It starts no CUDA context and works without a driver."""
     return BuildInfo(
         version=__version__,
         cuda=_C.cuda_runtime > 0,

@@ -1,4 +1,4 @@
-"""Loads the compiled extension, or says why there is none and what to do."""
+"""Loads the compiled extension. If that fails, the error says why and what to do."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _REBUILD = "pip install --no-build-isolation ."
 
 
 def explain(package: Path, path: Sequence[str], error: ImportError) -> str:
-    """What an import error of the extension means.
+    """Explains an import error of the extension.
 
     Args:
-        package: folder that was imported as ``pystage``.
-        path: where Python looks for packages, as ``sys.path``.
-        error: of the extension's import.
+        package: the folder that was imported as ``pystage``.
+        path: the folders in which Python looks for packages, like ``sys.path``.
+        error: the error that importing the extension raised.
     """
     if not (package.parent / "csrc").is_dir() or any(package.glob("_C*.so")):
         return (

@@ -1,7 +1,8 @@
-"""Refuses to be imported in a subinterpreter.
+"""Raises an error if it is imported in a subinterpreter.
 
-torch supports none: imported in one first it hangs, imported again it fails and the process crashes
-at its end. So this comes before ``import torch``, and nothing is loaded yet when it raises.
+torch does not support subinterpreters. If its first import is in one, it hangs. If it was imported
+before, the second import fails and the process crashes when it exits. So this module is imported
+before torch, and nothing is loaded yet when it raises.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from importlib.util import find_spec
 
 
 def _is_subinterpreter() -> bool:
-    for name in ("_interpreters", "_xxsubinterpreters"):  # Python 3.13 and later; before
+    for name in ("_interpreters", "_xxsubinterpreters"):  # from Python 3.13 on; before 3.13
         if find_spec(name):
             interpreters = import_module(name)
             return bool(interpreters.get_current() != interpreters.get_main())
-    return False  # a Python without them makes none from Python code
+    return False  # without these modules, Python code cannot make a subinterpreter
 
 
 if _is_subinterpreter():

@@ -1,8 +1,9 @@
-"""Tells the extension while a part of the program allocates from a ``torch.cuda.MemPool``.
+"""Tells the extension when code allocates from a ``torch.cuda.MemPool``.
 
-Outputs of ``resolve`` are cut from blocks that live longer than one call, so inside such a region
-they must not be (see Note [Outputs cut from blocks] in ``csrc/staging.cpp``). Torch has no way to
-ask whether a region is active, so its two functions that begin and end one are wrapped.
+Outputs of ``resolve`` are cut from blocks that live longer than one call. Inside a region that
+allocates from such a pool, this must not happen (see Note [Outputs cut from blocks] in
+``csrc/staging.cpp``). Torch cannot be asked whether a region is active, so this module wraps the
+functions that begin and end one.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ _BEGIN = (
 _END = "_cuda_endAllocateToPool"
 
 _lock = threading.Lock()
-_active: Counter[tuple[int, tuple[int, int]]] = Counter()  # regions by device and pool
+_active: Counter[tuple[int, tuple[int, int]]] = Counter()  # active regions by device and pool
 
 
 @cache
 def watch() -> None:
-    """Starts to count, once. Regions that are active by then are not seen."""
+    """Starts counting, at the first call. Regions that are active already are not counted."""
     for name in _BEGIN:
         _wrap(name, _begun, before=True)
     _wrap(_END, _ended, before=False)
@@ -44,7 +45,7 @@ def _wrap(name: str, tell: Callable[[tuple[int, Any]], None], *, before: bool) -
 
     @wraps(original)
     def counted(device: int, pool_id: tuple[int, int]) -> Any:
-        # Counted a little longer than the region lasts, never shorter.
+        # A region counts as active a little longer than it lasts, never shorter.
         if before:
             tell((device, pool_id))
         try:
@@ -70,6 +71,6 @@ def _begun(region: tuple[int, Any]) -> None:
 
 def _ended(region: tuple[int, Any]) -> None:
     with _lock:
-        if _active[region]:  # else it began before watch()
+        if _active[region]:  # else the region began before watch()
             _active[region] -= 1
             _C.count_mem_pool_regions(-1)

@@ -1,4 +1,4 @@
-"""What staged tokens do as a stand-in for a tensor. It needs no pool, only its device."""
+"""The tensor interface of staged tokens. Of the pool it needs only the device."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Self = TypeVar("Self", bound="TensorLike")
 
 
 class TensorLike(_C.StagedTokens):
-    """The tensor's side of :class:`pystage.StagedTokens`: attributes, methods, operators."""
+    """The tensor interface of :class:`pystage.StagedTokens`: attributes, methods, operators."""
 
     __slots__ = ()
 
-    # --- as a tensor tells of itself
+    # --- a tensor's attributes
 
     dtype = torch.int64
     layout = torch.strided
@@ -36,7 +36,7 @@ class TensorLike(_C.StagedTokens):
         return torch.Size((len(self),))
 
     def size(self, dim: int | None = None) -> torch.Size | int:
-        """As ``Tensor.size``."""
+        """Like ``Tensor.size``."""
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
@@ -48,7 +48,7 @@ class TensorLike(_C.StagedTokens):
         return len(self)
 
     def is_pinned(self, device: torch.device | str | None = None) -> bool:
-        """Whether the ids lie in pinned memory. False on the host device."""
+        """Whether the ids are in pinned memory. False on the host device."""
         return self._is_pinned
 
     def is_contiguous(self) -> bool:
@@ -58,16 +58,17 @@ class TensorLike(_C.StagedTokens):
     # --- to a device
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As ``Tensor.to``; always a new tensor.
+        """Like ``Tensor.to``, but always returns a new tensor.
 
-        To the pool's device: by the pool's transfer, ordered on the current stream, without
-        waiting if ``non_blocking``. Elsewhere to the CPU, or to a dtype: a copy on the host.
+        To the pool's device, the pool transfers the ids, ordered on the current stream, and does
+        not wait if ``non_blocking``. To the CPU, if that is not the pool's device, or with a dtype
+        only, this is a copy on the host.
 
         Raises:
-            ValueError: another device than the pool's, or int32 asked of ids that do not fit.
-            CaptureError, ForkedProcessError, DeviceError: as :func:`resolve`.
+            ValueError: the device is not the pool's, or the dtype is int32 and an id does not fit.
+            CaptureError, ForkedProcessError, DeviceError: as for :func:`resolve`.
         """
-        kwargs.pop("copy", None)  # it always is one; the parser below takes no such argument
+        kwargs.pop("copy", None)  # always a copy; the parser below rejects this argument
         if args:
             args = args[: 2 if isinstance(args[0], (torch.dtype, Tensor)) else 3]
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
@@ -85,7 +86,7 @@ class TensorLike(_C.StagedTokens):
     def cuda(
         self, device: torch.device | int | str | None = None, non_blocking: bool = False
     ) -> Tensor:
-        """As ``Tensor.cuda``."""
+        """Like ``Tensor.cuda``."""
         if device is None:
             device = "cuda"
         elif isinstance(device, int):
@@ -93,7 +94,7 @@ class TensorLike(_C.StagedTokens):
         return self.to(device, non_blocking=non_blocking)
 
     def _copy_into(self, out: Tensor, non_blocking: bool) -> Tensor:
-        """``out.copy_(self)``."""
+        """Implements ``out.copy_(self)``."""
         here = self._pool._device
         if out.device == here and here.type != "cpu":
             plain = out.dtype in (torch.int32, torch.int64) and out.is_contiguous()
@@ -113,23 +114,23 @@ class TensorLike(_C.StagedTokens):
     # --- on the host
 
     def cpu(self) -> Tensor:
-        """A plain int64 CPU tensor with a copy of the ids, in memory of its own."""
+        """Returns a plain int64 CPU tensor with a copy of the ids in its own memory."""
         return self._copy()
 
     def pin_memory(self: Self) -> Self:
-        """Itself: pinned already, where it can be."""
+        """Returns itself: the ids are pinned already if memory can be pinned."""
         return self
 
     def contiguous(self: Self) -> Self:
-        """Itself."""
+        """Returns itself."""
         return self
 
     def detach(self: Self) -> Self:
-        """Itself: nothing to detach from."""
+        """Returns itself, because there is no autograd graph to detach it from."""
         return self
 
     def __getitem__(self, key: Any) -> Any:
-        """A slice of step 1 shares the slot; anything else is a copy, as ``cpu()[key]``."""
+        """A slice of step 1 shares the slot. Any other key gives a copy, like ``cpu()[key]``."""
         if isinstance(key, slice):
             start, stop, step = key.indices(len(self))
             if step == 1:
@@ -159,7 +160,7 @@ class TensorLike(_C.StagedTokens):
         return self.cpu()
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else a tensor has, of a copy of the ids."""
+        """Any other attribute of a tensor, taken from a copy of the ids."""
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if name.endswith("_"):
@@ -178,17 +179,17 @@ class TensorLike(_C.StagedTokens):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Routes to a device go through the pool; any other function reads copies."""
+        """Copies to a device go through the pool. Any other function gets copies of the ids."""
         kwargs = kwargs or {}
         if func is Tensor.copy_:
             source, non_blocking = _copy_arguments(*args, **kwargs)
             return source._copy_into(args[0], non_blocking)
-        name = getattr(func, "__name__", "").partition(".")[0]  # less an overload: add_.Tensor
+        name = getattr(func, "__name__", "").partition(".")[0]  # without overload: add_.Tensor
         written = [kwargs.get("out")]
         if _is_in_place(name) or kwargs.get("inplace"):
             written += args[:1] or [kwargs.get("self"), kwargs.get("input")]
         if any(isinstance(leaf, TensorLike) for leaf in pytree.tree_leaves(written)):
-            _read_only(name)  # the copies below would be written, and nobody would be told
+            _read_only(name)  # else func would write the copies below, and the result be lost
         ops = torch.ops.pystage
         if func in (ops.transfer, ops.transfer.default):
             return _op_transfer(*args, **kwargs)
@@ -199,7 +200,7 @@ class TensorLike(_C.StagedTokens):
 
 
 def _there(ids: Tensor, non_blocking: bool) -> Tensor:
-    """``ids``, once the current stream has made them, unless `non_blocking`."""
+    """Returns ``ids``. Unless `non_blocking`, first waits for the current stream to make them."""
     if ids.is_cuda and not non_blocking:
         torch.cuda.current_stream(ids.device).synchronize()
     return ids

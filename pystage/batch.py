@@ -1,10 +1,11 @@
 """Batches whose input ids stay on the host until the forward needs them.
 
-Names and meaning are SGLang's (deferred staging: PR 25945; the pipeline-parallel profiler that had
-been forgotten: PR 26883). Any object with the attributes of :class:`DeferredBatch` will do, its
-``ScheduleBatch`` included; :class:`PrefillBatch` is a small ready one.
+Names and meanings are SGLang's (PR 25945 introduced deferred staging; PR 26883 added the missing
+resolve to the pipeline-parallel profiler). The functions take any object with the attributes of
+:class:`DeferredBatch`, including SGLang's ``ScheduleBatch``. :class:`PrefillBatch` is a small
+implementation.
 
-What a batch's ids are made of:
+Sources of a batch's ids:
 
 =============  =========================  =======================  ============================
 kind           ``prefill_input_ids_cpu``  ``mix_running_indices``  ``input_ids`` once resolved
@@ -15,12 +16,12 @@ decode         None                       int [k], or None         ``relay[indic
 =============  =========================  =======================  ============================
 
 A decode batch without ``mix_running_indices`` gathers by ``req_pool_indices``. The relay is the
-device tensor that the forward writes its sampled ids to (SGLang: ``output_tokens_buf``).
+device tensor to which the forward writes the ids it samples (SGLang: ``output_tokens_buf``).
 
-Streams: ``resolve_forward_inputs`` works on the current stream and waits for nothing on CUDA. The
-caller orders that stream behind whoever wrote the relay and the indices. In SGLang the forward
-stream writes the relay itself, and waits for the schedule stream, which makes the indices, before
-each forward. Tensors of other streams are kept alive here until the current stream is past them.
+Streams: ``resolve_forward_inputs`` works on the current stream and does not wait on CUDA. The
+caller must order that stream after the work that writes the relay and the indices. In SGLang the
+forward stream writes the relay itself; before each forward it waits for the schedule stream, which
+makes the indices. Tensors from other streams are kept alive until the current stream has read them.
 Batches are not thread-safe.
 """
 
@@ -48,18 +49,19 @@ Staging: TypeAlias = Part | tuple[Part, ...]
 
 
 class DeferredBatch(Protocol):
-    """What a batch must have.
+    """The attributes that a batch must have.
 
     Attributes:
-        input_ids: int64 [n] on the device once resolved, else None.
-        prefill_input_ids_cpu: int64 [p] staged ids, or None. A CPU tensor will do; after a merge or
-            a filter it may be a tuple of these and of device tensors, read one after another.
-        mix_running_indices: int64 or int32 [k] on the device: where in the relay the ids of the
-            running requests are, which follow the prefill's; or None.
-        device: where the forward runs.
+        input_ids: int64 [n] on the device once the batch is resolved, else None.
+        prefill_input_ids_cpu: int64 [p] staged ids, or None. It may be a plain CPU tensor. After a
+            merge or a filter it may be a tuple of staged ids, CPU tensors and device tensors, whose
+            ids follow one another.
+        mix_running_indices: int64 or int32 [k] on the device, or None: the positions in the relay
+            of the running requests' ids. These ids follow those of the prefill.
+        device: the device that runs the forward.
 
-    Read if there: ``extend_lens`` (ids of each request, in order, 1 for a running one),
-    ``req_pool_indices`` (int [b] on the device), ``forward_mode`` (SGLang's).
+    Optional attributes: ``extend_lens`` (the number of ids of each request, in order; 1 for a
+    running request), ``req_pool_indices`` (int [b] on the device) and SGLang's ``forward_mode``.
     """
 
     input_ids: Any
@@ -72,7 +74,7 @@ class DeferredBatch(Protocol):
 
 @dataclass
 class PrefillBatch:
-    """A small :class:`DeferredBatch`. ``batch[i:j]`` is some of its requests, slots shared."""
+    """A small :class:`DeferredBatch`. ``batch[i:j]`` has some of its requests, and shares slots."""
 
     device: torch.device | str
     input_ids: Tensor | None = None
@@ -103,21 +105,23 @@ def prepare_for_extend(
     stops: Sequence[int] | None = None,
     vocab_size: int | None = None,
 ) -> None:
-    """Stages the batch's ids: ``input_ids`` is None until the batch is resolved.
+    """Stages the batch's ids. ``input_ids`` is None until the batch is resolved.
 
-    Called again (an encoder-decoder model strips the encoder's ids and stages the rest), it lets go
-    of the first slot before it takes the second, so a pool with room for one will do.
+    It may be called again for the same batch, for example when an encoder-decoder model strips the
+    encoder's ids and stages the rest. It then releases the first slot before it takes the second,
+    so a pool with room for one slot is enough.
 
     Args:
-        batch: gets ``prefill_input_ids_cpu``, and ``extend_lens`` if it has that attribute.
-        token_ids, starts, stops, vocab_size: as for :meth:`StagingPool.stage`. ``starts`` is the
-            length of each request's history in a chunked prefill: no id before it is touched.
-        pool: a pool of the batch's device.
+        batch: its ``prefill_input_ids_cpu`` is set, and its ``extend_lens`` if it has that
+            attribute.
+        token_ids, starts, stops, vocab_size: as for :meth:`StagingPool.stage`. In a chunked
+            prefill, ``starts`` is the length of each request's history; ids before it are not read.
+        pool: a pool for the batch's device.
 
     Raises:
-        ValueError: a pool of another device.
-        Exception: whatever :meth:`StagingPool.stage` raises. The batch then has the ids it had
-            (staged again where there is a slot, else as a CPU tensor).
+        ValueError: the pool is for another device.
+        Exception: whatever :meth:`StagingPool.stage` raises. The batch then keeps the ids it had
+            (staged again if there is a slot, else as a CPU tensor).
     """
     device, index = torch.device(batch.device), pool.device.index
     if device.type != pool.device.type or (index is not None and device.index not in (None, index)):
@@ -142,16 +146,19 @@ def prepare_for_extend(
 
 
 def mix_with_running(batch: DeferredBatch, mix_running_indices: Tensor) -> None:
-    """Adds running requests, one id each, behind a prefill: a mixed batch.
+    """Appends running requests, one id each, to a prefill batch, which becomes a mixed batch.
 
     Args:
-        batch: not mixed yet; staged, or resolved.
-        mix_running_indices: int64 or int32 [k] on the device, where their ids are in the relay.
+        batch: a staged or resolved batch that is not mixed yet.
+        mix_running_indices: int64 or int32 [k] on the device, the positions of the running
+            requests' ids in the relay.
 
     Raises:
         UnresolvedInputsError: the batch has no ids.
-        ValueError: it is mixed already.
-        TypeError: the indices are no such tensor. The batch is as before.
+        ValueError: the batch is mixed already.
+        TypeError: the indices are not such a tensor.
+
+    If this raises, the batch is unchanged.
     """
     _check_indices(mix_running_indices)
     parts, indices = _contents(batch)
@@ -170,23 +177,24 @@ def mix_with_running(batch: DeferredBatch, mix_running_indices: Tensor) -> None:
 
 
 def resolve_forward_inputs(batch: DeferredBatch, relay: Tensor | None = None) -> None:
-    """Makes ``input_ids``, int64 [n] on the device, ordered on the current stream.
+    """Sets ``input_ids`` to an int64 [n] tensor on the device, ordered on the current stream.
 
-    One kernel, mixed batches included; a merged or filtered batch takes one a part. Both staging
-    fields are None afterwards, so the slot comes back once the stream is past the kernel. A batch
-    that is resolved already stays as it is.
+    This takes one kernel, also for a mixed batch. A merged or filtered batch takes one per part.
+    Afterwards both staging fields are None, so the slot is free once the stream has run the kernel.
+    A batch that is resolved already is left unchanged.
 
     Args:
-        batch: staged, or a decode batch.
-        relay: int64 or int32 [m], contiguous, on the device: for mixed and decode batches.
+        batch: a staged batch or a decode batch.
+        relay: int64 or int32 [m], contiguous, on the device. Mixed and decode batches need it.
 
     Raises:
-        UnresolvedInputsError: the batch has neither ids nor staging, or its relay is missing.
-        IndexError: an index outside ``[-m, m)``, on the host device. On CUDA that is a device-side
-            assertion, as in torch.
-        Exception: as :func:`pystage.resolve_mixed`.
+        UnresolvedInputsError: the batch has neither ids nor staged ids, or it needs a relay and
+            there is none.
+        IndexError: an index is outside ``[-m, m)``, on the host device. On CUDA, such an index
+            triggers a device-side assertion, as in torch.
+        Exception: as for :func:`pystage.resolve_mixed`.
 
-    Whatever is raised, the batch is as before and can be resolved again.
+    If this raises, the batch is unchanged and can be resolved again.
     """
     if _is_resolved(batch):
         return
@@ -211,17 +219,19 @@ _warned: set[tuple[str, int]] = set()
 def ensure_resolved(
     batch: DeferredBatch, relay: Tensor | None = None, *, stacklevel: int = 1
 ) -> None:
-    """For whatever builds a forward from a batch: resolves it if everybody forgot to.
+    """Resolves the batch if it is not resolved yet. Call it in the code that builds a forward.
 
-    A path that forgot costs a count (:func:`forgotten_resolves`) and, once for each line that calls
-    this, a :class:`pystage.ForgottenResolveWarning`, in place of a crash.
+    A code path that forgot to resolve a batch does not crash. The batch is counted
+    (:func:`forgotten_resolves`), and a :class:`pystage.ForgottenResolveWarning` is issued once for
+    each calling line.
 
     Args:
         batch, relay: as for :func:`resolve_forward_inputs`.
-        stacklevel: how many frames up the line is that forgot; 1 is the caller of this.
+        stacklevel: how many frames up the stack the line to blame is. 1: the caller of this
+            function.
 
     Raises:
-        Exception: as :func:`resolve_forward_inputs`.
+        Exception: as for :func:`resolve_forward_inputs`.
     """
     if _is_resolved(batch):
         return
@@ -251,15 +261,15 @@ def forgotten_resolves() -> int:
 
 
 def merge(batch: DeferredBatch, other: DeferredBatch) -> None:
-    """Appends the requests of ``other`` to ``batch``; ``other`` stays as it is.
+    """Appends the requests of ``other`` to ``batch``. ``other`` is left unchanged.
 
-    Nothing is copied: what is staged stays in its slots, which come back once both batches are
+    Nothing staged is copied. Staged ids stay in their slots, which are free once both batches are
     done with them. Two resolved batches give a resolved one. An empty batch changes nothing. A
     prefill merged with a decode batch becomes a mixed batch.
 
     Raises:
-        ValueError: ids would have to follow running requests, which come last in a batch.
-        UnresolvedInputsError: a batch with requests has no ids.
+        ValueError: ids of ``other`` would follow running requests, which must come last in a batch.
+        UnresolvedInputsError: one of the batches has requests but no ids.
     """
     parts, indices = _contents(batch)
     more, more_indices = _contents(other)
@@ -288,18 +298,19 @@ def merge(batch: DeferredBatch, other: DeferredBatch) -> None:
 
 
 def filter(batch: DeferredBatch, keep_indices: Iterable[int]) -> None:
-    """Keeps some requests, in the order given; the others' ids are left out.
+    """Keeps the given requests, in the given order, and drops the others.
 
-    Nothing staged is copied. A slot stays taken while ids of any request in it are needed. Without
-    any request left the batch is idle: resolved, with no ids.
+    Nothing staged is copied. A slot stays in use while the ids of any request in it are needed. If
+    no request is left, the batch is idle: resolved, with no ids.
 
     Args:
         batch: must have ``extend_lens``. Running requests come last and must stay last.
-        keep_indices: which requests, in ``[0, len(extend_lens))``.
+        keep_indices: indices of the requests to keep, each in ``[0, len(extend_lens))``.
 
     Raises:
-        IndexError: no such request.
-        ValueError: ``extend_lens`` does not fit the ids, or a running request before another.
+        IndexError: there is no such request.
+        ValueError: ``extend_lens`` does not fit the ids, or ``keep_indices`` has a running request
+            before one that is not running.
         UnresolvedInputsError: the batch has no ids.
     """
     parts, indices = _contents(batch)
@@ -346,7 +357,7 @@ def _is_resolved(batch: DeferredBatch) -> bool:
 
 
 def _contents(batch: DeferredBatch) -> tuple[tuple[Part, ...], Tensor | None]:
-    """What the ids are read from, one part after another, and the indices of running requests."""
+    """The parts that the ids are read from, in order, and the indices of running requests."""
     staged, indices = batch.prefill_input_ids_cpu, batch.mix_running_indices
     if staged is not None:
         return (staged if isinstance(staged, tuple) else (staged,)), indices
@@ -358,7 +369,7 @@ def _contents(batch: DeferredBatch) -> tuple[tuple[Part, ...], Tensor | None]:
 
 
 def _extends(batch: DeferredBatch) -> bool:
-    """Whether the engine says it is a prefill: its ids cannot come from the relay alone."""
+    """Whether the engine marks the batch as a prefill, whose ids the relay alone cannot give."""
     mode = getattr(batch, "forward_mode", None)
     return mode is not None and bool(mode.is_extend())
 
@@ -375,7 +386,7 @@ def _not_empty(parts: tuple[Part, ...]) -> tuple[Part, ...]:
 def _assign(
     batch: DeferredBatch, parts: tuple[Part, ...], indices: Tensor | None, resolved: bool
 ) -> None:
-    """Makes the batch of these; without any it is idle."""
+    """Sets the batch to these parts and indices. With none of either, it becomes idle."""
     ids: Tensor | None = None
     if not parts and indices is None:
         ids = torch.empty(0, dtype=torch.int64, device=batch.device)
@@ -391,7 +402,7 @@ def _staging(parts: tuple[Part, ...]) -> Staging | None:
 
 
 def _cut(parts: tuple[Part, ...], ranges: list[tuple[int, int]]) -> tuple[Part, ...]:
-    """Ranges of the ids that the parts make up; neighbours stay in one piece."""
+    """Cuts ranges out of the ids that the parts form. Adjacent ranges stay in one piece."""
     joined: list[tuple[int, int]] = []
     for start, stop in ranges:
         if joined and joined[-1][1] == start:
@@ -416,14 +427,14 @@ def _picked(indices: Tensor, at: list[int]) -> Tensor | None:
 
 
 def _joined(a: Any, b: Any) -> Any:
-    """Both, one after the other; None where either is unknown."""
+    """Concatenates both. None if either is unknown."""
     if a is None or b is None:
         return None
     return torch.cat([a, b]) if isinstance(a, Tensor) else [*a, *b]
 
 
 def _staged_again(ids: Tensor, pool: StagingPool) -> Part:
-    """After a failure: ids that had a slot, in another if there is one."""
+    """After a failure, stages ids that had a slot again, or returns them if no slot is free."""
     try:
         return pool.stage([ids])
     except PystageError:
@@ -453,7 +464,7 @@ def _materialise(
 
 
 def _device(parts: tuple[Part, ...], device: Any) -> Any:
-    """A pool's device has an index, a batch's may have none."""
+    """The pool's device if there is one: it has an index, which the batch's device may lack."""
     return next((p.pool.device for p in parts if isinstance(p, StagedTokens)), device)
 
 

@@ -1,4 +1,4 @@
-"""What pystage raises. Wrong types and shapes raise the built-in TypeError and ValueError."""
+"""The errors and warnings of pystage. Wrong types and shapes raise TypeError and ValueError."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from .stats import StagingStats
 
 
 class PystageError(RuntimeError):
-    """Base of all below."""
+    """Base class of pystage's errors."""
 
 
 class TokenRangeError(PystageError, ValueError):
-    """A token id lies outside ``[0, vocab_size)``. Nothing was staged.
+    """A token id is outside ``[0, vocab_size)``. Nothing was staged.
 
     Attributes:
-        request: index into ``token_ids``.
-        position: index into that request, counted from its start (not from ``starts``).
+        request: index of the request in ``token_ids``.
+        position: index of the id in that request, counted from its start (not from ``starts``).
         value: the id.
-        vocab_size: the bound it broke.
+        vocab_size: the vocabulary size that was given.
     """
 
     def __init__(
@@ -33,21 +33,21 @@ class TokenRangeError(PystageError, ValueError):
 
 
 class PoolExhaustedError(PystageError):
-    """No slot could be had within the pool's policy.
+    """No slot was available under the pool's ``at_capacity`` policy.
 
     Attributes:
-        stats: the pool's figures when it was raised, or None.
+        stats: the pool's figures when the error was raised, or None.
     """
 
     stats: StagingStats | None = None
 
 
 class RequestTooLargeError(PoolExhaustedError):
-    """The batch is larger than the pool's capacity: no wait would help."""
+    """The batch is larger than the pool's capacity, so waiting would not help."""
 
 
 class PoolClosedError(PystageError):
-    """The pool is closed. What was staged before stays valid."""
+    """The pool is closed. Tokens staged before stay valid."""
 
 
 class ForkedProcessError(PystageError):
@@ -55,20 +55,23 @@ class ForkedProcessError(PystageError):
 
 
 class CaptureError(PystageError):
-    """``resolve`` on a stream that captures a CUDA graph."""
+    """``resolve`` was called on a stream that is capturing a CUDA graph."""
 
 
 class UnresolvedInputsError(PystageError):
-    """A batch has neither ids nor staged ids, or lacks its relay; says which call is missing."""
+    """A batch has neither ids nor staged ids, or its relay is missing.
+
+    The message names the missing call.
+    """
 
 
 class DeviceError(PystageError):
-    """A device call failed; the message names the call, the device and the device's error."""
+    """A device call failed. The message names the call, the device and the device's error."""
 
 
 class PageableMemoryWarning(RuntimeWarning):
-    """Pinned memory could not be had; the message says why."""
+    """Memory could not be pinned. The message gives the reason."""
 
 
 class ForgottenResolveWarning(RuntimeWarning):
-    """A forward was built from a batch that nobody had resolved; ``ensure_resolved`` did."""
+    """A forward was built from an unresolved batch, and ``ensure_resolved`` resolved it."""

@@ -1,7 +1,7 @@
-"""``torch.ops.pystage``: typed wrappers and fakes. Schemas and kernels: ``csrc/ops.cpp``.
+"""Typed wrappers and fake kernels of ``torch.ops.pystage``. ``csrc/ops.cpp`` has the kernels.
 
-The ops work on plain tensors, so they may stand in a graph. A staged batch is resolved before the
-graph, with :func:`pystage.resolve`; the ops accept one too, outside of graphs.
+The ops work on plain tensors, so a compiled graph can contain them. Resolve a staged batch before
+the graph, with :func:`pystage.resolve`. Outside of graphs the ops accept a staged batch too.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from . import _C  # noqa: F401  (defines the ops)
 def transfer(
     wire: Tensor, *, dtype: torch.dtype = torch.int64, device: torch.device | str | None = None
 ) -> Tensor:
-    """Token ids as ``dtype`` on ``device``, ordered on the current stream.
+    """Transfers token ids to ``device`` as ``dtype``, ordered on the current stream.
 
-    From memory that torch pinned, a kernel reads the host directly and widens on the way, without
-    the copy engine and without waiting; the block is kept until the stream is past the transfer.
-    From pageable memory it is an ordinary, blocking copy. On one device it is a cast.
+    If torch pinned the memory of ``wire``, a kernel reads it directly and widens the ids on the
+    way. It does not use the copy engine and does not wait, and the memory block is kept until the
+    stream has finished the transfer. From pageable memory this is an ordinary blocking copy. If
+    ``wire`` is on ``device`` already, it is a cast.
 
     Args:
         wire: int32 or int64 [n], on the CPU or on ``device``.
-        dtype: ``torch.int64`` or ``torch.int32``. Ids that do not fit int32 are truncated, as by
+        dtype: ``torch.int64`` or ``torch.int32``. Ids that do not fit int32 are truncated, as in
             ``Tensor.to``.
-        device: where to; default: where ``wire`` is.
+        device: the destination. Default: the device of ``wire``.
 
     Returns:
         ``dtype`` [n] on ``device``, never an alias of ``wire``.
 
     Raises:
-        TypeError: another dtype.
-        ValueError: another shape, or ``wire`` on a third device.
-        RuntimeError: no pystage device of that kind, or a failed device call. Torch's dispatcher
-            passes on no other type.
+        TypeError: a dtype is neither int32 nor int64.
+        ValueError: ``wire`` is not 1-D, or is neither on the CPU nor on ``device``.
+        RuntimeError: pystage has no device of that kind, or a device call failed. Torch's
+            dispatcher passes on no other error type.
     """
     where = None if device is None else torch.device(device)
     result: Tensor = torch.ops.pystage.transfer(wire, dtype=dtype, device=where)
@@ -44,20 +45,21 @@ def transfer(
 
 
 def transfer_out(wire: Tensor, out: Tensor) -> None:
-    """As :func:`transfer`, into ``out``: int32 or int64 [n], contiguous. Mutates ``out``."""
+    """Like :func:`transfer`, but writes into ``out``: int32 or int64 [n], contiguous."""
     torch.ops.pystage.transfer_out(wire, out)
 
 
 def small_tensors(values: Sequence[Tensor], *, device: torch.device | str) -> list[Tensor]:
-    """CPU tensors of few values, of any dtype and shape, as tensors on ``device``, by one kernel.
+    """Sends small CPU tensors, of any dtype and shape, to ``device`` with one kernel.
 
-    As :meth:`pystage.StagingPool.small_tensors`, without a pool: beyond 32 KiB in all (4 KiB with a
-    driver before CUDA 12.1), torch pins memory and copies it. Ordered on the current stream.
+    Like :meth:`pystage.StagingPool.small_tensors`, but without a pool: above 32 KiB in all (4 KiB
+    if the driver is older than CUDA 12.1), torch pins memory and copies it. The results are ordered
+    on the current stream.
 
     Raises:
-        ValueError: a tensor that is not on the CPU.
-        RuntimeError: no pystage device of that kind, the current stream captures a CUDA graph, or a
-            failed device call. Torch's dispatcher passes on no other type.
+        ValueError: a tensor is not on the CPU.
+        RuntimeError: pystage has no device of that kind, the current stream is capturing a CUDA
+            graph, or a device call failed. Torch's dispatcher passes on no other error type.
     """
     if not values:
         return []

@@ -1,4 +1,4 @@
-"""The staging pool and what it hands out. The design note stands in ``csrc/pool.h``."""
+"""The staging pool and the staged tokens it returns. The design note is in ``csrc/pool.h``."""
 
 from __future__ import annotations
 
@@ -28,47 +28,47 @@ _logger = logging.getLogger("pystage")
 
 
 class StagingPool:
-    """Bounded pinned memory that token ids are gathered into, and transferred from.
+    """A size-capped pool of pinned memory: token ids are gathered into it and transferred from it.
 
     Thread-safe. Any number of pools may serve one device. After warm-up no call allocates or frees
-    pinned memory. A slot is handed out again only when the tokens staged in it are gone and every
-    stream that reads it is done; one stuck stream never keeps the slots of others.
+    pinned memory. A slot is reused only after the tokens staged in it are gone and every stream
+    that reads it has finished. A stuck stream keeps its own slots only, never those of others.
 
-    A slot takes at most 12.5 % more than its ids (from 512 bytes on; below, at most 63 bytes more),
-    and that waste is within the capacity.
+    A slot takes at most 12.5 % more memory than its ids (at most 63 bytes more for batches under
+    512 bytes). This rounding counts against the capacity.
 
     Args:
         device: ``"cuda:N"``, or ``"cpu"`` for the host device. None: the current accelerator, or
-            ``"cpu"`` where there is none.
-        capacity_bytes: hard cap on the memory held, rounded down to whole pages.
-        at_capacity: what :meth:`stage` does when no slot is free at the cap. ``"wait"``: waits up
-            to ``timeout_s``, without the GIL, then raises. ``"fallback"``: stages in memory of
-            torch's own (pinned where torch can), outside the cap, and counts it. ``"raise"``:
-            raises at once.
-        timeout_s: seconds to wait for a slot, and in :meth:`close` for transfers.
-        issue: ``"deferred"``: the transfer is launched by ``resolve``, on the stream current
-            there. ``"eager"``: it is launched by :meth:`stage`, on a high-priority stream of the
-            pool's own, and ``resolve`` makes the current stream wait for it.
-        transfer: ``"kernel"``: a kernel reads the mapped slot, past any queue of the copy engine.
-            ``"copy_engine"``: ``cudaMemcpyAsync``, for comparison; used anyway where the device
-            cannot map host memory.
-        wire: ``"auto"``: ids cross the bus as int32 where a batch's all fit, else as int64.
-            ``"int64"``: always as int64. A copy engine cannot widen, so it costs a second kernel
-            under ``"auto"``.
-        reserve_bytes: pinned at construction, so that no first call pays for it; default 8 MiB, at
-            most the capacity.
+            ``"cpu"`` if there is none.
+        capacity_bytes: hard limit on the memory held, rounded down to whole pages.
+        at_capacity: what :meth:`stage` does when no slot is free and the limit is reached.
+            ``"wait"``: waits up to ``timeout_s`` with the GIL released, then raises.
+            ``"fallback"``: stages in memory from torch's own allocator (pinned if torch can pin),
+            outside the limit, and counts it. ``"raise"``: raises at once.
+        timeout_s: seconds to wait for a slot, and seconds :meth:`close` waits for transfers.
+        issue: ``"deferred"``: ``resolve`` launches the transfer, on the stream that is current at
+            that call. ``"eager"``: :meth:`stage` launches it, on a high-priority stream that the
+            pool owns, and ``resolve`` makes the current stream wait for it.
+        transfer: ``"kernel"``: a kernel reads the mapped slot and does not wait in the copy
+            engine's queue. ``"copy_engine"``: ``cudaMemcpyAsync``, for comparison. It is also used
+            where the device cannot map host memory.
+        wire: ``"auto"``: ids cross the bus as int32 if all ids of a batch fit, else as int64.
+            ``"int64"``: always as int64. A copy engine cannot widen, so with ``"auto"`` it needs
+            an additional kernel.
+        reserve_bytes: memory to pin at construction, so that the first calls do not pay for it.
+            Default: 8 MiB, or the capacity if that is less.
 
     Raises:
-        ValueError: an argument out of range.
-        TypeError: a size that is no int, such as ``"64M"`` or ``1e6``.
-        DeviceError: no such device, no driver, or a failed device call.
+        ValueError: an argument is out of range.
+        TypeError: a size is not an int, such as ``"64M"`` or ``1e6``.
+        DeviceError: there is no such device or no driver, or a device call failed.
 
-    Where pinned memory cannot be had (memlock limit, WSL, Confidential Computing, or
-    ``PYSTAGE_DISABLE_PINNED=1``), the pool works in pageable memory, counts it, and warns once with
-    the reason (:class:`PageableMemoryWarning`).
+    If memory cannot be pinned (memlock limit, WSL, Confidential Computing, or
+    ``PYSTAGE_DISABLE_PINNED=1``), the pool uses pageable memory, counts it, and warns once with the
+    reason (:class:`PageableMemoryWarning`).
 
-    The logger ``"pystage"`` tells of growth (info), and of a pool without a slot: of its first
-    fallback and of its first :class:`PoolExhaustedError` as a warning, of later ones for debugging.
+    The logger ``"pystage"`` reports growth at level INFO. It reports the pool's first fallback and
+    first :class:`PoolExhaustedError` at level WARNING, and later ones at level DEBUG.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class StagingPool:
         reserve_bytes = _as_bytes("reserve_bytes", reserve_bytes)
         if not 0 <= reserve_bytes <= capacity_bytes:
             raise ValueError(f"reserve_bytes is {reserve_bytes}, outside [0, {capacity_bytes}]")
-        if not 0 <= timeout_s <= 1e6:  # also refuses NaN
+        if not 0 <= timeout_s <= 1e6:  # also rejects NaN
             raise ValueError(f"timeout_s is {timeout_s}; it is seconds, from 0 on")
         self._device = _pick_device(device)
         if self._device.type == "cuda" and _C.cuda_runtime:
@@ -105,7 +105,7 @@ class StagingPool:
                     f"{self._device} does not exist: this process sees {count} CUDA devices"
                     + ("" if count else " (no driver?); use device='cpu'")
                 )
-            torch.cuda.init()  # torch's allocator and streams, before ours use them
+            torch.cuda.init()  # starts torch's allocator and streams, which ours use
             _mempool.watch()
         self._pool = _C.StagingPool(
             device=str(self._device),
@@ -121,7 +121,7 @@ class StagingPool:
 
     @property
     def device(self) -> torch.device:
-        """The device that ids are staged for."""
+        """The device for which ids are staged."""
         return self._device
 
     @property
@@ -131,7 +131,7 @@ class StagingPool:
 
     @property
     def why_pageable(self) -> str:
-        """Why memory could not be pinned; empty if it could, or on the host device."""
+        """Why memory could not be pinned. Empty if it could be, and on the host device."""
         return self._pool.why_pageable
 
     def stage(
@@ -141,28 +141,37 @@ class StagingPool:
         stops: Sequence[int] | None = None,
         vocab_size: int | None = None,
     ) -> StagedTokens:
-        """Gathers ragged token ids into one slot, in request order.
+        """Gathers the token ids of requests of any lengths into one slot, in request order.
 
         Args:
             token_ids: a sequence of requests. A request is a list or tuple of ints, an
-                ``array('i')`` or ``array('q')``, or a 1-D int32 or int64 NumPy array (strided
-                too), CPU tensor or other buffer. Kinds may be mixed; empty requests are fine.
-            starts: first id to take of each request; default 0. The ids before it are not touched.
-            stops: one past the last id to take of each; default its length.
-            vocab_size: if given, each id must lie in ``[0, vocab_size)``. The check is part of the
-                copy. Without it any int64 passes (multimodal pad values exceed the vocabulary).
+                ``array('i')`` or ``array('q')``, or a 1-D int32 or int64 NumPy array (also a
+                strided one), CPU tensor or other buffer. Different kinds may be mixed, and a
+                request may be empty.
+            starts: index of the first id to stage, for each request. Default: 0. The ids before it
+                are not read.
+            stops: one past the index of the last id to stage, for each request. Default: the
+                request's length.
+            vocab_size: if given, each id must be in ``[0, vocab_size)``. The copy includes this
+                check. Without it any int64 is accepted (multimodal pad values exceed the
+                vocabulary).
 
         Returns:
-            The ids, as a 1-D int64 CPU tensor to its readers. No buffer stays exported: an
-            ``array`` can grow again at once. From 64 Ki ids on, and while waiting, the GIL is
-            released; buffers must then not be changed or grown by another thread.
+            The staged ids, which can be read like a 1-D int64 CPU tensor. No input buffer stays
+            exported, so an ``array`` can grow again at once. For 64 Ki ids or more, and while
+            waiting for a slot, the GIL is released. Other threads must not change or grow the
+            input buffers during that time.
 
         Raises:
-            TokenRangeError: an id outside the vocabulary; nothing is staged.
-            PoolExhaustedError: no slot within the policy; its ``stats`` has the pool's figures.
-            RequestTooLargeError: the batch exceeds the capacity.
-            PoolClosedError, ForkedProcessError, DeviceError: as they say.
-            TypeError, ValueError: no such ids, or ``starts`` and ``stops`` that do not fit them.
+            TokenRangeError: an id is outside the vocabulary. Nothing is staged.
+            PoolExhaustedError: no slot was available under the pool's ``at_capacity`` policy. The
+                error's ``stats`` has the pool's figures.
+            RequestTooLargeError: the batch is larger than the capacity.
+            PoolClosedError: the pool is closed.
+            ForkedProcessError: this process is a child of the one that made the pool.
+            DeviceError: a device call failed.
+            TypeError, ValueError: ``token_ids`` has an unsupported type or shape, or ``starts`` and
+                ``stops`` do not fit it.
         """
         try:
             return _C.stage(self._handle, self, token_ids, starts, stops, vocab_size)
@@ -173,29 +182,32 @@ class StagingPool:
     def small_tensors(
         self, values: Sequence[Any], dtypes: Sequence[torch.dtype | None] | None = None
     ) -> tuple[Tensor, ...]:
-        """Lists and small arrays as tensors on the pool's device, by one kernel.
+        """Sends lists and small arrays to the pool's device with one kernel.
 
-        What ``torch.tensor(list, pin_memory=True).to(device, non_blocking=True)`` does with an
-        allocation, an event and a copy for each. Here the values are the kernel's parameters: no
-        pinned memory, nothing to wait for, no queue of the copy engine. That takes up to 4 KiB in
-        all, 32 KiB from a driver of CUDA 12.1 on, each tensor rounded up to 16 bytes. What is
-        longer goes through a slot, within the pool's capacity and its policy.
+        The usual ``torch.tensor(list, pin_memory=True).to(device, non_blocking=True)`` needs an
+        allocation, an event and a copy for each tensor. Here the values are the kernel's
+        parameters: there is no pinned memory, no wait, and no queue of the copy engine. One kernel
+        takes up to 4 KiB in all (32 KiB if the driver supports CUDA 12.1 or later), with each
+        tensor rounded up to 16 bytes. Larger values go through a slot, subject to the pool's
+        capacity and ``at_capacity`` policy.
 
         Args:
             values: lists and tuples of numbers, and NumPy arrays and CPU tensors of any shape.
-            dtypes: of each, int32, int64, uint64, float32 or bool. None: that of an array.
+            dtypes: the dtype of each result: int32, int64, uint64, float32 or bool. None: the
+                dtype of the array or tensor; a list must have one.
 
         Returns:
-            A tensor for each: [n] of a list, an array's own shape. They belong to the current
-            stream, and whatever it runs next sees the values. They share a storage, as results of
-            :func:`resolve` may; no two share a byte.
+            One tensor for each value: [n] for a list, the same shape for an array or tensor. They
+            belong to the current stream, and whatever it runs next sees the values. They share a
+            storage, as results of :func:`resolve` may, but no two share a byte.
 
         Raises:
-            ValueError: a value that its dtype cannot hold, or a tensor that is not on the CPU.
-            TypeError: another dtype, a list without one, or something that is no number.
-            CaptureError: the current stream captures a CUDA graph.
-            PoolExhaustedError, RequestTooLargeError: beyond what a kernel takes, as :meth:`stage`.
-            PoolClosedError, ForkedProcessError, DeviceError: as they say.
+            ValueError: a dtype cannot hold a value, or a tensor is not on the CPU.
+            TypeError: a dtype is not one of the above, a list has none, or a value is not a number.
+            CaptureError: the current stream is capturing a CUDA graph.
+            PoolExhaustedError, RequestTooLargeError: as for :meth:`stage`, if the values need a
+                slot.
+            PoolClosedError, ForkedProcessError, DeviceError: as for :meth:`stage`.
         """
         if dtypes is None:
             dtypes = [None] * len(values)
@@ -213,21 +225,21 @@ class StagingPool:
         _logger.log(logging.WARNING if first else logging.DEBUG, "%s", error)
 
     def stats(self) -> StagingStats:
-        """The pool's figures now."""
+        """Returns the pool's current figures."""
         return StagingStats(**self._pool.stats())
 
     def trim(self) -> int:
-        """Gives memory without a slot in use back to the device; returns the bytes.
+        """Frees the pieces of memory that have no slot in use; returns the number of bytes freed.
 
-        Unpinning stalls the device: call it when traffic is low.
+        Unpinning stalls the device, so call this when traffic is low.
         """
         return self._pool.trim()
 
     def close(self) -> None:
-        """Stops handing out slots and frees the memory.
+        """Closes the pool to new batches and frees the memory.
 
-        Waits up to ``timeout_s`` for transfers in flight. Tokens still staged stay valid, and what
-        they hold is freed after them. Closing twice is fine.
+        Waits up to ``timeout_s`` for transfers in flight. Tokens that are still staged stay valid,
+        and their memory is freed once they are gone. It is safe to close a pool twice.
         """
         self._pool.close()
 
@@ -256,28 +268,28 @@ class StagingPool:
 
 
 class StagedTokens(TensorLike):
-    """Token ids in a slot of a pool: a 1-D int64 CPU tensor as far as readers can tell.
+    """Token ids in a slot of a pool. They can be used like a read-only 1-D int64 CPU tensor.
 
-    It is no ``torch.Tensor`` (making one costs as much as staging) but stands in for one: torch
-    functions and tensor methods take it, and read a copy of the ids. It is read-only. Where torch
-    wants a tensor proper (as an index: ``table[staged]``), pass ``.cpu()``. So do code that mypy or
-    pyright check: to them it is no tensor, and ``torch.cat([staged.cpu(), other])`` passes.
+    This is not a ``torch.Tensor``, because making one costs as much as staging. Torch functions and
+    tensor methods accept it and read a copy of the ids. Pass ``.cpu()`` where torch needs a real
+    tensor, for example as an index (``table[staged]``), and in code that mypy or pyright checks:
+    type checkers do not see a tensor here, but accept ``torch.cat([staged.cpu(), other])``.
 
-    While it lives, or any slice of it, its slot is not handed out again; after that, not before
-    every stream that reads it is done. So every way to a device is safe: ``.to``, ``.cuda``,
-    ``device_tensor.copy_(staged)``, also of a slice. Each reads the slot on the current stream.
+    The slot is not reused while this object or any slice of it lives, nor before every stream that
+    reads the slot has finished. So every transfer to a device is safe, also of a slice: ``.to``,
+    ``.cuda``, ``device_tensor.copy_(staged)``. Each of them reads the slot on the current stream.
     """
 
     __slots__ = ()
 
     @property
     def pool(self) -> StagingPool:
-        """The pool they are staged in."""
+        """The pool that holds the ids."""
         return self._pool
 
     @property
     def wire_dtype(self) -> torch.dtype:
-        """Their type in the slot and on the bus: ``torch.int32`` where all fit."""
+        """The dtype of the ids in the slot and on the bus: ``torch.int32`` if all ids fit."""
         return torch.int32 if self._wire_bits == 32 else torch.int64
 
     def __repr__(self) -> str:
@@ -290,31 +302,32 @@ _C.set_staged_tokens_type(StagedTokens)
 def resolve(
     staged: StagedTokens, out: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Staged ids as a tensor on the pool's device, ordered on the current stream.
+    """Makes staged ids a tensor on the pool's device, ordered on the current stream.
 
-    Returns at once on CUDA: whatever the current stream runs next sees the ids. On the host device
-    it waits, since a CPU reader has no stream to be ordered on. May be called again; the ids stay
-    staged until ``staged`` is gone.
+    On CUDA this returns at once, and whatever the current stream runs next sees the ids. On the
+    host device it waits, because a CPU reader has no stream that could order it. It may be called
+    again: the ids stay staged until ``staged`` is gone.
 
     Args:
         staged: what :meth:`StagingPool.stage` returned, or a slice of it.
-        out: int64 or int32 [n], contiguous, on the pool's device, to be written on the current
-            stream. Memory of another stream must be kept alive as for ``Tensor.copy_``.
-        dtype: of the result, ``torch.int64`` or ``torch.int32``. Default: that of ``out``, or
-            ``torch.int64`` without one.
+        out: int64 or int32 [n], contiguous, on the pool's device. It is written on the current
+            stream. If its memory belongs to another stream, keep it alive as for ``Tensor.copy_``.
+        dtype: of the result, ``torch.int64`` or ``torch.int32``. Default: the dtype of ``out``, or
+            ``torch.int64`` without ``out``.
 
     Returns:
-        ``out``, or a new tensor that belongs to the current stream (of an eager pool: to the
-        pool's stream, recorded on the current one). On CUDA, tensors of up to 128 KiB are cut from
-        blocks of up to 1 MiB: no two share a byte, but they share a storage, which is kept while
-        any of them is. As with any slice, ``resize_`` must not make one longer: the bytes behind it
-        are another's.
+        ``out``, or a new tensor that belongs to the current stream. From an eager pool the new
+        tensor belongs to the pool's stream and is recorded on the current one. On CUDA, tensors of
+        up to 128 KiB are cut from blocks of up to 1 MiB. No two of them share a byte, but they
+        share a storage, which is kept while any of them lives. As with any slice, do not make one
+        longer with ``resize_``: the bytes behind it belong to another tensor.
 
     Raises:
-        ValueError: ``out`` does not fit, or int32 asked of ids that do not fit it.
-        TypeError: another dtype, also than that of ``out``; or something not staged.
-        CaptureError: the current stream captures a CUDA graph.
-        ForkedProcessError: in a child of the process that staged them.
+        ValueError: ``out`` does not fit, or the result is int32 and an id does not fit int32.
+        TypeError: ``dtype`` is neither of the two, or not that of ``out``; or ``staged`` is not
+            staged ids.
+        CaptureError: the current stream is capturing a CUDA graph.
+        ForkedProcessError: this process is a child of the one that staged the ids.
         DeviceError: a device call failed.
     """
     if not isinstance(staged, StagedTokens):
@@ -329,14 +342,15 @@ def resolve(
 def resolve_mixed(
     staged: StagedTokens, relay: Tensor, indices: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """``torch.cat([resolve(staged), relay[indices]])``, by one kernel, as int64.
+    """Computes ``torch.cat([resolve(staged), relay[indices]])`` as int64, with one kernel.
 
-    Ordered on the current stream and waited for as :func:`resolve`. What wrote ``relay`` and
-    ``indices`` must be ordered before it (``wait_stream``, ``wait_event``); their memory is kept
-    until the current stream is past the kernel, so both may be dropped at once.
+    It is ordered on the current stream, and waits on the host device only, like :func:`resolve`.
+    The caller must order the current stream after the work that writes ``relay`` and ``indices``
+    (``wait_stream``, ``wait_event``). Their memory is kept until the current stream has run the
+    kernel, so the caller may drop both at once.
 
-    A copy engine cannot gather: pools with ``transfer="copy_engine"``, and ids outside mapped
-    memory, take a copy and then a kernel.
+    A copy engine cannot gather, so pools with ``transfer="copy_engine"``, and ids outside mapped
+    memory, need a copy and then a kernel.
 
     Args:
         staged: int64 [n], what :meth:`StagingPool.stage` returned, or a slice of it.
@@ -348,10 +362,11 @@ def resolve_mixed(
         int64 [n + k]: ``out``, or a new tensor that belongs to the current stream.
 
     Raises:
-        IndexError: an index outside the relay, on the host device (not while a test holds the
-            stream: the id is then -1). On CUDA it is a device-side assertion, as in torch.
-        ValueError, TypeError: shapes, devices and dtypes other than above.
-        CaptureError, ForkedProcessError, DeviceError: as :func:`resolve`.
+        IndexError: an index is outside the relay, on the host device. While a test holds the
+            stream, nothing is raised and the id is -1. On CUDA, such an index triggers a
+            device-side assertion, as in torch.
+        ValueError, TypeError: a shape, device or dtype is not as described above.
+        CaptureError, ForkedProcessError, DeviceError: as for :func:`resolve`.
     """
     if not isinstance(staged, StagedTokens):
         raise TypeError(f"resolve_mixed takes StagedTokens, not {type(staged).__name__}")

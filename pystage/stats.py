@@ -1,4 +1,4 @@
-"""A pool's figures."""
+"""The figures that a pool reports."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class StagingStats:
-    """A pool's figures at one moment. Sizes in bytes; counts since the pool was made.
+    """A pool's figures at one moment. Sizes are in bytes. Counts start when the pool is made.
 
     Attributes:
-        capacity_bytes: the cap on ``reserved_bytes``.
-        reserved_bytes: memory held from the device, all waste included.
-        in_use_bytes: of it, in slots that are leased, in flight or quarantined.
-        high_water_bytes: the most ``in_use_bytes`` ever was.
-        pageable_bytes: of ``reserved_bytes``, what should have been pinned and could not be. The
-            host device pins nothing and has none.
+        capacity_bytes: the limit for ``reserved_bytes``.
+        reserved_bytes: memory that the pool holds, including all rounding.
+        in_use_bytes: the part of ``reserved_bytes`` in slots that are leased, in flight or
+            quarantined.
+        high_water_bytes: the highest ``in_use_bytes`` so far.
+        pageable_bytes: the part of ``reserved_bytes`` that should be pinned but could not be. 0 on
+            the host device, which pins nothing.
         leased_slots: slots that staged tokens hold.
-        in_flight_slots: slots whose staged tokens are gone and that a stream still reads.
-        quarantined_slots: slots never used again, because a device call failed at a point after
-            which nobody can tell when they are read last.
+        in_flight_slots: slots whose staged tokens are gone but that a stream still reads.
+        quarantined_slots: slots that are never used again, because after a failed device call
+            nothing can tell when the device last reads them.
         stages: batches staged.
-        tokens: ids in them.
+        tokens: ids in these batches.
         wire_bytes: bytes transferred from slots to the device.
         waits: stages that waited for a slot.
-        wait_seconds: time they waited in all.
+        wait_seconds: total time that stages waited.
         exhausted: times :class:`PoolExhaustedError` was raised.
-        fallbacks: stages that left the pool for torch's own allocator.
-        allocations: pieces of memory taken from the device (pinned, where it can be).
-        frees: pieces given back.
+        fallbacks: stages that used memory from torch's own allocator.
+        allocations: pieces of memory allocated from the device (pinned if possible).
+        frees: pieces of memory freed.
         range_errors: times :class:`TokenRangeError` was raised.
         kernel_transfers: transfers by a kernel (on the host device: by a worker thread).
         copy_engine_transfers: transfers by ``cudaMemcpyAsync``.
-        eager_transfers: of these two, launched at stage time.
-        fallback_transfers: copies out of torch's own memory, after a fallback.
+        eager_transfers: the transfers, of both kinds, that were launched at stage time.
+        fallback_transfers: copies from torch's own memory, after a fallback.
     """
 
     capacity_bytes: int
@@ -61,13 +62,13 @@ class StagingStats:
     fallback_transfers: int
 
     def __str__(self) -> str:
-        """A table of two columns."""
+        """The figures as a table of two columns."""
         rows = self._rows()
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value:>14}" for name, value in rows)
 
     def _repr_html_(self) -> str:
-        """For notebooks."""
+        """The figures as an HTML table, for notebooks."""
         cells = "".join(
             f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
             for name, value in self._rows()
@@ -79,7 +80,7 @@ class StagingStats:
 
 
 def in_units(count: int) -> str:
-    """Bytes, for a reader: ``"8.0 MiB"``."""
+    """Formats a number of bytes for people: ``"8.0 MiB"``."""
     if count < 1024:
         return f"{count} bytes"
     power = min((count.bit_length() - 1) // 10, 3)

@@ -1,4 +1,4 @@
-"""For tests of code that stages: work held pending, and streams on the host device."""
+"""Helpers for tests of code that uses pystage: held transfers, and streams of the host device."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .pool import StagingPool
 
 @contextmanager
 def hold_transfers(pool: StagingPool) -> Iterator[None]:
-    """Keeps everything put on the current stream, and on the pool's eager stream, pending.
+    """Keeps all new work on the current stream and on the pool's eager stream pending.
 
-    On the host device ``resolve`` returns at once inside the block, with ids that arrive after it;
-    the block must not read them. On CUDA the stream is kept busy, as by a long kernel. The hold
-    ends with the block, or after 60 seconds.
+    On the host device, ``resolve`` returns at once inside the block, and the ids arrive after the
+    block, which must not read them. On CUDA the stream stays busy, as if a long kernel were
+    running. The hold ends with the block, or after 60 seconds.
     """
     hold = _C.Hold(pool._pool)
     try:
@@ -25,13 +25,13 @@ def hold_transfers(pool: StagingPool) -> Iterator[None]:
 
 
 def synchronize(pool: StagingPool) -> None:
-    """Waits until the current stream, and the pool's eager stream, have done all put on them."""
+    """Waits until the current stream and the pool's eager stream have finished all their work."""
     _C.synchronize(pool._pool)
 
 
 @contextmanager
 def host_stream(number: int) -> Iterator[None]:
-    """Makes stream ``number`` (0 to 63) of the host device current for this thread."""
+    """Makes stream ``number`` (0 to 63) of the host device this thread's current stream."""
     previous = _C.host_stream()
     _C.set_host_stream(number)
     try:

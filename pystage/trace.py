@@ -1,7 +1,7 @@
 """Length traces of LLM services, and the prefill batches that chunked prefill makes of them.
 
-A trace carries lengths, not ids: :func:`with_token_ids` draws ids for it. Requests are taken in the
-order of the file; arrival times are not used.
+A trace has lengths but no ids; :func:`with_token_ids` draws random ids for it. Requests are used in
+the order of the file. Arrival times are ignored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DEFAULT_VOCAB_SIZE = 128_256
 
 
 class TraceError(ValueError):
-    """A trace cannot be read; the message names the file and, for a bad row, the line."""
+    """A trace cannot be read. The message names the file and, for a bad row, the line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,13 @@ class Request:
     """One request of a trace.
 
     Attributes:
-        length: ids of the whole prompt, in tokens; at least 1.
-        history: of these, how many at its start are in the KV cache already and not prefilled, in
-            tokens. Less than ``length``: the last token's logits have to be computed.
+        length: length of the whole prompt in tokens, at least 1.
+        history: number of tokens at the start of the prompt that are in the KV cache already and
+            are not prefilled. Less than ``length``, because the logits of the last token must be
+            computed.
 
     Raises:
-        ValueError: lengths out of these bounds.
+        ValueError: a length is out of bounds.
     """
 
     length: int
@@ -58,12 +59,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One prefill batch, as three lists of one entry for each request in it.
+    """One prefill batch: three lists with one entry for each request in it.
 
     Attributes:
-        requests: index of each request, counted along the trace from 0.
-        starts: its first token in this batch, as :meth:`pystage.StagingPool.stage` takes it.
-        stops: one past its last token in this batch.
+        requests: index of each request in the trace, from 0.
+        starts: index of each request's first token in this batch, as for
+            :meth:`pystage.StagingPool.stage`.
+        stops: one past the index of each request's last token in this batch.
     """
 
     requests: list[int]
@@ -72,23 +74,24 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens in the batch."""
+        """The number of tokens in the batch."""
         return sum(self.stops) - sum(self.starts)
 
 
 def read_trace(path: str | os.PathLike[str]) -> list[Request]:
-    """Reads the Azure or the Mooncake trace, as CSV or as JSON Lines (one object a line).
+    """Reads an Azure or a Mooncake trace, as CSV or as JSON Lines (one object per line).
 
-    CSV of Azure: ``TIMESTAMP,ContextTokens,GeneratedTokens``. CSV of Mooncake:
-    ``timestamp_ms,input_length,output_length,reused_prefix_blocks``, where the prefix is history,
-    in blocks of 512 tokens. Other columns are ignored.
+    CSV columns of Azure: ``TIMESTAMP,ContextTokens,GeneratedTokens``. CSV columns of Mooncake:
+    ``timestamp_ms,input_length,output_length,reused_prefix_blocks``. The reused prefix, in blocks
+    of 512 tokens, is the request's history. Other columns are ignored.
 
-    JSON Lines: ``ContextTokens``, or ``input_length`` with ``reused_prefix_blocks`` or, as Mooncake
-    publishes it, with ``hash_ids``: one id for each block of 512 tokens. Leading blocks whose ids
-    an earlier request had are history. Other fields are ignored.
+    Fields in JSON Lines: ``ContextTokens``, or ``input_length`` with either
+    ``reused_prefix_blocks`` or ``hash_ids``. Mooncake publishes ``hash_ids``, with one id for each
+    block of 512 tokens. Leading blocks whose ids occurred in an earlier request are history. Other
+    fields are ignored.
 
     Raises:
-        TraceError: other columns or fields, no requests, or a bad row.
+        TraceError: the columns or fields are others, there are no requests, or a row is bad.
         OSError: the file cannot be read.
     """
     try:
@@ -99,17 +102,17 @@ def read_trace(path: str | os.PathLike[str]) -> list[Request]:
 
 
 def sample_trace() -> list[Request]:
-    """The trace that comes with pystage: 1,000 requests of the Azure conversation trace of 2023."""
+    """The trace included in pystage: 1,000 requests of the Azure conversation trace of 2023."""
     name = "azure-conv-sample.csv"
     text = (resources.files("pystage") / "data" / name).read_text(encoding="utf-8")
     return parse_trace(text.splitlines(), name)
 
 
 def parse_trace(lines: Iterable[str], name: str) -> list[Request]:
-    """Reads a trace from lines of CSV or JSON; ``name`` stands for it in errors.
+    """Reads a trace from lines of CSV or JSON. Error messages call it ``name``.
 
     Raises:
-        TraceError: as :func:`read_trace`.
+        TraceError: as for :func:`read_trace`.
     """
     lines = iter(lines)
     first = next(lines, "")
@@ -148,19 +151,20 @@ def prefill_batches(
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     max_requests: int = DEFAULT_MAX_REQUESTS,
 ) -> Iterator[Batch]:
-    """Prefill batches under a budget, first come, first served, as chunked prefill makes them.
+    """Makes prefill batches as chunked prefill does: first come, first served, with a token budget.
 
     A batch takes requests until it has ``chunk_tokens`` tokens or ``max_requests`` requests. A
-    request that does not fit is cut there, and its rest comes first in the next batch. No limit of
-    KV memory, and no rounding to its pages.
+    request that does not fit is cut, and its rest comes first in the next batch. KV memory is not
+    limited, and chunks are not rounded to its pages.
 
     Args:
-        requests: as they come, endless if need be; read as batches are asked for.
-        chunk_tokens: tokens a batch has at most.
-        max_requests: requests a batch has at most.
+        requests: the requests in order. The iterable may be endless; it is read only as batches are
+            needed.
+        chunk_tokens: the most tokens in a batch.
+        max_requests: the most requests in a batch.
 
     Raises:
-        ValueError: a budget below 1.
+        ValueError: ``chunk_tokens`` or ``max_requests`` is less than 1.
     """
     if chunk_tokens < 1 or max_requests < 1:
         raise ValueError(f"{chunk_tokens=} and {max_requests=}: both must be at least 1")
@@ -173,17 +177,17 @@ def with_token_ids(
     vocab_size: int = DEFAULT_VOCAB_SIZE,
     seed: int = 0,
 ) -> Iterator[tuple[Batch, list[array[int]]]]:
-    """Adds the ids of each request in a batch: whole requests, history and later chunks included.
+    """Adds the ids of each request in a batch: whole requests, with history and later chunks.
 
-    A request's ids are drawn when its first batch comes, and dropped after its last one, so only
-    those of requests in flight are in memory.
+    A request's ids are drawn for its first batch and dropped after its last one, so memory holds
+    only the ids of requests in flight.
 
     Args:
-        batches: of ``requests``, from :func:`prefill_batches`.
-        requests: the trace. An index past its end counts on from the first request, so that
-            ``prefill_batches(itertools.cycle(requests))`` fits too.
-        vocab_size: ids are uniform in ``[0, vocab_size)``; at least 1.
-        seed: with the request's index, decides its ids, whatever the batches are.
+        batches: batches of ``requests``, from :func:`prefill_batches`.
+        requests: the trace. An index past its end continues at the first request, so
+            ``prefill_batches(itertools.cycle(requests))`` works too.
+        vocab_size: ids are uniform in ``[0, vocab_size)``. At least 1.
+        seed: a request's ids depend on the seed and the request's index, not on the batches.
 
     Yields:
         Each batch, with one ``array('q')`` for each entry of ``batch.requests``.
@@ -202,10 +206,10 @@ def with_token_ids(
 
 
 def draw_ids(length: int, vocab_size: int, seed: int | Sequence[int]) -> array[int]:
-    """``length`` ids, uniform in ``[0, vocab_size)``, the same for the same seed.
+    """Draws ``length`` ids, uniform in ``[0, vocab_size)``. The same seed gives the same ids.
 
     Raises:
-        ValueError: no ids in that range, or a negative length.
+        ValueError: ``vocab_size`` is less than 1, or ``length`` is negative.
     """
     if length < 0 or vocab_size < 1:
         raise ValueError(f"{length=} must not be negative, {vocab_size=} must be at least 1")
@@ -244,7 +248,7 @@ def _mooncake_request(row: Mapping[str, str]) -> Request:
 
 
 def _request_behind_blocks(length: int, blocks: int) -> Request:
-    # The last block of a prompt may be part filled, and the trace counts it as a whole one.
+    # The last block of a prompt may be only partly filled, and the trace counts it as a whole one.
     if blocks * MOONCAKE_BLOCK_TOKENS >= length + MOONCAKE_BLOCK_TOKENS:
         raise ValueError(
             f"reused_prefix_blocks is {blocks}: more than a prompt of {length} tokens has"
@@ -276,7 +280,7 @@ def _parse_json_lines(lines: Iterable[str], name: str) -> list[Request]:
 
 
 def _json_request(row: Any, seen: set[int | str]) -> Request:
-    """The request of one object; adds the ids of its blocks to those ``seen`` before."""
+    """Makes a request from one JSON object, and adds the ids of its blocks to ``seen``."""
     if not isinstance(row, dict):
         raise ValueError("not an object")
     if "ContextTokens" in row:

@@ -1,7 +1,7 @@
 """The command line: ``pystage demo``, ``info`` and ``doctor``, or ``python -m pystage``.
 
-With typer, which brings rich (extra ``cli``). Without them :mod:`pystage.cli.fallback` runs the
-same commands in plain text, so that all can be tried, and looked at, with what a machine has.
+It uses typer and rich if they are installed (extra ``cli``). If not, :mod:`pystage.cli.fallback`
+runs the same commands in plain text, so all commands work without additional packages.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .output import (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status; ``pystage.cli.output`` names them.
+    """Runs a command and returns its exit status. ``pystage.cli.output`` defines the statuses.
 
     Args:
-        arguments: as in ``sys.argv[1:]``, which is the default.
+        arguments: the command and its arguments. Default: ``sys.argv[1:]``.
     """
     try:
         status = _run(sys.argv[1:] if arguments is None else list(arguments))
-        sys.stdout.flush()  # here, where an error of it is seen
+        sys.stdout.flush()  # inside this try, so that an error in flushing is handled
     except MismatchError as error:
         return _fail(f"wrong ids: {error}", EXIT_FAILED)
-    except BrokenPipeError:  # whoever read our output has left: nothing to say, and nobody to hear
+    except BrokenPipeError:  # the reader of our output has closed the pipe; exit without a message
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_CANNOT_RUN
     except (CannotRunError, trace.TraceError, PystageError, OSError) as error:

@@ -1,7 +1,8 @@
-"""The demo's second half: profiles a small decoder and sizes its prefill chunks.
+"""The second half of the demo: profiles a small decoder and sizes its prefill chunks.
 
-A decoder of random weights with a KV cache, whose ids come out of a pool. Its time per chunk is
-what `pystage.pp` profiles; the plan is then run, and its chunks timed beside chunks of one size.
+The decoder has random weights and a KV cache, and gets its ids from a pool. `pystage.pp` profiles
+its time per chunk and makes a plan. Then the demo runs the plan, and compares the times of its
+chunks with those of chunks of one size.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ..pp.profile import cuda_timer, host_timer
 
 @dataclass(frozen=True)
 class Size:
-    """Of the decoder and of what is asked of it."""
+    """The sizes of the decoder, and of its context, chunks and KV pages in tokens."""
 
     layers: int
     hidden: int
@@ -51,7 +52,7 @@ SIZES = {
 
 
 class Decoder:
-    """Pre-norm blocks of causal attention over a preallocated KV cache, and a gated MLP."""
+    """A decoder of pre-norm blocks: causal attention over a preallocated KV cache, gated MLP."""
 
     def __init__(self, size: Size, device: torch.device) -> None:
         self.size = size
@@ -77,7 +78,8 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, history: int) -> Tensor:
-        """Logits of the last id, [vocab], of ids [n] behind `history` tokens in the cache."""
+        """Runs ids [n] that follow `history` tokens in the cache; returns the last id's logits,
+        [vocab]."""
         n, shape = len(input_ids), (len(input_ids), self.size.heads, -1)
         mask = causal_lower_right(n, history + n)
         x = nn.functional.embedding(input_ids, self.embedding)
@@ -101,7 +103,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Chunks of one prompt: sizes in tokens, what was predicted and what they took, in ms."""
+    """Chunks of one prompt: their sizes in tokens, and their predicted and measured times in ms."""
 
     sizes: list[int]
     predicted_ms: list[float]
@@ -116,24 +118,24 @@ class Chunks:
 
 @dataclass(frozen=True)
 class ChunkReport:
-    """What was profiled, how well it could be fitted, and the two ways to cut one prompt."""
+    """The profile, the quality of its fit, and two ways to cut one prompt into chunks."""
 
     size: Size
     parameters: int
     profile: Profile
     fit: FitReport
     fixed: Chunks
-    """Of one size, the base chunk."""
+    """Chunks of one size, the base chunk."""
     planned: Chunks | None
-    """Of equal predicted time; None if the fit is not usable, and there is no plan to run."""
+    """Chunks of equal predicted time. None if the fit is not usable, so there is no plan to run."""
 
 
 def size_chunks(pool: StagingPool, on_forward: Callable[[], None] = lambda: None) -> ChunkReport:
-    """Profiles a decoder on the pool's device, fits, and times the chunks of a whole context: of
-    one size and, if the fit is usable, of equal predicted time.
+    """Profiles a decoder on the pool's device, fits a latency model, and times the chunks of a
+    whole context: chunks of one size and, if the fit is usable, chunks of equal predicted time.
 
-    Needs SciPy (ImportError says so). The ids of every forward are staged in `pool` and resolved
-    within the timed region.
+    This needs SciPy, and raises ImportError without it. The ids of every forward are staged in
+    `pool` and resolved within the timed region.
     """
     device = pool.device
     size = SIZES[device.type]
@@ -152,7 +154,7 @@ def size_chunks(pool: StagingPool, on_forward: Callable[[], None] = lambda: None
         min_chunk=size.min_chunk,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of backends that it does not take
+        warnings.simplefilter("ignore")  # torch warns about attention backends it does not use
         profile = profile_prefill(step, plan, device=device)
         model = LatencyModel.fit(profile)
         sizer = ChunkSizer(
@@ -167,7 +169,7 @@ def size_chunks(pool: StagingPool, on_forward: Callable[[], None] = lambda: None
         def run(sizes: list[int]) -> Chunks:
             predicted, took, history = [], [], 0
             for chunk in sizes:
-                # The first of two may load kernels for the size.
+                # The first of the two runs may load kernels for this size.
                 timings = [timer(lambda h=history, c=chunk: step(h, c)) for _ in range(2)]  # type: ignore[misc]
                 took.append(min(t.latency_ms for t in timings))
                 predicted.append(float(model.predict(history, chunk)))

@@ -1,11 +1,11 @@
-"""The commands and their options, for typer."""
+"""The commands and their options, defined with typer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-import rich  # noqa: F401  (typer loads it late, where it would fail in help and errors)
+import rich  # noqa: F401  (typer imports it late; missing, it would fail in help and errors)
 import typer
 
 from .. import trace
@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> int:
     """Runs a command and returns the exit status."""
     try:
         app(arguments)
-    except SystemExit as done:  # as typer ends, with or without an error
+    except SystemExit as done:  # typer always ends this way, with or without an error
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     return 0
 

@@ -43,17 +43,17 @@ _CUDA_NOTE = (
 
 @dataclass(frozen=True)
 class Options:
-    """What the demo is asked to do.
+    """The demo's options.
 
     Attributes:
-        trace: file to replay; None for the sample.
-        device: as typed; None for the default.
-        batches: to measure.
-        chunk_tokens: most tokens in a batch.
-        issue: of the pool.
+        trace: the file to replay. None: the sample.
+        device: the device as the user typed it. None: the default.
+        batches: number of batches to measure.
+        chunk_tokens: the most tokens in a batch.
+        issue: the pool's ``issue``.
         vocab_size: ids are drawn from ``[0, vocab_size)``.
         profile: whether to profile the decoder and size its chunks.
-        json: where the figures go as JSON.
+        json: the file for the figures as JSON, as for ``--json``.
     """
 
     trace: Path | None
@@ -70,7 +70,7 @@ def run(options: Options) -> int:
     """Runs the demo and returns the exit status.
 
     Raises:
-        CannotRunError, TraceError: before any work.
+        CannotRunError, TraceError: the command cannot run. Nothing has been replayed.
         MismatchError: ids differ.
     """
     device = find_device(options.device)
@@ -101,7 +101,7 @@ def _nothing(*parts: Table | str) -> None:
 
 @contextmanager
 def _quiet_profiler() -> Iterator[None]:
-    """Keeps `pystage.pp` from logging what the demo says itself, with a reason, after the bar."""
+    """Silences the log of `pystage.pp`: the demo reports the same itself, with a reason."""
     logger = logging.getLogger("pystage.pp")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -122,9 +122,9 @@ def _replay(work: Workload, device: torch.device | None, issue: Issue) -> Report
 def _size_chunks(
     device: torch.device | None, issue: Issue, tell: Callable[..., None]
 ) -> ChunkReport | None:
-    """Profiles a small decoder and shows what came of it."""
+    """Profiles a small decoder and shows the results."""
     from ..pp.model import scipy_optimize
-    from .chunks import size_chunks  # its imports take a second, which other commands need not
+    from .chunks import size_chunks  # here: its imports take a second, and few commands need them
 
     try:
         scipy_optimize()
@@ -138,16 +138,16 @@ def _size_chunks(
 
 
 def _open_pool(device: torch.device | None, issue: Issue, chunk_tokens: int) -> StagingPool:
-    capacity = max(64 << 20, 64 * chunk_tokens)  # some four batches at least, as int64
+    capacity = max(64 << 20, 64 * chunk_tokens)  # room for at least four batches or so, as int64
     return StagingPool(device, capacity, issue=issue)
 
 
 @contextmanager
 def _progress(what: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-    """Shows a bar if stderr is a terminal, until it is done; yields what advances it.
+    """Shows a progress bar if stderr is a terminal. Yields the function that advances it.
 
-    Meanwhile rich puts what others write to stderr above the bar. Without a total it counts.
-    Without rich there is no bar.
+    While the bar is shown, rich puts other output to stderr above it. Without a total the bar shows
+    a count. Without rich there is no bar.
     """
     try:
         from rich.console import Console
@@ -158,7 +158,7 @@ def _progress(what: str, total: int | None = None) -> Iterator[Callable[[], None
 
     count = MofNCompleteColumn() if total else TextColumn("{task.completed}")
     console = Console(stderr=True)
-    # Refreshed by hand: rich's own thread would take the GIL in the middle of a timed call.
+    # advance() refreshes the bar, because rich's thread would take the GIL during a timed call.
     with Progress(
         TextColumn(what),
         BarColumn(),
@@ -166,7 +166,7 @@ def _progress(what: str, total: int | None = None) -> Iterator[Callable[[], None
         console=console,
         auto_refresh=False,
         transient=True,
-        disable=not console.is_terminal,  # else rich leaves an empty line there
+        disable=not console.is_terminal,  # else rich writes an empty line
     ) as progress:
         task = progress.add_task("", total=total)
         shown = time.monotonic()
@@ -194,7 +194,7 @@ def run_table(report: Report, work: Workload) -> Table:
 
 
 def time_table(report: Report) -> Table:
-    """Host times; beside them, on a GPU, those of the plain torch path and the ratio."""
+    """Host times. On a GPU also those of the plain torch path, and the ratios."""
     table = Table("host time, us", ("call", "p50", "p99", "max"), numbers=True)
     _add_times(table, "stage", report.stage)
     _add_times(table, "resolve", report.resolve)
@@ -210,8 +210,9 @@ def _add_times(table: Table, name: str, times: HostTime) -> None:
 
 
 def _ratios(report: Report) -> tuple[float, float] | None:
-    """Plain torch path to stage and resolve: of p50 and of p99. Of two maxima it says nothing, and
-    of the stand-in for a GPU neither: there the plain path transfers nothing."""
+    """The plain path's host time divided by that of stage and resolve, for p50 and for p99. A ratio
+    of two maxima has no meaning. On the host device there is none: its plain path transfers
+    nothing."""
     if report.device == "cpu":
         return None
     plain, both = report.plain, report.both
@@ -246,7 +247,7 @@ def profile_table(report: ChunkReport) -> Table:
 
 
 def plan_table(report: ChunkReport) -> Table:
-    """The chunks of one prompt; those of equal time only if there is a plan."""
+    """The chunks of one prompt. Chunks of equal time are shown only if there is a plan."""
     plans = {"one size": report.fixed}
     if report.planned is not None:
         plans["equal time"] = report.planned
@@ -268,7 +269,7 @@ _PLAN_ROWS: dict[str, Callable[[Chunks], str]] = {
 
 
 def verdict(report: ChunkReport) -> str:
-    """What came of the profile, in words."""
+    """The result of the profile, in words."""
     if report.planned is None:
         return (
             f"The fit is not usable: {report.fit.reason}. No plan was made, and a server would "

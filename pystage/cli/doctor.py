@@ -1,7 +1,7 @@
-"""``pystage doctor``: is this machine ready, and what to do where it is not.
+"""``pystage doctor``: checks whether this machine is ready, and says what to do if it is not.
 
-It looks at device, build, pinned memory, link and SGLang, and stages for two seconds with every id
-compared.
+It checks the build, device, driver, toolkit, link, pinned memory and SGLang's hooks. Its self-test
+stages ids for two seconds and compares every id.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ _SHOW_PLUGIN = 'python -c "from pystage.integrations.sglang import main; main()"
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the doctor.
+    """The result of one check.
 
     Attributes:
-        name: what was looked at.
-        ok: False: staging is wrong or slow here, or a hook is not in place.
-        found: what there is, in words.
-        figures: the same for programs.
-        advice: what to do; empty if there is nothing to do.
+        name: what was checked.
+        ok: False if staging is wrong or slow on this machine, or an SGLang hook is not in place.
+        found: the result in words.
+        figures: the result for programs.
+        advice: what to do. Empty if there is nothing to do.
     """
 
     name: str
@@ -64,14 +64,14 @@ class Check:
 
     @property
     def state(self) -> str:
-        """In one word: ok, note (nothing is wrong, and there is advice) or WRONG."""
+        """The result in one word: ok, note (nothing is wrong, but there is advice) or WRONG."""
         if not self.ok:
             return "WRONG"
         return "note" if self.advice else "ok"
 
 
 def run(device: str | None, json_path: str | None) -> int:
-    """Shows all checks; returns the exit status.
+    """Runs and shows all checks; returns the exit status.
 
     Raises:
         CannotRunError: the device or the file of ``--json`` cannot be used.
@@ -90,7 +90,7 @@ def run(device: str | None, json_path: str | None) -> int:
 
 @contextmanager
 def _steps_on_a_terminal() -> Iterator[Callable[[str], None]]:
-    """Yields what names the check that runs: SGLang alone may take a minute to load."""
+    """Yields a function that shows which check is running: SGLang may take a minute to load."""
     if not sys.stderr.isatty():
         yield lambda name: None
         return
@@ -119,13 +119,13 @@ def examine(
     seconds: float | None = None,
     on_step: Callable[[str], None] = lambda name: None,
 ) -> list[Check]:
-    """All checks, in the order they are shown.
+    """Runs all checks and returns them in the order in which they are shown.
 
-    It raises nothing: what cannot be looked at is a check that is not ok.
+    If a check fails with an error, the error becomes its result, with ``ok`` False.
 
     Args:
-        device: to check; None for the current GPU, or the host device without one.
-        seconds: of the self-test, at least; None for SELF_TEST_SECONDS.
+        device: the device to check. None: the current GPU, or the host device if there is none.
+        seconds: the least duration of the self-test. None: SELF_TEST_SECONDS.
         on_step: called with the name of each check before it runs.
     """
     seconds = SELF_TEST_SECONDS if seconds is None else seconds
@@ -153,7 +153,7 @@ def examine(
 
 
 def _has_nvidia_gpu() -> bool:
-    """Whether the PCI bus has a display or 3D controller by NVIDIA, driver or not."""
+    """Whether the PCI bus has a display or 3D controller by NVIDIA, with or without a driver."""
     try:
         devices = list(_PCI.iterdir())
         return any(
@@ -161,7 +161,7 @@ def _has_nvidia_gpu() -> bool:
             and (device / "class").read_text().startswith("0x03")
             for device in devices
         )
-    except OSError:  # no PCI bus, or not ours to read
+    except OSError:  # no PCI bus, or no permission to read it
         return False
 
 
@@ -199,7 +199,8 @@ def _found(device: torch.device, idle_gpu: bool) -> Check:
 
 
 def _host_device(idle_gpu: bool) -> Check:
-    """Without a GPU that is as it should be; beside one that torch does not see, it may not be."""
+    """The host device is right on a machine without a GPU. If torch does not see the machine's GPU,
+    it may be a mistake."""
     figures = {"type": "cpu"}
     if not idle_gpu:
         there = torch.cuda.is_available()
@@ -246,7 +247,7 @@ def _number(version: str) -> tuple[int, ...]:
 
 
 def _toolkit() -> Check:
-    """Needed to build, not to run."""
+    """The toolkit is needed to build pystage, not to run it."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = next(
         (
@@ -315,7 +316,7 @@ def _bytes(value: int) -> str:
 
 
 def _self_test(device: torch.device, seconds: float) -> Check:
-    """Batches of 8,192 ids behind a history of as many, each compared."""
+    """Stages batches of 8,192 ids that follow a history of 8,192, and compares every batch."""
     rng = np.random.default_rng(0)
     wide = rng.integers(0, 1 << 17, (16, 2 * _TOKENS), dtype=np.int64)
     inputs = [array("q", row.tobytes()) for row in wide]
@@ -356,7 +357,7 @@ def _self_test(device: torch.device, seconds: float) -> Check:
 
 
 def _sglang() -> Check:
-    """Asks a process that loads SGLang's plugins as a server's processes do."""
+    """Reads the report of a process that loads SGLang's plugins as a server's processes do."""
     try:
         version = metadata.version("sglang")
     except metadata.PackageNotFoundError:
@@ -393,7 +394,8 @@ def _sglang() -> Check:
 
 
 def _query(fields: str, device: torch.device | None = None) -> str | None:
-    """nvidia-smi's answer for one GPU. It counts all there are, torch those it was given."""
+    """nvidia-smi's answer for one GPU. Asked by UUID: nvidia-smi numbers all GPUs of the machine,
+    torch only those that are visible to the process."""
     which = f"--id={_identity(device)}" if device is not None else "--id=0"
     return _output("nvidia-smi", which, f"--query-gpu={fields}", "--format=csv,noheader,nounits")
 

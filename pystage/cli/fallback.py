@@ -1,4 +1,4 @@
-"""The command line without typer: the same commands and options, in plain text."""
+"""The command line without typer. It has the same commands and options, in plain text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     _demo_options(replayed)
     try:
         options = parser.parse_args(arguments)
-    except SystemExit as stopped:  # help, the version, or arguments that are wrong
+    except SystemExit as stopped:  # --help, --version or wrong arguments
         return int(stopped.code or 0)
     if options.command == "demo":
         names = vars(options).keys() - {"command"}
@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _demo_options(parser: argparse.ArgumentParser) -> None:
-    """As in :mod:`pystage.cli.commands`."""
+    """Adds the same options as :mod:`pystage.cli.commands`."""
     parser.add_argument("--trace", type=Path, metavar="FILE", help="length trace to replay")
     for name, dest, default, most, help_text in (
         ("--batches", "batches", demo.DEFAULT_BATCHES, 10_000_000, "batches to measure"),

@@ -1,4 +1,4 @@
-"""``pystage info``: what this installation was built with."""
+"""``pystage info``: shows what this installation was built with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HELP = "Show what this installation was built with."
 
 
 def run(json_path: str | None) -> int:
-    """Shows :func:`pystage.build_info`; returns the exit status."""
+    """Shows the result of :func:`pystage.build_info`; returns the exit status."""
     info = dataclasses.asdict(build_info())
     with json_output(json_path) as write:
         if json_path != "-":

@@ -1,4 +1,4 @@
-"""What every command shares: exit status, the file of ``--json``, the device, tables."""
+"""Code that the commands share: exit statuses, the file of ``--json``, the device, tables."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _NARROWEST_COLUMN = 12
 
 
 class CannotRunError(Exception):
-    """A command cannot do what it was asked to do; the message says why."""
+    """A command cannot run. The message says why."""
 
 
 class MismatchError(Exception):
-    """A batch came through the pool with other ids than by the plain path."""
+    """The pool and the plain path gave different ids for a batch."""
 
 
 @dataclass
@@ -42,10 +42,10 @@ class Table:
     """Rows of text, shown by rich or as plain text.
 
     Attributes:
-        title: above the table.
-        columns: heads, or empty for a table without heads.
-        rows: cells.
-        numbers: whether all columns after the first hold numbers.
+        title: the title above the table.
+        columns: the column headings. Empty for a table without headings.
+        rows: the cells of each row.
+        numbers: whether all columns after the first contain numbers.
     """
 
     title: str = ""
@@ -58,7 +58,7 @@ class Table:
 
 
 def show(*parts: Table | str) -> None:
-    """Prints tables and paragraphs to standard output, with rich where it is installed."""
+    """Prints tables and paragraphs to standard output, with rich if it is installed."""
     try:
         from rich.console import Console
     except ModuleNotFoundError:
@@ -66,7 +66,7 @@ def show(*parts: Table | str) -> None:
         for part in parts:
             print(as_text(part, width) if isinstance(part, Table) else textwrap.fill(part, width))
         return
-    # Messages of the system are in the tables, and may hold what rich would take for markup.
+    # Tables contain system messages, and rich could take parts of them for markup.
     console = Console(markup=False, highlight=False)
     for part in parts:
         console.print(_as_rich(part) if isinstance(part, Table) else part)
@@ -93,7 +93,7 @@ def _as_rich(table: Table) -> Any:
 
 
 def as_text(table: Table, width: int) -> str:
-    """The table as aligned text, at most ``width`` characters wide where its columns allow."""
+    """The table as aligned text, at most ``width`` characters wide if its columns allow that."""
     rows = [*([table.columns] if table.columns else []), *table.rows]
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > _NARROWEST_COLUMN:
@@ -112,10 +112,10 @@ def as_text(table: Table, width: int) -> str:
 
 @contextmanager
 def json_output(path: str | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Opens the file of ``--json`` before the work; yields what writes the figures there.
+    """Opens the file of ``--json`` before the work. Yields a function that writes the figures.
 
-    A file that was there keeps its contents until then; one that was not is removed again if
-    nothing was written. None writes nothing, ``-`` writes to standard output.
+    An existing file keeps its contents until the figures are written. A new file is removed again
+    if none are written. With None nothing is written; ``-`` writes to standard output.
 
     Raises:
         CannotRunError: the file cannot be written.
@@ -153,7 +153,8 @@ def _to_json(figures: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """With null for what JSON has no number for: an error that could not be measured."""
+    """Replaces NaN and infinity (an error that could not be measured) by None, because JSON has no
+    numbers for them."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -162,10 +163,10 @@ def _finite(value: Any) -> Any:
 
 
 def find_device(text: str | None) -> torch.device | None:
-    """The device of ``--device``; None if it was not given.
+    """The device of ``--device``. None if the option was not given.
 
     Raises:
-        CannotRunError: it is no device that pystage has, or it is not here.
+        CannotRunError: pystage does not support the device, or this machine does not have it.
     """
     if text is None:
         return None
@@ -188,5 +189,5 @@ def find_device(text: str | None) -> torch.device | None:
 
 
 def size_text(size: int) -> str:
-    """Bytes in MiB or KiB."""
+    """Formats a number of bytes in MiB or KiB."""
     return f"{size / (1 << 20):,.1f} MiB" if size >= 1 << 20 else f"{size / (1 << 10):,.1f} KiB"

@@ -1,4 +1,4 @@
-"""Replays a trace through a pool, beside the plain torch path, and checks every batch."""
+"""Replays a trace through a pool and through the plain torch path, and compares every batch."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _ID_BYTES = 8
 
 @dataclass(frozen=True)
 class Workload:
-    """What is replayed.
+    """What to replay.
 
     Attributes:
-        requests: of the trace; taken from the first again when they run out.
-        batches: measured, after the warm-up ones.
-        chunk_tokens: most tokens in a batch.
-        vocab_size: ids lie in ``[0, vocab_size)``.
-        warm_up_batches: replayed and checked first, and in no figure.
+        requests: the requests of the trace. The replay starts over when they run out.
+        batches: number of measured batches, after those of the warm-up.
+        chunk_tokens: the most tokens in a batch.
+        vocab_size: ids are in ``[0, vocab_size)``.
+        warm_up_batches: number of batches that are replayed and checked first, but not measured.
     """
 
     requests: Sequence[trace.Request]
@@ -53,18 +53,18 @@ class HostTime:
 
 @dataclass(frozen=True)
 class PoolFigures:
-    """The pool over a replay, in bytes and counts.
+    """The pool's figures for a replay: bytes and counts.
 
     Attributes:
-        capacity_bytes, reserved_bytes, high_water_bytes, pageable_bytes: as
-            :class:`pystage.StagingStats` has them, at the end.
-        why_pageable: why memory is not pinned; empty if it is, or on the host device.
-        allocations: pieces of memory taken from the device in all.
-        allocations_after_warm_up: of them, during the measured batches.
-        fallbacks: measured batches that left the pool.
+        capacity_bytes, reserved_bytes, high_water_bytes, pageable_bytes: as in
+            :class:`pystage.StagingStats`, at the end of the replay.
+        why_pageable: why memory is not pinned. Empty if it is, and on the host device.
+        allocations: pieces of memory allocated from the device, in all.
+        allocations_after_warm_up: pieces allocated during the measured batches.
+        fallbacks: measured batches that were staged outside the pool.
         waits: measured batches that waited for a slot.
-        wire_bytes: transferred for the measured batches.
-        int64_bytes: what their ids take as int64, the plain path's transfer.
+        wire_bytes: bytes transferred for the measured batches.
+        int64_bytes: size of their ids as int64, which is what the plain path transfers.
     """
 
     capacity_bytes: int
@@ -82,21 +82,22 @@ class PoolFigures:
 
 @dataclass(frozen=True)
 class Report:
-    """What a replay found. Every batch was right, or there is no report.
+    """The results of a replay. A report exists only if every batch was right.
 
     Attributes:
-        device: that ids went to.
-        device_name: what it is.
-        issue: of the pool.
-        batches: measured.
-        warm_up_batches: before them, in no figure but ``pool.allocations``.
-        requests: different requests in the measured batches.
-        tokens: ids in the measured batches.
+        device: the device that received the ids.
+        device_name: the name of that device.
+        issue: the pool's ``issue``.
+        batches: number of measured batches.
+        warm_up_batches: number of batches before them. Of all figures, only ``pool.allocations``
+            includes them.
+        requests: number of different requests in the measured batches.
+        tokens: number of ids in the measured batches.
         stage: time of ``pool.stage``.
         resolve: time of ``pystage.resolve``, and of dropping the staged tokens.
-        both: the two together, batch by batch.
-        plain: time of the plain torch path. On the host device it transfers nothing, so that
-            it is no measure for the others.
+        both: time of the two together, for each batch.
+        plain: time of the plain torch path. On the host device that path transfers nothing, so its
+            time cannot be compared with the others.
         pool: the pool's figures.
     """
 
@@ -115,7 +116,7 @@ class Report:
 
 
 class Paths:
-    """The two ways of a batch to the device, and the nanoseconds they took, batch by batch."""
+    """The two ways to get a batch onto the device, and their times in ns, for each batch."""
 
     def __init__(self, pool: StagingPool, vocab_size: int) -> None:
         self._pool = pool
@@ -125,17 +126,17 @@ class Paths:
         self.plain_ns: list[int] = []
 
     def forget(self) -> None:
-        """Drops the times so far."""
+        """Drops the times measured so far."""
         for times in (self.stage_ns, self.resolve_ns, self.plain_ns):
             times.clear()
 
     def through_pool(self, batch: trace.Batch, ids: Sequence[array[int]]) -> Tensor:
-        """The batch's ids on the device, staged and resolved."""
+        """Stages and resolves the batch; returns its ids on the device."""
         begin = perf_counter_ns()
         staged = self._pool.stage(ids, batch.starts, batch.stops, self._vocab_size)
         between = perf_counter_ns()
         on_device = resolve(staged)
-        del staged  # within what is timed, as the plain path gives its pinned memory back there too
+        del staged  # timed, because the plain path's time includes freeing its pinned memory
         end = perf_counter_ns()
         self.stage_ns.append(between - begin)
         self.resolve_ns.append(end - between)
@@ -143,9 +144,10 @@ class Paths:
         return on_device
 
     def plain(self, batch: trace.Batch, ids: Sequence[array[int]]) -> Tensor:
-        """The same as SGLang does it: slices concatenated, copied to pinned memory, and to there.
+        """Does the same as SGLang: concatenates slices, copies them to pinned memory, and from
+        there to the device.
 
-        The slices here are views; SGLang's are copies, which would make this path slower.
+        The slices here are views. SGLang's are copies, which would make this path slower.
         """
         device = self._pool.device
         begin = perf_counter_ns()
@@ -165,18 +167,19 @@ class Paths:
 
 
 def replay(pool: StagingPool, work: Workload, issue: Issue, on_batch: Callable[[], None]) -> Report:
-    """Sends each batch both ways, in turns first, and compares the ids on the device.
+    """Sends each batch both ways and compares the ids on the device.
 
-    The device is idle whenever a timed call begins, so times are those of the calls alone.
+    The two ways take turns at going first. The device is idle whenever a timed call begins, so only
+    the time of the calls is measured.
 
     Args:
-        pool: open; its device is where ids go.
+        pool: an open pool. Its device receives the ids.
         work: the batches.
-        issue: the pool's, for the report.
-        on_batch: called after each batch, warm-up included, outside what is timed.
+        issue: the pool's ``issue``, for the report.
+        on_batch: called after each batch, including warm-up batches. It is not timed.
 
     Raises:
-        MismatchError: the first batch whose ids differ.
+        MismatchError: the ids of a batch differ. Raised for the first such batch.
     """
     wanted = work.warm_up_batches + work.batches
     batches = trace.prefill_batches(cycle(work.requests), work.chunk_tokens)
@@ -226,7 +229,7 @@ def _describe_difference(batch: trace.Batch, ours: Tensor, plain: Tensor) -> str
 
 
 def _request_of(batch: trace.Batch, at: int) -> tuple[int, int]:
-    """The request that a batch's id ``at`` belongs to, and where in that request it stands."""
+    """The request that id ``at`` of a batch belongs to, and the id's position in that request."""
     for request, start, stop in zip(batch.requests, batch.starts, batch.stops, strict=True):
         if at < stop - start:
             return request, start + at
