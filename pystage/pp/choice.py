@@ -1,15 +1,19 @@
-"""Which plan to run: fixed sizes, equal times, and cheapest covers, against each other.
+"""Which plan to run: compares fixed sizes, equal times, and cheapest covers.
 
 Note [The best of many predictions]
-The plan with the lowest predicted time is the one whose prediction errs most to the low side: of
-many candidates, and the more so the freer they are. Three things keep that in bounds. Candidates
-are covers made of a few sizes (eight an octave), not of any page. Each is judged by what the fits
-without a fifth of the samples say of it against the best fixed size: by how much it gains with all
-of them, less their disagreement, less a share of the model's hold-out error that grows with the
-freedom the plan had. And where the engine is at hand the finalists are timed: the forwards of each
-are spread over its chunks in proportion to their predicted time, which measures the ratio of its
-true work to the predicted one with few of them. What then is not clearly better than the best fixed
-size gives way to it.
+Among many candidates, the plan with the lowest predicted time tends to be one whose prediction is
+too low. The more candidates there are, and the more freely they choose sizes, the larger this bias.
+Three things limit it:
+
+1. Candidates are covers made of a few sizes (eight per octave), not of any number of pages.
+2. Each candidate is compared with the best fixed size. Its predicted gain is reduced by the
+   disagreement of the fits that each leave out a fifth of the samples, and by a share of the
+   model's hold-out error that grows with the freedom the plan had.
+3. If the engine is available, the finalists are timed. The forwards of each are spread over its
+   chunks in proportion to their predicted time, so that few forwards measure the ratio of its true
+   work to its predicted work.
+
+A plan that is then not clearly better than the best fixed size is dropped in favor of that size.
 """
 
 from __future__ import annotations
@@ -30,28 +34,30 @@ from pystage.pp.model import LatencyModel
 from pystage.pp.samples import Point
 
 TimeChunks = Callable[[Sequence[Point]], Sequence[float]]
-"""Runs each (history_len, chunk_len) on the engine as one forward; returns its ms."""
+"""Runs each (history_len, chunk_len) on the engine as one forward; returns the time of each in
+ms."""
 
 _CAPS = 24
 _CELLS = 2048
 _PER_OCTAVE = 8
 _FREEDOM = {"fixed": 0.0, "steps": 0.1, "equal time": 0.15, "fastest": 0.3}
-"""Share of the hold-out error that a plan of the kind has to gain before it is believed."""
+"""Share of the hold-out error that is subtracted from the gain of a plan of this kind."""
 _LEAST_GAIN = 0.002
 _SPIKE = 1.35  # a timing this far over the plan's median ratio counts as that far
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A plan for prompts of one length, and what speaks for it. Times in ms, sizes in tokens."""
+    """A plan for prompts of one length, and the reasons for it. Times in ms, sizes in tokens."""
 
     kind: str
-    """"fixed", "steps" or "equal time" or "fastest"; "static" where the model is not usable."""
+    """"fixed", "steps", "equal time" or "fastest"; "static" if the model is not usable."""
     chunks: tuple[int, ...]
     predicted_ms: float
-    """Time to first token of a lone prompt, as predicted, corrected by what was timed."""
+    """Predicted time to first token of a prompt that runs alone, corrected by the timings if the
+    finalists were timed."""
     fixed_size: int
-    """The best fixed size; `fixed_ms` is its time."""
+    """The best fixed size. `fixed_ms` is its time."""
     fixed_ms: float
     base_ms: float
     """The time with chunks of the base size."""
@@ -63,7 +69,7 @@ class Choice:
 
     @property
     def gain(self) -> float:
-        """Part of the best fixed size's time that the plan saves: 0.02 is 2 %."""
+        """Fraction of the best fixed size's time that the plan saves: 0.02 is 2 %."""
         return 1.0 - self.predicted_ms / self.fixed_ms if self.fixed_ms else 0.0
 
     def size_at(self, history_len: int) -> int:
@@ -81,11 +87,12 @@ class Choice:
 
 
 def size_at(chunks: Sequence[int], history_len: int) -> int:
-    """Tokens up to the end of the plan's chunk that `history_len` lies in, for a request that is
-    not where the plan would be (it began behind a cached prefix, or beside others).
+    """Tokens from `history_len` to the end of the plan's chunk that contains it. This handles a
+    request that is not at a chunk boundary of the plan, because it began behind a cached prefix or
+    shared a batch with others.
 
-    Where less than half of that chunk is left, the next one is added. Behind the plan's end: the
-    longer of its last two sizes, for the last may be a rest.
+    If less than half of that chunk is left, the next chunk is added. Behind the plan's end, the
+    result is the longer of its last two sizes, because the last may be a remainder.
     """
     ends = list(itertools.accumulate(chunks))
     at = bisect.bisect_right(ends, history_len)
@@ -103,18 +110,19 @@ def _runs(chunks: Sequence[int]) -> list[tuple[int, int]]:
 
 @dataclass
 class Candidate:
-    """A plan and its times: predicted by the model, and by each member of its committee."""
+    """A plan and its times, predicted by the model and by each member of its committee."""
 
     kind: str
     chunks: tuple[int, ...]
     ms: Floats
     total: float
-    """The makespan predicted."""
+    """The predicted makespan."""
     totals: Floats
     """The makespans that the committee predicts, [members]."""
     work: list[float] = field(default_factory=list)
     slowest: list[float] = field(default_factory=list)
-    """log(measured / predicted) of timed chunks: spread over the work, and of the slowest ones."""
+    """log(measured / predicted) of timed chunks. `work`: chunks spread over the plan's work.
+    `slowest`: the slowest chunks."""
     timed: float = 0.0
     """The makespan after timing; `timed_error` is the standard error of its logarithm."""
     timed_error: float = 0.0
@@ -122,7 +130,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: a prompt over the stages of a pipeline, and the sizes that are allowed."""
+    """The problem to solve: a prompt, the stages of a pipeline, and the allowed sizes."""
 
     prompt_len: int
     factors: tuple[float, ...]
@@ -134,12 +142,13 @@ class Question:
 
     @property
     def bubbles(self) -> float:
-        """How often the slowest chunk counts on top of all chunks."""
+        """How many times the slowest chunk counts in the makespan, in addition to the sum of all
+        chunks."""
         return sum(self.factors) / max(self.factors) - 1.0
 
 
 class Planner:
-    """Makes and judges the candidates for one question."""
+    """Makes and compares the candidates for one question."""
 
     def __init__(self, model: LatencyModel, question: Question) -> None:
         self.model, self.q = model, question
@@ -159,7 +168,8 @@ class Planner:
         return self.candidate("fixed", [size] * whole + [rest] * bool(rest))
 
     def fixed_sizes(self) -> list[int]:
-        """Whole pages of 2^k and 3 x 2^k tokens, or as many pages; the base size."""
+        """Sizes of 2^k and 3 x 2^k pages, those of 2^k and 3 x 2^k tokens that are whole pages, and
+        the base size."""
         q = self.q
         sizes = {unit * m << k for unit in (64, q.page_size) for m in (1, 3) for k in range(24)}
         most = max(q.smallest, min(q.largest, q.prompt_len))
@@ -168,8 +178,8 @@ class Planner:
         )
 
     def covers(self) -> Iterator[tuple[str, list[int]]]:
-        """Plans under caps on the time of a chunk: the largest size each time, of a finer and a
-        coarser ladder, and the cheapest cover."""
+        """Plans under caps on the time of a chunk. For each cap: the largest size that fits each
+        time, from a fine and from a coarse ladder of sizes, and the cheapest cover."""
         q = self.q
         pages = -(-q.prompt_len // q.page_size)
         grain = q.page_size * -(-pages // _CELLS)
@@ -262,7 +272,8 @@ class Planner:
     def _timed(
         self, fixed: dict[int, Candidate], ranked: list[Candidate], time: TimeChunks, budget: int
     ) -> Choice:
-        """Half of the budget for the finalists, the other half for the better two of them."""
+        """Spends half of the budget on all finalists, and the other half on the best fixed size and
+        the best other plan."""
         by_total = sorted(fixed.values(), key=lambda c: c.total)
         near = [c for c in by_total[:3] if c.total <= 1.06 * by_total[0].total]
         kinds: list[Candidate] = []
@@ -297,7 +308,7 @@ class Planner:
         return self._choice(chosen, best, fixed, error, forwards, why)
 
     def _time(self, plan: Candidate, time: TimeChunks, forwards: int) -> int:
-        """Times some chunks of the plan, and sets its makespan by what they took."""
+        """Times some chunks of the plan, and corrects its makespan by their times."""
         sizes = np.asarray(plan.chunks)
         history = np.cumsum(sizes) - sizes
         slow = forwards // 3
@@ -330,10 +341,11 @@ class Planner:
 
 
 def _shrunk(ratios: Sequence[float], prior: float) -> tuple[float, float]:
-    """Mean of log ratios, spikes cut, drawn towards 0 as far as it may be noise; its error.
+    """Mean of log ratios without spikes, shrunk towards 0 as far as it may be noise, and its
+    standard error.
 
-    What is far outside of both the noise and the model's own error is not drawn anywhere: there the
-    model is wrong, and says nothing.
+    A mean far outside both the noise and the model's own error is not shrunk: the model is wrong
+    there.
     """
     values = np.asarray(ratios)
     centre = float(np.median(values))
@@ -349,7 +361,7 @@ def _shrunk(ratios: Sequence[float], prior: float) -> tuple[float, float]:
 
 
 def _ladder(smallest: int, largest: int, per_octave: int) -> list[int]:
-    """Sizes from `smallest` to `largest`, at most so many an octave, in even steps within each."""
+    """Sizes from `smallest` to `largest`: at most `per_octave` in each octave, evenly spaced."""
     sizes = {smallest, largest}
     octave = 1
     while octave <= largest:
@@ -359,7 +371,7 @@ def _ladder(smallest: int, largest: int, per_octave: int) -> list[int]:
 
 
 def _greedy(ms: Floats, sizes: NDArray[np.int64], cap: float, cells: int) -> list[int]:
-    """The largest size under the cap each time; the smallest where none is."""
+    """Takes the largest size under the cap each time, or the smallest size if none is."""
     chunks: list[int] = []
     done = 0
     while done < cells:
@@ -372,8 +384,9 @@ def _greedy(ms: Floats, sizes: NDArray[np.int64], cap: float, cells: int) -> lis
 def cheapest_covers(ms: Floats, sizes: NDArray[np.int64], caps: Floats) -> list[list[int]]:
     """For each cap on the time of a chunk, the cover of all cells with the least total time.
 
-    `ms[cell, i]` is the time of a chunk of `sizes[i]` cells that begins at `cell`; the last chunk
-    may reach beyond the end, and is cut off there. A shortest path over cells, all caps at once.
+    `ms[cell, i]` is the time of a chunk of `sizes[i]` cells that begins at `cell`. The last chunk
+    may reach beyond the end and is cut off there. This is a shortest path over cells, computed for
+    all caps at once.
     """
     cells = len(ms)
     cost = np.full((caps.size, cells + 1), np.inf)
