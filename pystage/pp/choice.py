@@ -43,7 +43,7 @@ _PER_OCTAVE = 8
 _FREEDOM = {"fixed": 0.0, "steps": 0.1, "equal time": 0.15, "fastest": 0.3}
 """Share of the hold-out error that is subtracted from the gain of a plan of this kind."""
 _LEAST_GAIN = 0.002
-_SPIKE = 1.35  # a timing this far over the plan's median ratio counts as that far
+_SPIKE = 1.35  # a timing this far over the plan's median ratio is a spike
 
 
 @dataclass(frozen=True)
@@ -341,9 +341,9 @@ class Planner:
 
 
 def _shrunk(ratios: Sequence[float], prior: float) -> tuple[float, float]:
-    """Mean of log ratios without spikes, shrunk towards 0 as far as it may be noise, and its
-    standard error.
+    """Mean of log ratios, shrunk towards 0 as far as it may be noise, and its standard error.
 
+    Spikes count as the median, unless they are more than a fifth of the ratios.
     A mean far outside both the noise and the model's own error is not shrunk: the model is wrong
     there.
     """

@@ -1,8 +1,8 @@
-"""One rank profiles, fits and decides; every rank gets the result or the failure.
+"""One rank profiles, fits and decides; every rank gets the result or the error.
 
-Pipeline ranks must agree on every chunk size. The samples are not enough for that: a fit ends
-where its last iteration does, which differs between the kernels of a BLAS on unlike CPUs, and now
-and then another form or wave wins. So the fitted model travels, and whatever was decided with it.
+Pipeline ranks must agree on every chunk size. It is not enough to share the samples: the result of
+a fit depends on rounding, which differs between BLAS kernels on different CPUs, and sometimes a
+different form or wave wins. So the fitted model is sent, with all decisions made from it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pystage.pp.samples import Profile
 
 
 class RemoteProfileError(RuntimeError):
-    """Profiling failed on the rank that profiles; the text is that rank's error."""
+    """Profiling failed on the rank that profiles. The message contains that rank's error."""
 
 
 def share_profile(
@@ -31,7 +31,8 @@ def share_profile(
 ) -> Profile:
     """Runs `profile` on global rank `src` and returns its result on every rank of `group`.
 
-    See `share_json`. Fits of the same samples may differ between ranks: `share_model` does not.
+    See `share_json`. Fits of the same samples may differ between ranks. To get the same model on
+    all ranks, use `share_model`.
     """
     data = share_json(lambda: profile().to_json(), group=group, src=src, device=device)
     return Profile.from_json(data)
@@ -44,7 +45,7 @@ def share_model(
     src: int = 0,
     device: torch.device | str | None = None,
 ) -> LatencyModel:
-    """Runs `model` (profile and fit) on global rank `src`; every rank gets the same model.
+    """Runs `model` (profile and fit) on global rank `src` and returns the same model on every rank.
 
     See `share_json`.
     """
@@ -59,12 +60,13 @@ def share_json(
     src: int = 0,
     device: torch.device | str | None = None,
 ) -> Any:
-    """Runs `work` on global rank `src`; every rank of `group` gets its result by way of JSON.
+    """Runs `work` on global rank `src` and returns its result on every rank of `group`, as JSON.
 
-    A collective call: every rank of the group makes it, only `src` runs `work`. If that raises,
-    `src` raises the error itself and every other rank `RemoteProfileError`; none is left waiting.
-    The others wait as long as the work takes, so the group's timeout must be above its budget in
-    seconds. `device` carries the broadcast (default: the current CUDA device under NCCL, else CPU).
+    This is a collective call: every rank of the group must make it, but only `src` runs `work`. The
+    other ranks wait as long as the work takes, so the group's timeout must be longer than the
+    work's time budget. If `work` raises, `src` raises that error and every other rank raises
+    `RemoteProfileError`; no rank is left waiting. The broadcast uses tensors on `device` (default:
+    the current CUDA device under NCCL, else the CPU).
     """
     if device is None:
         nccl = dist.get_backend(group) == "nccl"
