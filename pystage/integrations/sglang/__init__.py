@@ -7,7 +7,7 @@ The plugin hooks these functions with SGLang's own ``HookRegistry``:
 ``ScheduleBatch.prepare_for_extend``  opens the pool of the batch's device on first use
 ``Req.get_fill_ids``                inside it: gives a view instead of a copy of the whole history
 ``flatten_arrays_to_pinned_cpu``    inside it: gathers the requests' arrays into a slot, in one step
-``resolve_forward_inputs``          launches one kernel on the forward stream, also for mixed batches
+``resolve_forward_inputs``          launches a kernel on the forward stream, also for mixed batches
 ``ForwardBatch.init_new``           resolves an extend batch that its caller forgot to resolve
 ``ScheduleBatch.merge_batch``       first resolves two batches if it would lose their staged ids
 ==================================  ==============================================================
@@ -17,8 +17,8 @@ If they exist, it also hooks the profiler of pipeline-parallel prefill, the chec
 at the functions: whether they exist, what arguments they take, and what their code does
 (``known_code.py``):
 
-- If ``get_fill_ids`` or ``merge_batch`` is missing or takes other arguments, the plugin does not
-  hook it. If one of the other four is, the plugin hooks nothing.
+- If one of the first five functions is missing or takes other arguments, the plugin hooks nothing.
+  If only ``merge_batch`` is, the plugin leaves that function alone.
 - It gives views of the history only if ``get_fill_ids`` does what a view does, and no hook of
   another plugin could receive one.
 - It resolves a batch itself only if SGLang's ``resolve_forward_inputs`` is known code. Otherwise

@@ -121,7 +121,7 @@ class State:
     said: bool = False
 
     def say(self) -> None:
-        """Logs the status line once: after logging is set up, at the latest with the first batch."""
+        """Logs the status line once: when logging is set up, at the latest with the first batch."""
         if self.said or not logger.isEnabledFor(logging.INFO):
             return
         self.said = True
