@@ -113,7 +113,7 @@ class BudgetSizer:
             return 0
         if left is not None and left <= room and self._fits(others, history_len, left):
             return left
-        low, high = 0, most // self.page_size  # pages; the time does not fall with them
+        low, high = 0, most // self.page_size  # in pages; more of them never take less time
         while low < high:
             middle = (low + high + 1) // 2
             if self._fits(others, history_len, middle * self.page_size):

@@ -70,7 +70,7 @@ class SamplePlan:
     max_seconds: float = 60.0
     max_warmup: int = 6
     steady: float = 0.05
-    """Warm-up ends when two forwards in a row differ by less than this fraction."""
+    """Warm-up ends when two forwards in a row differ by at most this fraction."""
     on_policy: int = 5
     """Number of points added at sizes that a sizer with the fit so far would choose. 0 also leaves
     out the points at the edges of waves."""

@@ -251,7 +251,7 @@ class ChunkSizer:
             if known is not None:
                 known[history_len] = ms
         times = ms / target_ms
-        at = max(int((times <= _OVER).sum()) - 1, 0)  # predictions do not fall with size
+        at = max(int((times <= _OVER).sum()) - 1, 0)  # predictions never fall as size grows
         if times[at] < _UNDER and at + 1 < times.size and times[at + 1] <= _FAR_OVER:
             at += 1
         size = int(self._sizes[at])

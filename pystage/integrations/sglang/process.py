@@ -80,8 +80,8 @@ class Here(threading.local):
     """What this thread is doing at the moment."""
 
     pool: StagingPool | None = None  # set inside prepare_for_extend: stages there
-    views: bool = False  # ... until the first batch is staged
-    vocab_size: int | None = None  # set while a request is handled: of its model
+    views: bool = False  # ... until its ids are staged
+    vocab_size: int | None = None  # of the model, while a request is handled
 
 
 @dataclass
