@@ -1,1 +1,1 @@
-"""Plugins that put pystage into engines. Nothing here is imported by pystage itself."""
+"""Plugins that connect pystage to engines. pystage itself imports nothing from here."""

@@ -1,13 +1,16 @@
 """Chunk sizes for pipeline-parallel prefill: profile, fit, size.
 
     plan = SamplePlan.spread(base_chunk=8192, context_len=131072)
-    model = share_model(lambda: LatencyModel.fit(profile_prefill(step, plan)))  # on rank 0, for all
+    # Rank 0 profiles and fits; every rank gets the model.
+    model = share_model(lambda: LatencyModel.fit(profile_prefill(step, plan)))
     sizer = ChunkSizer(model, base_chunk=8192, context_len=131072)
-    sizer.choose(prompt_len, ranks)  # the plan for the least time to first token, and why
-    BudgetSizer(model, budget_ms=60).next_chunk(history_len, beside)  # the most within a time
+    sizer.choose(prompt_len, ranks)  # the plan with the lowest time to first token, and why
+    # The largest chunk that keeps the batch within 60 ms:
+    BudgetSizer(model, budget_ms=60).next_chunk(history_len, beside)
 
-Knows an engine only as `step(history_len, chunk_len)`. Importing needs torch and NumPy; fitting
-needs SciPy (extra `pp`), `pystage.pp.plot` matplotlib (extra `plot`).
+The package knows nothing about an engine except a function `step(history_len, chunk_len)`.
+Importing it needs torch and NumPy, fitting needs SciPy (extra `pp`), and `pystage.pp.plot` needs
+matplotlib (extra `plot`).
 """
 
 from pystage.pp.budget import BudgetSizer, Piece

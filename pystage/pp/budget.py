@@ -1,4 +1,4 @@
-"""The largest chunk that keeps a batch within a time, whatever the engine."""
+"""The largest chunk that keeps a batch within a time budget, for any engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pystage.pp.model import LatencyModel
 
 
 class Piece(NamedTuple):
-    """A request's part of a batch, in tokens: `chunk_len` new ones behind `history_len` cached. A
+    """A request's part of a batch: `chunk_len` new tokens behind `history_len` cached tokens. A
     decode is a piece of one token."""
 
     history_len: int
@@ -19,11 +19,12 @@ class Piece(NamedTuple):
 
 
 class BudgetSizer:
-    """Fills batches up to a time instead of a number of tokens.
+    """Fills batches up to a time budget instead of a number of tokens.
 
-    A token budget lets a batch take four times as long behind a long history as without one, and
-    whoever decodes beside it waits. Here the budget is in ms, and a batch is what it is in an
-    engine: parts of several requests, each behind its own history, and decodes.
+    With a token budget, a batch behind a long history may take four times as long as one without
+    history, and the requests that decode in the same batch wait for it. Here the budget is in ms.
+    As in an engine, a batch holds parts of several requests, each behind its own history, and
+    decodes.
 
         sizer = BudgetSizer(model, budget_ms=60.0, max_tokens=8192)
         decodes = [Piece(9_000, 1), Piece(700, 1)]
@@ -35,18 +36,22 @@ class BudgetSizer:
                 break
             batch.append(Piece(request.done, take))
 
-    or, all at once, `sizer.fill([(request.done, request.left) for request in waiting], decodes)`.
+    or, in one call, `sizer.fill([(request.done, request.left) for request in waiting], decodes)`.
 
     Args:
-        model: fitted, and usable (ValueError if not: then the engine's token budget stays).
-        budget_ms: of a batch on one stage, as the model predicts it.
-        page_size: sizes are multiples of it, unless they finish a request.
-        min_chunk: a batch that has no prefill yet takes so many tokens even if they are over the
-            budget, so that a prompt gets on: behind a long enough history nothing fits.
-        max_tokens: of a batch, decodes included.
-        decode_ms_per_token: of a cached token that a decode reads. The model has seen prefill only,
-            whose attention works on many rows at once; a decode's is bound by reading the cache.
-            Measure it, or leave 0 where decodes are few.
+        model: a fitted and usable model.
+        budget_ms: predicted time of a batch on one stage that must not be exceeded, in ms.
+        page_size: sizes are multiples of it, in tokens, unless they finish a request.
+        min_chunk: a batch that has no prefill yet takes this many tokens even if they exceed the
+            budget, so that a prompt makes progress: behind a long enough history nothing fits.
+        max_tokens: most tokens of a batch, decodes included.
+        decode_ms_per_token: time in ms per cached token that a decode reads. The model was fitted
+            to prefills, whose attention works on many rows at once; the attention of a decode is
+            bound by reading the cache. Measure it, or leave it 0 where decodes are few.
+
+    Raises:
+        ValueError: the model is not usable (keep the engine's token budget then), or an argument
+            is out of range.
     """
 
     def __init__(
@@ -76,10 +81,10 @@ class BudgetSizer:
         self.decode_ms_per_token = decode_ms_per_token
 
     def batch_ms(self, pieces: Sequence[tuple[int, int]]) -> float:
-        """Predicted ms of one forward over all pieces; 0 for none.
+        """Predicted time in ms of one forward over all pieces; 0 if there are none.
 
-        What a forward costs once (launches, weights) is counted once, the products see the sum of
-        all tokens, attention each piece behind its own history.
+        Fixed costs of a forward (launches, reading the weights) count once, matrix products count
+        the sum of all tokens, and attention counts each piece behind its own history.
         """
         if not pieces:
             return 0.0
@@ -94,9 +99,10 @@ class BudgetSizer:
         beside: Sequence[tuple[int, int]] = (),
         left: int | None = None,
     ) -> int:
-        """Tokens of a request behind `history_len` that fit beside the other pieces; 0 if none.
+        """How many tokens of a request behind `history_len` fit beside the other pieces; 0 if none.
 
-        `left` is what the request still has: all of it, if it fits, else whole pages.
+        `left` is the number of tokens that the request still has. The result is all of them if they
+        fit, else whole pages.
         """
         if history_len < 0:
             raise ValueError(f"history_len={history_len} must not be negative")
@@ -107,7 +113,7 @@ class BudgetSizer:
             return 0
         if left is not None and left <= room and self._fits(others, history_len, left):
             return left
-        low, high = 0, most // self.page_size  # pages; the time does not fall with them
+        low, high = 0, most // self.page_size  # in pages; more of them never take less time
         while low < high:
             middle = (low + high + 1) // 2
             if self._fits(others, history_len, middle * self.page_size):
@@ -124,9 +130,9 @@ class BudgetSizer:
         waiting: Sequence[tuple[int, int]],
         beside: Sequence[tuple[int, int]] = (),
     ) -> list[int]:
-        """Tokens to take of each waiting request, given as (history_len, tokens left), in order.
+        """Tokens to take from each waiting request, given as (history_len, tokens left), in order.
 
-        One that does not get all it has left is the last that gets any.
+        The first request that does not get all its tokens ends the batch: later ones get none.
         """
         batch = list(beside)
         takes = [0] * len(waiting)

@@ -1,5 +1,5 @@
-"""Keeps a latency model right while it serves: times of real chunks in, the same new model out on
-every rank."""
+"""Keeps a latency model accurate in service: it takes the times of real chunks, and gives every
+rank the same new model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pystage.pp.share import share_json
 
 
 class Event(Protocol):
-    """What is needed of a `torch.cuda.Event(enable_timing=True)`."""
+    """The part of `torch.cuda.Event(enable_timing=True)` that is needed."""
 
     def query(self) -> bool: ...
 
@@ -25,23 +25,24 @@ class Event(Protocol):
 
 
 class Correction:
-    """Collects chunk times of one rank, refits off the hot path, hands the model to all ranks.
+    """Collects chunk times of one rank, refits off the hot path, and gives all ranks the model.
 
         begin.record(); forward(batch); end.record()      # on the stream of the forward
         correction.observe(pieces, begin, end)            # hot path: no sync, no fit
         ...
-        correction.refit()                                # any thread, now and then
+        correction.refit()                                # from time to time, on any thread
         ...
         if step % 1000 == 0:
             correction.agree(group)                       # every rank, at the same step
 
-    Only batches of a single piece of prefill count: beside decodes, or another request, a chunk
-    takes longer for reasons that the model does not know, and would bend it. `agree` is a small
-    broadcast (8 bytes where nothing is new), so it belongs to a point that all ranks reach anyway.
+    Only batches of a single piece of prefill count. Beside decodes or another request, a chunk
+    takes longer for reasons that the model does not contain, and would distort the fit. `agree` is
+    a small broadcast (8 bytes if there is no new model), so call it at a point that all ranks reach
+    anyway.
 
-    A refit is taken if chunks that it has not seen are predicted better by it, in the median and at
-    the 95th percentile (`LatencyModel.update`). `model` itself changes in `agree` alone, so that
-    sizers of all ranks change theirs between the same two chunks.
+    A refit is taken if it predicts chunks that it was not fitted to better in the median and no
+    worse at the 95th percentile (`LatencyModel.update`). Only `agree` changes `model` itself, so
+    the sizers of all ranks change between the same two chunks.
     """
 
     def __init__(self, model: LatencyModel, *, pending: int = 256) -> None:
@@ -49,13 +50,14 @@ class Correction:
         self._draft = LatencyModel.from_json(model.to_json())
         self._running: deque[tuple[int, int, Event, Event]] = deque(maxlen=pending)
         self._done: deque[Sample] = deque(maxlen=pending)
-        self._lock = threading.Lock()  # of a refit and the model it has made
+        self._lock = threading.Lock()  # held during a refit; guards its model
         self._new = False
 
     def observe(self, pieces: Sequence[tuple[int, int]], begin: Event, end: Event) -> bool:
-        """Notes a batch of (history_len, chunk_len) whose events are recorded; whether it counts.
+        """Takes a batch of (history_len, chunk_len) pieces with its recorded events.
 
-        Never waits. The oldest of more than `pending` batches still running are forgotten.
+        Returns whether the batch counts. This call never waits. If more than `pending` batches are
+        still running, the oldest are dropped.
         """
         if len(pieces) != 1 or pieces[0][1] <= 1:
             return False
@@ -63,14 +65,15 @@ class Correction:
         return True
 
     def observe_ms(self, pieces: Sequence[tuple[int, int]], ms: float) -> bool:
-        """The same for a batch that was timed already, as on a CPU."""
+        """The same for a batch that has already been timed, for example on a CPU."""
         if len(pieces) != 1 or pieces[0][1] <= 1:
             return False
         self._done.append(Sample(*pieces[0], ms))
         return True
 
     def collect(self) -> int:
-        """Takes the times of the batches that are done; how many wait for a refit. Never waits."""
+        """Takes the times of batches that are done, and returns how many times are waiting for a
+        refit. Never waits."""
         while self._running and self._running[0][3].query():
             history_len, chunk_len, begin, end = self._running.popleft()
             ms = begin.elapsed_time(end)
@@ -79,9 +82,10 @@ class Correction:
         return len(self._done)
 
     def refit(self) -> bool:
-        """Feeds what was collected to a copy of the model; whether that has new coefficients.
+        """Updates a copy of the model with the collected times. Returns whether the copy has new
+        coefficients.
 
-        Every 32nd chunk costs a fit (tens of ms, with SciPy): call it from a thread of its own.
+        Every 32nd chunk costs a fit (tens of ms, with SciPy), so call this from a separate thread.
         """
         with self._lock:
             samples = [self._done.popleft() for _ in range(len(self._done))]
@@ -95,9 +99,11 @@ class Correction:
         src: int = 0,
         device: torch.device | str = "cpu",
     ) -> bool:
-        """Gives every rank the model of global rank `src` if it has a new one; whether it had.
+        """Gives every rank the model of global rank `src` if that has a new one. Returns whether it
+        had.
 
-        A collective call. While a refit is under way there `src` has nothing new: it never waits.
+        This is a collective call. It never waits for a refit: while one runs on `src`, there is no
+        new model.
         """
         new = None
         if dist.get_rank() == src and self._lock.acquire(blocking=False):

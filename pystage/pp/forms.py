@@ -1,23 +1,24 @@
-"""The forms that a chunk's time may take over history and chunk length.
+"""The functions of history and chunk length ("forms") that model the time of a chunk.
 
 Note [What a chunk costs]
-For a dense decoder the time of a chunk of x tokens behind L cached ones starts from
+For a dense decoder, the time of a chunk of x tokens behind L cached tokens is in first
+approximation
 
     t(L, x) = c + g L + b x + a (2 L + x) x          (ms; L and x in tokens)
 
-c: launches and weight reads; b: the projections; a: causal attention, whose work is the area
-(2 L x + x^2) / 2; g: reading the history. Engines run another attention kernel once there is
-history, so b may be larger there. Real devices bend this in two more places. Short forwards are
-bound by the host launching kernels, so t has a floor. And kernels run in tiles and waves: the
-matrix products see x rounded up to a tile, and attention sees it rounded up to the number of query
-rows that fill the device once (on an H100 with FlashAttention-2, 128-row blocks, 2 a
-multiprocessor, 32 heads: 132 * 2 * 128 / 32 = 1,056 tokens; a half-filled wave takes half), which
-makes short chunks behind a long history a staircase. Both the tile and the wave are found from the
-samples, not from a device table.
+c covers launches and weight reads, g reading the history, b the projections, and a causal
+attention, whose work is the area (2 L x + x^2) / 2. Engines run a different attention kernel once
+there is history, so b may be larger there. Real devices differ from this in two more ways. Short
+forwards are bound by the host, which launches the kernels, so t has a floor. And kernels run in
+tiles and waves: x is rounded up to a tile in matrix products, and in attention to the number of
+query rows that fill the device once. On an H100 with FlashAttention-2, 128-row blocks, 2 blocks per
+multiprocessor and 32 heads, that number is 132 * 2 * 128 / 32 = 1,056 tokens; a half-filled wave
+takes half the time. As a result, the time of short chunks behind a long history is a staircase in
+x. Both the tile and the wave are found from the samples, not from a device table.
 
-So there are nested forms, from two terms to a table over x, each with non-negative terms that do
-not fall with x: every form is monotone by construction. Which one is used is decided by
-cross-validated error; a simpler form wins unless a richer one is clearly better.
+So there are nested forms, from two terms to a table over x. Each has non-negative terms that do not
+fall with x, so every form is monotone by construction. Cross-validated error decides which form is
+used. A simpler form wins unless a richer one is clearly better.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 FORMS = ("linear", "law", "waves", "table")
-"""Simplest first; the order breaks ties."""
+"""The simplest form first. The order breaks ties."""
 SHARPNESS = 12.0  # of the soft maximum with the launch floor: 6 % above both where they cross
 
 
 @dataclass(frozen=True)
 class Form:
-    """One form with its coefficients. `knots` in tokens, only for the table."""
+    """One form with its coefficients. `knots` are in tokens, and only the table has them."""
 
     name: str
     coefficients: tuple[float, ...] = ()
@@ -70,7 +71,7 @@ class Form:
         ]
 
     def design(self, history: Floats, chunk: Floats) -> Floats:
-        """One column a term, [n, terms]."""
+        """The design matrix, [n, terms]: one column per term."""
         one = np.ones_like(chunk)
         if self.name == "linear":
             return np.stack([one, chunk], axis=1)
@@ -92,17 +93,19 @@ class Form:
         return self._sum(self.design(history, chunk))
 
     def predict_batch(self, history: Floats, chunk: Floats) -> float:
-        """ms of one forward over several pieces, [pieces] each.
+        """Time in ms of one forward over several pieces; both arguments are [pieces], in tokens.
 
-        As one chunk of all tokens behind the history that makes its attention area the same.
-        Where short pieces stand apart no history is short enough, and the area is scaled down.
+        The pieces count as one chunk of all their tokens, behind the history that gives it the same
+        attention area. For several short pieces with little history, no history is short enough;
+        then the area is scaled down.
         """
         total = float(chunk.sum())
         if total <= 0:
             return 0.0
-        # Sum of (2 L + x) x over pieces, as one chunk of all tokens has it: (2 H + total) total.
+        # The sum of (2 L + x) x over the pieces. For one chunk of all tokens behind H it is
+        # (2 H + total) total.
         area = float(((2.0 * history + chunk) * chunk).sum())
-        same = area / (2.0 * total) - total / 2.0  # H; negative where short pieces stand apart
+        same = area / (2.0 * total) - total / 2.0  # H; negative for short pieces, little history
         behind = float(chunk[history > 0].sum()) / total
         row = self.design(np.array([max(same, 0.0)]), np.array([total]))
         names = self.terms()
@@ -117,8 +120,8 @@ class Form:
         return float(self._sum(row * scale)[0])
 
     def _sum(self, design: Floats) -> Floats:
-        # Term by term: a matrix product differs in the last bit between BLAS kernels, so between
-        # ranks on unlike CPUs.
+        # Term by term: the last bit of a matrix product depends on the BLAS kernel, so it differs
+        # between ranks on different CPUs.
         body = np.zeros(len(design))
         for column, coefficient in zip(design.T, self.coefficients, strict=True):
             body = body + coefficient * column

@@ -1,4 +1,4 @@
-"""The time a pipeline takes over the chunks of a prompt."""
+"""The time that a pipeline takes for the chunks of a prompt."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def simulate_pipeline(
 ) -> float:
     """Time in ms until the last stage has finished the last chunk.
 
-    `stage_ms[s][i]` is the time of chunk i on stage s, `transfer_ms[i]` that of its hidden states
-    between two stages. A stage starts a chunk when it is done with the one before and the hidden
-    states are there; transfers overlap with compute.
+    `stage_ms[s][i]` is the time of chunk i on stage s. `transfer_ms[i]` is the time to send its
+    hidden states from one stage to the next. A stage starts a chunk when it has finished the
+    previous one and the hidden states have arrived. Transfers overlap with compute.
     """
     times = np.asarray(stage_ms, dtype=np.float64)
     if times.ndim != 2 or times.size == 0:
@@ -33,13 +33,13 @@ def simulate_pipeline(
 
 
 def makespan(chunk_ms: Floats, factors: Sequence[float], overhead_ms: float = 0.0) -> float:
-    """ms until the last stage has the last chunk.
+    """Time in ms until the last stage has finished the last chunk.
 
-    Stage s takes `factors[s]` times `chunk_ms[i]` for chunk i, and `overhead_ms` on top: what the
-    engine adds to every chunk on every stage (scheduling, sending, launching).
+    Stage s takes `factors[s] * chunk_ms[i] + overhead_ms` for chunk i. `overhead_ms` is the time
+    that the engine adds to every chunk on every stage (scheduling, sending, launching).
     """
     first = factors[0]
-    if all(factor == first for factor in factors):  # whatever the order of the chunks
+    if all(factor == first for factor in factors):  # then the order of the chunks does not matter
         ms = first * chunk_ms + overhead_ms
         return float(ms.sum() + (len(factors) - 1) * ms.max())
     return simulate_pipeline([(factor * chunk_ms + overhead_ms).tolist() for factor in factors])

@@ -45,26 +45,28 @@ class FitError(ValueError):
 
 @dataclass(frozen=True)
 class QualityGate:
-    """When a fitted model may decide chunk sizes. Errors are relative (0.15 is 15 %)."""
+    """Limits within which a fitted model may decide chunk sizes. Errors are relative (0.15 is
+    15 %)."""
 
     max_holdout_median: float = 0.15
-    """Of the error of samples left out, net of the scatter of repeats: noise alone, however large,
-    is for `max_uncertainty`."""
+    """Limit on the median error of samples left out of the fit, after the scatter of repeats has
+    been subtracted. `max_uncertainty` limits the effect of that scatter."""
     max_holdout_p95: float = 0.60
     max_rejected: float = 0.34
     min_samples: int = 10
     max_uncertainty: float = 0.25
     max_unseen: float = 0.04
-    """The same for what lies beyond what was sampled: there the form alone speaks."""
+    """The same limit without history, if no sample was without: there only the form determines
+    the prediction."""
 
 
 @dataclass(frozen=True)
 class FitReport:
-    """What the fit found. Errors are relative, measured on samples left out of each fit."""
+    """The result of a fit. Errors are relative and measured on samples left out of each fit."""
 
     form: str
     coefficients: dict[str, float]
-    """Term to ms per unit of the term."""
+    """Term to its coefficient, in ms per unit of the term."""
     floor_ms: float
     tile: int
     wave: int
@@ -76,21 +78,21 @@ class FitReport:
     rejected: tuple[tuple[Sample, str], ...]
     usable: bool
     reason: str
-    """Why the model is not usable, or empty."""
+    """Why the model is not usable; empty if it is."""
     history_range: tuple[int, int] = (0, 0)
-    """Shortest and longest history sampled, tokens; beyond it a prediction is a guess."""
+    """Shortest and longest sampled history, in tokens. A prediction beyond it is a guess."""
     chunk_range: tuple[int, int] = (0, 0)
     uncertainty: float = 0.0
-    """Relative standard error of the model's predictions, the largest at the corners of what was
-    sampled. Unlike the hold-out error it falls with more samples."""
+    """Relative standard error of the model's predictions: the largest at the corners of the sampled
+    region. Unlike the hold-out error, it falls with more samples."""
     unseen: float = 0.0
-    """The same without history, where no sample was without; else 0."""
+    """The same without history, if no sample was without history; else 0."""
     repeat_noise: float = 0.0
     """Relative scatter of repeats of one point; NaN if no point was repeated."""
 
     @property
     def misfit_median(self) -> float:
-        """`holdout_median` net of the scatter of repeats: what the model itself is off by."""
+        """`holdout_median` without the scatter of repeats: the error of the model itself."""
         return self._net(self.holdout_median, 0.6745)
 
     @property
@@ -114,7 +116,7 @@ class FitReport:
 
 @dataclass
 class _Live:
-    """Timings of real chunks since the profile; every fourth is kept out of refits."""
+    """Timings of real chunks since the profile. Every fourth is held out of refits."""
 
     fit: deque[Sample] = field(default_factory=lambda: deque(maxlen=192))
     holdout: deque[Sample] = field(default_factory=lambda: deque(maxlen=64))
@@ -124,11 +126,11 @@ class _Live:
 class LatencyModel:
     """Predicts chunk latency in ms. See Note [What a chunk costs] in forms.py.
 
-    Reading (`predict`) is safe from any thread; `update` must be called from one at a time.
+    `predict` may be called from any thread. `update` must not be called from two threads at once.
     """
 
     REFIT_EVERY = 32
-    """Reported chunks between two attempts at a refit."""
+    """Number of reported chunks between two attempts at a refit."""
 
     def __init__(
         self,
@@ -140,8 +142,8 @@ class LatencyModel:
         self.form = form
         self.report = report
         self.committee = tuple(committee)
-        """The fits without a fifth of the points each: how far they differ is how far the samples
-        leave a prediction open."""
+        """Fits that each leave out a fifth of the points. How much they differ shows how uncertain
+        the samples leave a prediction."""
         self._samples = tuple(samples)
         self._live = _Live()
 
@@ -156,13 +158,14 @@ class LatencyModel:
         gate: QualityGate | None = None,
         seed: int = 0,
     ) -> LatencyModel:
-        """Fits every form, keeps the best by cross-validation. Same samples, same model.
+        """Fits every form and keeps the best by cross-validation. The same samples give the same
+        model.
 
         `samples` may also be rows of (history_len, chunk_len, latency_ms), in tokens and ms.
 
-        Needs SciPy (extra `pp`). A poor fit does not raise: `report.usable` is False, the reason
-        is logged, and a `ChunkSizer` keeps the static size. `FitError` is for samples that cannot
-        be fitted at all.
+        Fitting needs SciPy (extra `pp`). A poor fit does not raise: `report.usable` is False, the
+        reason is logged, and a `ChunkSizer` keeps the static size. `FitError` is raised if the
+        samples cannot be fitted at all.
         """
         model = cls._fit(samples_from(samples), forms, gate or QualityGate(), seed)
         if model.report.usable:
@@ -179,7 +182,7 @@ class LatencyModel:
         gate: QualityGate,
         seed: int,
     ) -> LatencyModel:
-        """`fit` without its word in the log."""
+        """`fit` without the log message."""
         optimize = scipy_optimize()
         kept = tuple(samples)
         if unknown := set(forms) - set(FORMS):
@@ -191,7 +194,7 @@ class LatencyModel:
         points = Repeats.of(kept)
         data = Data.of_points(points)
 
-        # A form with more than half as many terms as samples cannot be told from noise.
+        # With more than half as many terms as points, a form fits the noise.
         names = [name for name in FORMS if name in forms]
         few = [n for n in names if len(points) >= 2 * len(Form(n, knots=knots_of(data)).terms())]
         left_out, fits = cross_validate(optimize, few or names[:1], data, seed)
@@ -236,11 +239,13 @@ class LatencyModel:
         return model
 
     def _uncertainty_of_corners(self, data: Data, scale: float) -> tuple[float, float]:
-        """Of a middling and a large sampled chunk without history, and of a middling one behind
-        the longest; the larger of the first two again, where no sample was without history.
+        """The largest relative standard error at three points, and the largest without history if
+        no sample was without history (else 0).
 
-        The jackknife sees what the form does not explain, but five parts are few and may agree by
-        chance; the linearised fit sees noise alone. Their geometric mean.
+        The points are a median and a large sampled chunk without history, and a median one behind
+        the longest history. The error is the geometric mean of two estimates. The jackknife also
+        includes what the form does not explain, but five parts are few and may agree by chance. The
+        linearised fit includes noise alone.
         """
         if not self.committee:
             return math.inf, 0.0
@@ -255,8 +260,8 @@ class LatencyModel:
     # --- use ---------------------------------------------------------------------------------
 
     def predict(self, history_len: ArrayLike, chunk_len: ArrayLike) -> Any:
-        """Latency in ms of `chunk_len` new tokens behind `history_len`: a float for two numbers,
-        else an array of the broadcast shape."""
+        """Latency in ms of `chunk_len` new tokens behind `history_len` cached tokens. Returns a
+        float for two numbers, else an array of the broadcast shape."""
         history, chunk = np.broadcast_arrays(
             np.asarray(history_len, dtype=np.float64), np.asarray(chunk_len, dtype=np.float64)
         )
@@ -264,8 +269,9 @@ class LatencyModel:
         return float(ms) if ms.ndim == 0 else ms
 
     def uncertainty(self, history_len: ArrayLike, chunk_len: ArrayLike) -> Any:
-        """Relative standard error of `predict` there, by how the fits without a fifth of the
-        points differ (a jackknife): 0.05 is 5 %. Zero for a model without such fits."""
+        """Relative standard error of `predict` for the same arguments: 0.05 is 5 %. It is computed
+        from the differences between the fits in `committee` (a jackknife), and is zero for a model
+        without them."""
         history, chunk = np.broadcast_arrays(
             np.asarray(history_len, dtype=np.float64), np.asarray(chunk_len, dtype=np.float64)
         )
@@ -290,12 +296,13 @@ class LatencyModel:
     # --- online refit ------------------------------------------------------------------------
 
     def update(self, samples: Iterable[Sample]) -> bool:
-        """Takes timings of real chunks; True if they led to new coefficients.
+        """Takes timings of real chunks. Returns True if they led to new coefficients.
 
-        Keeps at most 256 of them. Every 32nd tries a refit of the same form on the profile and
-        the recent chunks together, and takes it only if it predicts the held-out recent chunks
-        (every fourth, never fitted) better in the median and no worse at the 95th percentile.
-        Such a call costs a fit (tens of ms), so call this off the launching thread.
+        The model keeps the latest 256 of them. After every 32nd it refits the same form to the
+        profile and the recent chunks together. It takes the refit only if that predicts the
+        held-out recent chunks (every fourth, never fitted) better in the median and no worse at the
+        95th percentile. Such a call costs a fit (tens of ms), so do not call it from the thread
+        that launches forwards.
         """
         changed = False
         for sample in samples:
@@ -339,13 +346,14 @@ class LatencyModel:
         return True
 
     def adopt(self, other: LatencyModel) -> None:
-        """Takes over another model's coefficients and report, where sizers hold this one."""
+        """Takes over another model's coefficients and report, so that sizers which hold this model
+        use them."""
         self.form, self.committee, self.report = other.form, other.committee, other.report
 
     # --- JSON --------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """Form, report and the profile's samples. Chunks reported to `update` are not kept."""
+        """The form, the report and the profile's samples, but not the chunks given to `update`."""
         report = asdict(self.report)
         report["rejected"] = [
             [samples_to_json([sample])[0], why] for sample, why in self.report.rejected
@@ -380,7 +388,7 @@ class LatencyModel:
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyModel:
-        """Needs no SciPy: a saved model predicts with NumPy alone."""
+        """Reads a model that `save` wrote. It predicts with NumPy alone, without SciPy."""
         return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
 
 

@@ -1,4 +1,4 @@
-"""A picture of a profile: samples, fit, residuals, chunk plan. Needs matplotlib (extra `plot`)."""
+"""Plots a profile: samples, fit, residuals, chunk plan. Needs matplotlib (extra `plot`)."""
 
 from __future__ import annotations
 

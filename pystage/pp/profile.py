@@ -1,11 +1,11 @@
 """Timed prefill samples: which (history, chunk) points to run, and how to time them.
 
-Chunked prefill under pipeline parallelism wants chunks of equal time, so the latency of a chunk
+Chunked prefill under pipeline parallelism needs chunks of equal time. So the latency of a chunk
 must be known as a function of two lengths: the tokens already in the KV cache (`history_len`) and
-the new ones (`chunk_len`). SGLang's profiler (PR 26883, PR 37674) varies the second only, once per
-length and without warm-up. This one warms up until steady and varies both; then it goes where the
-fit so far would send a sizer, to the edges of the device's waves that the fit has found, and back
-to the points it explains worst.
+the new tokens (`chunk_len`). SGLang's profiler (PR 26883, PR 37674) varies only the second, once
+per length and without warm-up. This profiler warms up until times are steady, and varies both
+lengths. Then it measures the points that a sizer with the fit so far would use, points at the edges
+of the device's waves that the fit has found, and again the points that the fit explains worst.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from pystage.pp.sizer import ChunkSizer
 
 logger = logging.getLogger(__name__)
 
-# Kronecker sequence on the plastic number: an even cover of the unit square for any prefix, so a
-# profile that is cut short by its budget has still seen the whole region.
+# Kronecker sequence of the plastic number. Any prefix of it covers the unit square evenly, so a
+# profile that its budget cuts short has still sampled the whole region.
 _PLASTIC = 1.324717957244746
 
 
 class ProfileError(RuntimeError):
-    """A forward failed while profiling; the cause is chained."""
+    """A forward failed during profiling. The cause is chained (`__cause__`)."""
 
 
 class Step(Protocol):
     """Runs one prefill forward of `chunk_len` new tokens behind `history_len` cached ones.
 
-    It stages and resolves the ids and launches the forward on the current stream; it need not
-    synchronise. What it holds (KV slots, staging slots, a request) it should free before it
-    returns or raises. A step that owns something for the whole profile is passed as a context
-    manager whose `__enter__` returns the step: `profile_prefill` leaves it on every way out.
+    A step stages and resolves the ids and launches the forward on the current stream. It does not
+    have to synchronize. It should free what it holds (KV slots, staging slots, a request) before it
+    returns or raises. If a step owns something for the whole profile, pass a context manager whose
+    `__enter__` returns the step: `profile_prefill` exits it also after an error.
     """
 
     def __call__(self, history_len: int, chunk_len: int, /) -> object: ...
@@ -55,33 +55,37 @@ Timer = Callable[[Callable[[], object]], Timing]
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """Where to sample and how much to spend. Build one with `SamplePlan.spread`."""
+    """Where to sample, and how much time to spend. Build one with `SamplePlan.spread`."""
 
     points: tuple[Point, ...]
     base: Point
-    """The point whose time is the sizer's target; warm-up runs here and its steady end counts."""
+    """The point whose time is the sizer's target. Warm-up runs here; its last two forwards are
+    samples if they are steady, else its last one."""
     page_size: int = 64
-    """All lengths are multiples of it."""
+    """All lengths are multiples of it, in tokens."""
     min_chunk: int = 512
     max_tokens: int = 131072
-    """History plus chunk never exceeds it."""
+    """History plus chunk never exceeds this number of tokens."""
     max_forwards: int = 48
     max_seconds: float = 60.0
     max_warmup: int = 6
     steady: float = 0.05
-    """Warm-up ends when two forwards in a row differ by less than this fraction."""
+    """Warm-up ends when two forwards in a row differ by at most this fraction."""
     on_policy: int = 5
-    """Points added where a sizer with the fit so far would go; 0 leaves out the edges too."""
+    """Number of points added at sizes that a sizer with the fit so far would choose. 0 also leaves
+    out the points at the edges of waves."""
     repeats: int = 14
-    """Most points measured again at the end, worst fit first, after two more of the base."""
+    """Most points measured again at the end, those with the worst fit first. Two more forwards of
+    the base point come before them."""
     target_error: float = 0.015
-    """Early stop: once the median hold-out error is below this and the 95th percentile below four
-    times this, only the on-policy points are still measured."""
+    """Early stop: once the median hold-out error is at most this and the 95th percentile at most
+    four times this, only the on-policy points are still measured."""
     ranks: int = 4
-    """Pipeline stages of the plan that `decided` is about."""
+    """Number of pipeline stages of the plans that `decided` compares."""
     decided: float = 0.005
-    """The same stop: once the plan chosen a check ago for a prompt of `max_tokens` is predicted to
-    take no more than this fraction longer than the one chosen now. 0: never for that reason."""
+    """The same early stop, because the decision no longer changes. Each check chooses a plan for a
+    prompt of `max_tokens`; the stop comes once the previous check's plan is predicted to take at
+    most this fraction longer than the current one. 0 turns this off."""
     min_samples: int = 24
     check_every: int = 8
 
@@ -104,13 +108,14 @@ class SamplePlan:
         count: int = 36,
         **limits: Any,
     ) -> SamplePlan:
-        """Points over the region in which a sizer of `base_chunk` tokens will ask.
+        """Points over the region that a sizer with a base chunk of `base_chunk` tokens uses.
 
-        Chunks of equal time shrink as history grows, so the largest chunk sampled does too: from
-        `max_chunk` (default 1.25 x base, as SGLang) at history 0 down as 1 / (1 + L / 2 base).
-        Long histories under full-size chunks would cost most of the time and are asked for least;
-        two such corners are kept, to anchor models whose latency does not grow with history.
-        `max_tokens` caps history plus chunk (KV slots); all lengths are multiples of `page_size`.
+        Chunks of equal time shrink as history grows, so the largest sampled chunk shrinks too: from
+        `max_chunk` (default 1.25 x base, as in SGLang) at history 0, by the factor
+        1 / (1 + L / (2 base)) behind L tokens. Full-size chunks behind long histories would cost
+        most of the time and are needed least. Two such points are kept as anchors for models whose
+        latency does not grow with history. `max_tokens` caps history plus chunk (KV slots). All
+        lengths are multiples of `page_size`.
         """
         top = min(context_len, max_tokens or context_len)
         largest = min(max_chunk or base_chunk * 5 // 4, base_chunk * 5 // 4, top)
@@ -154,13 +159,13 @@ class SamplePlan:
 
 
 def random_token_ids(count: int, vocab_size: int, seed: int = 0) -> array[int]:
-    """`count` ids drawn evenly from [0, vocab_size), as the int64 array engines keep."""
+    """`count` ids drawn uniformly from [0, vocab_size), in an int64 array as engines use it."""
     ids = np.random.default_rng(seed).integers(0, vocab_size, size=count, dtype=np.int64)
     return array("q", ids.tobytes())
 
 
 def host_timer(run: Callable[[], object]) -> Timing:
-    """Host clock around a synchronous call: for CPU forwards."""
+    """Times a synchronous call with the host clock, for CPU forwards."""
     start = time.perf_counter()
     run()
     ms = (time.perf_counter() - start) * 1e3
@@ -168,9 +173,11 @@ def host_timer(run: Callable[[], object]) -> Timing:
 
 
 def cuda_timer(run: Callable[[], object]) -> Timing:
-    """Device events on the current stream, and the host clock until the device is done.
+    """Times a call with device events on the current stream, and with the host clock until the
+    device is done.
 
-    Starts from an idle device: staging, the deferred H2D and launch gaps are inside both times.
+    The device is idle at the start, so both times include staging, the deferred H2D transfer and
+    launch gaps.
     """
     begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -199,10 +206,10 @@ class _Run:
     forwards: int = 0
     fitted: LatencyModel | None = None
     chosen: tuple[int, ...] = ()
-    """The chunks that were chosen at the last check."""
+    """The chunks of the plan chosen at the last check."""
 
     def spent(self) -> str | None:
-        """Which budget is used up, if one is."""
+        """Says which budget is used up; None if none is."""
         if self.forwards >= self.plan.max_forwards:
             return f"all {self.plan.max_forwards} forwards used"
         if time.perf_counter() - self.started >= self.plan.max_seconds:
@@ -218,7 +225,7 @@ class _Run:
         return Sample(point[0], point[1], timing.latency_ms, timing.host_ms)
 
     def measure_if_it_fits(self, point: Point) -> None:
-        """Measures unless a point no larger has run out of device memory before."""
+        """Measures the point, unless one no larger has run out of device memory before."""
         if any(point[0] >= h and point[1] >= c for h, c in self.skipped):
             self.skipped.append(point)
             return
@@ -230,7 +237,7 @@ class _Run:
             torch.cuda.empty_cache()
 
     def warm_up(self) -> None:
-        """The base point until two forwards agree; the two that do are samples."""
+        """Runs the base point until two forwards in a row agree. These two become samples."""
         last: Sample | None = None
         while len(self.warmup_ms) < self.plan.max_warmup and self.spent() is None:
             sample = self.measure(self.plan.base)
@@ -250,7 +257,7 @@ class _Run:
             )
 
     def sample(self) -> str:
-        """The plan's points, then the sizer's own, then repeats; returns why it stopped."""
+        """Measures the plan's points, then the sizer's, then repeats. Returns why it stopped."""
         steps = (self.planned_points(), self.on_policy_points(), self.worst_points())
         for points in steps:
             for point in points:
@@ -262,7 +269,8 @@ class _Run:
         return "every point and repeat measured"
 
     def settled(self) -> str:
-        """Why it may stop: the hold-out error is small enough, or the decision stands."""
+        """Why sampling may stop: the hold-out error is small enough, or the chosen plan no longer
+        changes. Empty if it may not."""
         if len(self.samples) < self.plan.min_samples:
             return ""
         report = self.fit().report
@@ -276,7 +284,7 @@ class _Run:
         return "the chosen plan no longer changes" if self.decided() else ""
 
     def decided(self) -> bool:
-        """Whether what was chosen at the last check is as good as what is chosen now."""
+        """Whether the plan chosen at the last check is as good as the one chosen now."""
         model, plan = self.fit(), self.plan
         if not plan.decided or not model.report.usable:
             return False
@@ -299,7 +307,8 @@ class _Run:
         )
 
     def fit(self) -> LatencyModel:
-        """The model of the samples so far; without the costliest form, this is between forwards."""
+        """The model of the samples so far. It leaves out the form that is slowest to fit, because
+        it runs between forwards."""
         if self.fitted is None or len(self.fitted.samples) != len(self.samples):
             self.fitted = LatencyModel._fit(
                 self.samples, ("linear", "law", "waves"), QualityGate(), seed=0
@@ -313,8 +322,8 @@ class _Run:
             yield point
 
     def on_policy_points(self) -> Iterator[Point]:
-        """Where a sizer would go, and both sides of the edges it stops at: there a misplaced edge
-        costs a whole wave, and one measurement moves it."""
+        """Points that a sizer would choose, and both sides of the wave edges where it stops: a
+        misplaced edge costs a whole wave there, and one measurement moves it."""
         plan = self.plan
         if len(self.samples) < 2 * plan.check_every or not plan.on_policy:
             return
@@ -339,7 +348,7 @@ class _Run:
     def worst_points(self) -> Iterator[Point]:
         if not self.plan.repeats or len(self.samples) < self.plan.check_every:
             return
-        yield from (self.plan.base, self.plan.base)  # every size is relative to its time
+        yield from (self.plan.base, self.plan.base)  # all sizes depend on its time
         errors = self.fit().errors(self.samples)
         for i in np.argsort(-np.abs(errors), kind="stable")[: self.plan.repeats]:
             sample = self.samples[int(i)]
@@ -356,11 +365,14 @@ def profile_prefill(
 ) -> Profile:
     """Runs `step` over `plan` and returns the timed samples.
 
-    Times with CUDA events where `device` is a CUDA device (default: when CUDA is there), with the
-    host clock elsewhere; `timer` replaces both. Any failure of the step ends the run with
-    `ProfileError` after the step's context manager, if it is one, has been left; only running out
-    of device memory is survived, by leaving out that point and the larger ones. `progress` shows a
-    rich progress bar (extra `cli`), or logs if rich is missing.
+    CUDA events measure the time if `device` is a CUDA device (default: if CUDA is available), and
+    the host clock otherwise. `timer` replaces both. `progress` shows a rich progress bar (extra
+    `cli`), or logs if rich is missing. If sampling runs out of device memory, it leaves out that
+    point and all larger ones, and goes on.
+
+    Raises:
+        ProfileError: the step failed for another reason, or during warm-up. If the step is a
+            context manager, it has been exited.
     """
     if timer is None:
         kind = torch.device(device).type if device is not None else None
@@ -382,9 +394,9 @@ def profile_prefill(
             reason = run.sample()
         except Exception as error:
             if on_cuda:
-                # Nothing may still read what the step's exit frees. A device that is itself
-                # broken cannot be waited for: the first error is the one to tell.
-                with suppress(RuntimeError, AssertionError):  # the latter: a torch without CUDA
+                # The step's exit frees memory that the device may still read. Waiting for a broken
+                # device fails too; then the first error is the one to report.
+                with suppress(RuntimeError, AssertionError):  # AssertionError: torch has no CUDA
                     torch.cuda.synchronize()
             raise ProfileError(
                 f"profiling failed after {run.forwards} forwards and {len(run.samples)} samples: "

@@ -1,4 +1,4 @@
-"""What a profile measured: chunk lengths and times, and how they travel as JSON."""
+"""The results of a profile: chunk lengths and times, and their JSON format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Point = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One timed forward, in ms. `latency_ms` is device time where there is a device clock."""
+    """One timed forward, in ms. `latency_ms` is device time if there is a device clock."""
 
     latency_ms: float
     host_ms: float
@@ -37,17 +37,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Profile:
-    """What a profiling run measured, and what it cost. Iterates over its samples."""
+    """The samples of a profiling run, and its cost. Iterating gives the samples."""
 
     samples: tuple[Sample, ...]
     forwards: int
-    """Forwards run in all, warm-up and repeats included."""
+    """Number of forwards run, warm-up and repeats included."""
     seconds: float
-    """Wall time of the whole run."""
+    """Wall time of the whole run, in seconds."""
     stop_reason: str
     warmup_ms: tuple[float, ...] = ()
     skipped: tuple[Point, ...] = ()
-    """Points given up because the device ran out of memory there."""
+    """Points that were left out because the device ran out of memory there or at a smaller one."""
 
     def __iter__(self) -> Iterator[Sample]:
         return iter(self.samples)
@@ -78,7 +78,7 @@ class Profile:
 
 
 def samples_to_json(samples: Sequence[Sample]) -> list[list[float | None]]:
-    """Rows of [history_len, chunk_len, latency_ms, host_ms]; an unknown host time is null."""
+    """Rows of [history_len, chunk_len, latency_ms, host_ms]. An unknown host time is null."""
     return [
         [s.history_len, s.chunk_len, s.latency_ms, s.host_ms if math.isfinite(s.host_ms) else None]
         for s in samples
@@ -86,8 +86,8 @@ def samples_to_json(samples: Sequence[Sample]) -> list[list[float | None]]:
 
 
 def samples_from(samples: Any) -> tuple[Sample, ...]:
-    """Samples, or rows of (history_len, chunk_len, latency_ms) or with a host time as the fourth;
-    TypeError for anything else."""
+    """Converts samples, or rows of (history_len, chunk_len, latency_ms) with an optional host time
+    in ms as the fourth column. Raises TypeError for anything else."""
     if isinstance(samples, np.ndarray):
         samples = samples.tolist()
     out = []

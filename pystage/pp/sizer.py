@@ -1,4 +1,4 @@
-"""Chunk sizes of equal predicted time, and what they give a pipeline."""
+"""Chunk sizes of equal predicted time, and the time that a pipeline takes over them."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from pystage.pp.model import LatencyModel
 
 logger = logging.getLogger(__name__)
 
-_OVER = 1.03  # a chunk may run this much over its target: rounding to pages goes both ways
-_UNDER, _FAR_OVER = 0.93, 1.08  # and this much over, if it would else be this far under
-_STRETCH = 1.10  # and a whole plan this much, rather than add a chunk for a small rest
-_STRETCHES = (_STRETCH, 1.2, 1.3, 1.4)  # or this much, where steps in the latency leave it uneven
-_EVEN = 0.12  # spread of a plan's predicted times, (max - min) / mean, that is even enough
+# All relative to the target time.
+_OVER = 1.03  # a chunk may take this long: rounding to pages goes both ways
+_UNDER, _FAR_OVER = 0.93, 1.08  # if a chunk would take less than the first, the limit is the second
+_STRETCH = 1.10  # a whole plan may take this long, to avoid one more chunk for a small remainder
+_STRETCHES = (_STRETCH, 1.2, 1.3, 1.4)  # tried in turn, where steps in the latency leave it uneven
+_EVEN = 0.12  # a plan is even if its predicted times spread less: (max - min) / mean
 
 _Known = dict[int, NDArray[np.float64]]
-"""By history: the times of all sizes. A plan comes back to most histories many times."""
+"""History to the times of all sizes. Making a plan needs most histories many times."""
 
 
 class ChunkSizer:
     """Sizes prefill chunks so that each takes the time of `base_chunk` tokens without history.
 
-    All sizes in tokens. Sizes are multiples of `page_size`, between `min_chunk` and `max_chunk`,
-    and leave `context_margin` of the context free. SGLang's floor of a quarter of the base chunk
-    is replaced by `min_chunk`, because late in a long prompt that quarter takes a multiple of the
-    target. `smooth` below 1 moves only that share of the way from
-    the base chunk to the equal-time size.
+    All sizes are in tokens. They are multiples of `page_size`, lie between `min_chunk` and
+    `max_chunk` (default: twice the base chunk), and leave `context_margin` tokens of the context
+    free. SGLang's minimum is a quarter of the base chunk; `min_chunk` replaces it, because late in
+    a long prompt such a quarter takes a multiple of the target time. `smooth`, in (0, 1], is the
+    share of the way from the base chunk to the equal-time size that a size moves.
 
-    With a model whose report is not usable there are no sizes: `next_chunk` returns None, which
-    means "keep the static size", and says so once in the log.
+    If the model's report is not usable, there are no sizes: `next_chunk` returns None, which means
+    "keep the static size", and one warning is logged.
     """
 
     def __init__(
@@ -75,14 +76,14 @@ class ChunkSizer:
 
     @property
     def target_ms(self) -> float:
-        """The time every chunk aims at, in ms: a base chunk without history."""
+        """The target time of every chunk, in ms: the time of a base chunk without history."""
         return float(self.model.predict(0, self.base_chunk))
 
     def next_chunk(self, history_len: int) -> int | None:
-        """The next chunk behind `history_len` tokens, of the time of a base chunk.
+        """The size of the next chunk behind `history_len` tokens, for the time of a base chunk.
 
-        None: the model is not usable, keep the static size. 0: less than a page of the context is
-        left.
+        Returns None if the model is not usable: keep the static size. Returns 0 if less than a page
+        of the context is left.
         """
         if history_len < 0:
             raise ValueError(f"history_len={history_len} must not be negative")
@@ -97,11 +98,11 @@ class ChunkSizer:
     def plan(self, prompt_len: int) -> list[int]:
         """Chunk sizes for a whole prompt, of equal predicted time, the last one included.
 
-        First the fewest chunks that stay within 10 % of the target, then the lowest common time
-        that still needs no more of them. If their times spread by more than 12 %, because a wave
-        of the device more or less is a large part of a chunk, longer chunks are tried, up to 40 %
-        over the target, and the evenest plan is taken. Where the model is not usable: static
-        chunks and a rest.
+        The number of chunks is the smallest that stays within 10 % of the target. Their common time
+        is the lowest that needs no more chunks. If the times still spread by more than 12 %,
+        because one wave of the device is a large part of a chunk, longer chunks are tried, up to
+        40 % over the target, and the evenest plan is returned. If the model is not usable, the plan
+        is static chunks and a remainder.
         """
         if not 0 < prompt_len <= self.context_len:
             raise ValueError(f"prompt_len={prompt_len} must be in 1..{self.context_len}")
@@ -134,10 +135,11 @@ class ChunkSizer:
         """Chunk sizes with the lowest predicted time to first token over `ranks` equal stages.
 
         On equal stages the last chunk leaves the pipeline after sum(t) + (ranks - 1) * max(t),
-        whatever the order (a proportionate flow shop), so a chunk faster than the slowest one costs
-        nothing: what counts is the slowest, and how well each size uses the device. For a set of
-        caps on the slowest this finds the cheapest cover of the prompt (a shortest path over page
-        boundaries), then takes the best cap. Ignores `base_chunk` and `smooth`; about 0.1 s.
+        whatever the order of the chunks (a proportionate flow shop). So a chunk that is faster than
+        the slowest one costs nothing extra: only the slowest chunk matters, and how well each size
+        uses the device. For each of a set of caps on the slowest chunk, this method finds the
+        cheapest cover of the prompt (a shortest path over page boundaries), and then takes the best
+        cap. It ignores `base_chunk` and `smooth`, and takes about 0.1 s.
         """
         if ranks < 1:
             raise ValueError(f"ranks={ranks} must be positive")
@@ -169,20 +171,21 @@ class ChunkSizer:
         stage_factors: Sequence[float] | None = None,
         overhead_ms: float = 0.0,
     ) -> Choice:
-        """The plan for one prompt alone: a fixed size, unless another is clearly faster.
+        """The plan for one prompt that runs alone: a fixed size, unless another plan is faster by
+        more than its margin of error.
 
         Args:
-            prompt_len: tokens.
-            ranks: pipeline stages.
-            time: runs chunks on the engine, given as (history_len, chunk_len), and returns the ms
-                of each. With it the finalists are timed; without it predictions alone decide, and
-                a plan must gain more.
-            budget: most forwards for that.
+            prompt_len: length of the prompt in tokens.
+            ranks: number of pipeline stages.
+            time: runs chunks on the engine, given as (history_len, chunk_len), and returns the time
+                of each in ms. If given, the finalists are timed. Otherwise predictions alone
+                decide, and a plan must gain more.
+            budget: the most forwards that timing may run.
             stage_factors: time of each stage as a multiple of the model's, [ranks]; default all 1.
-            overhead_ms: what the engine adds to each chunk on each stage.
+            overhead_ms: time that the engine adds to each chunk on each stage, in ms.
 
-        See Note [The best of many predictions]. The base size is one of the candidates; `smooth`
-        does not matter. 0.1 to 1 s of host time.
+        See Note [The best of many predictions] in choice.py. The base size is one of the
+        candidates; `smooth` has no effect. The call takes 0.1 to 1 s of host time.
         """
         if ranks < 1:
             raise ValueError(f"ranks={ranks} must be positive")
@@ -220,7 +223,8 @@ class ChunkSizer:
         return planner.choose(time, budget)
 
     def predicted_ms(self, chunks: Sequence[int], ranks: int, overhead_ms: float = 0.0) -> float:
-        """Predicted time to first token of a prompt in such chunks over `ranks` equal stages."""
+        """Predicted time to first token, in ms, of a prompt in these chunks over `ranks` equal
+        stages."""
         return makespan(self._times(chunks), [1.0] * ranks, overhead_ms)
 
     def _usable(self) -> bool:
@@ -235,10 +239,11 @@ class ChunkSizer:
         return report.usable
 
     def _equal_time(self, history_len: int, target_ms: float, known: _Known | None = None) -> int:
-        """The largest allowed size that is predicted to stay at the target, give or take 3 %.
+        """The largest allowed size that is predicted to take at most 3 % more than the target.
 
-        Where the time jumps with size (a wave of the device is full) that may leave it far under:
-        then the next size, if it is less than 8 % over, and else the efficient one below the jump.
+        Where the time jumps with the size (a wave of the device is full), that size may be far
+        under the target. Then the next size is taken if it is at most 8 % over. Otherwise the size
+        below the jump stays: it uses the device well.
         """
         ms = None if known is None else known.get(history_len)
         if ms is None:
@@ -246,7 +251,7 @@ class ChunkSizer:
             if known is not None:
                 known[history_len] = ms
         times = ms / target_ms
-        at = max(int((times <= _OVER).sum()) - 1, 0)  # predictions do not fall with size
+        at = max(int((times <= _OVER).sum()) - 1, 0)  # predictions never fall as size grows
         if times[at] < _UNDER and at + 1 < times.size and times[at + 1] <= _FAR_OVER:
             at += 1
         size = int(self._sizes[at])
@@ -268,7 +273,7 @@ class ChunkSizer:
         return chunks
 
     def _even_tail(self, chunks: list[int]) -> list[int]:
-        """Moves pages to a short last chunk from the slowest ones, while that evens the times."""
+        """Moves pages from the slowest chunks to a short last one, while that evens the times."""
         if len(chunks) < 2:
             return chunks
         for _ in range(len(chunks)):

@@ -1,36 +1,39 @@
-"""The SGLang plugin (entry point group ``sglang.srt.plugins``): prefills go through a pool.
+"""The SGLang plugin (entry point group ``sglang.srt.plugins``): it stages prefills in a pool.
 
-Installed beside SGLang, it is found by ``load_plugins()`` in each of its processes and hooks, with
-SGLang's own ``HookRegistry``:
+If pystage is installed beside SGLang, ``load_plugins()`` finds the plugin in each SGLang process.
+The plugin hooks these functions with SGLang's own ``HookRegistry``:
 
 ==================================  ==============================================================
 ``ScheduleBatch.prepare_for_extend``  opens the pool of the batch's device on first use
-``Req.get_fill_ids``                within it: a view, in place of a copy of the whole history
-``flatten_arrays_to_pinned_cpu``    within it: one gather from the requests' arrays into a slot
-``resolve_forward_inputs``          one kernel on the forward stream, mixed batches included
+``Req.get_fill_ids``                inside it: gives a view instead of a copy of the whole history
+``flatten_arrays_to_pinned_cpu``    inside it: gathers the requests' arrays into a slot, in one step
+``resolve_forward_inputs``          launches a kernel on the forward stream, also for mixed batches
 ``ForwardBatch.init_new``           resolves an extend batch that its caller forgot to resolve
-``ScheduleBatch.merge_batch``       resolves two batches whose staged ids it would lose
+``ScheduleBatch.merge_batch``       first resolves two batches if it would lose their staged ids
 ==================================  ==============================================================
 
-and, if they exist, the profiler of pipeline-parallel prefill, the check of request lengths (for
-ids), and the scheduler's metrics. What is hooked is decided by looking for these symbols, what they
-take and what they do (``known_code.py``), never by a version number:
+If they exist, it also hooks the profiler of pipeline-parallel prefill, the check of request lengths
+(to validate ids), and the scheduler's metrics. The plugin never looks at a version number. It looks
+at the functions: whether they exist, what arguments they take, and what their code does
+(``known_code.py``):
 
-- If one of them is missing or takes other arguments, nothing is hooked; ``get_fill_ids`` and
-  ``merge_batch`` are left alone then.
-- Views of the history are given only if ``get_fill_ids`` does what a view does, and no other
-  plugin's hook could meet one.
-- Only a known ``resolve_forward_inputs`` is preempted. With any other, SGLang's code takes the
-  :class:`pystage.StagedTokens` for the tensor they stand for, and resolves mixed batches itself.
+- If one of the first five functions is missing or takes other arguments, the plugin hooks nothing.
+  If only ``merge_batch`` is, the plugin leaves that function alone.
+- It gives views of the history only if ``get_fill_ids`` does what a view does, and no hook of
+  another plugin could receive one.
+- It resolves a batch itself only if SGLang's ``resolve_forward_inputs`` is known code. Otherwise
+  SGLang's code uses the :class:`pystage.StagedTokens` like the tensor that they replace, and
+  resolves mixed batches itself.
 
-Everything else stays SGLang's: decode, idle and prebuilt batches, mixed batches under speculative
-decoding, devices other than CUDA, and staged tensors outside ``prepare_for_extend``. A batch that
-the pool cannot stage is staged by SGLang's code, and counted. Whatever reads the staged ids in
-between (``encoder_swa_replay``, ``merge_batch``, ``record_batch_in_overlap``) finds a
-:class:`pystage.StagedTokens`, which reads as the CPU tensor it replaces.
+SGLang's own code handles everything else: decode, idle and prebuilt batches, mixed batches under
+speculative decoding, devices other than CUDA, and staged tensors outside ``prepare_for_extend``. It
+also stages a batch that the pool cannot stage, and the plugin counts such batches. Code that reads
+the staged ids before they are resolved (``encoder_swa_replay``, ``merge_batch``,
+``record_batch_in_overlap``) finds a :class:`pystage.StagedTokens`, which can be used like the CPU
+tensor that it replaces.
 
-SGLang logs failures of hooks and goes on, so :func:`plugin` looks afterwards whether each hook is
-reached, and logs the result in one line. ``docs/sglang.md`` has the settings.
+SGLang logs a failed hook and continues. So after SGLang has applied the hooks, the plugin checks
+that calls reach each one, and logs the result in one line. ``docs/sglang.md`` has the settings.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ logger = logging.getLogger("pystage.sglang")
 
 
 def plugin() -> None:
-    """The entry point: registers the hooks. They are verified once SGLang has applied them."""
+    """The entry point. It registers the hooks, and verifies them after SGLang has applied them."""
     process.state.loaded = True
     try:
         process.state.settings = Settings.from_environment()
@@ -54,8 +54,8 @@ def plugin() -> None:
         HookRegistry.register(target, hook.function, HookType.AROUND)
     process.state.hooks, process.state.off = hooks, ""
 
-    # Hooks are applied after all plugins have registered theirs. Applying them here would shut out
-    # later plugins that hook the same symbols.
+    # SGLang applies hooks after all plugins have registered theirs. Applying them here would shut
+    # out later plugins that hook the same symbols.
     as_it_was = vars(HookRegistry)["apply_hooks"]
 
     def apply_hooks(registry: type) -> None:
@@ -77,7 +77,7 @@ def _stay_off(reason: str, level: int = logging.WARNING) -> None:
 
 
 def status() -> dict[str, Any]:
-    """What the plugin is in this process, for ``python -m pystage doctor``."""
+    """The plugin's state in this process, for ``python -m pystage doctor``."""
     try:
         version = metadata.version("sglang")
     except metadata.PackageNotFoundError:
@@ -96,7 +96,7 @@ def status() -> dict[str, Any]:
 
 @contextmanager
 def _nothing_on_stdout() -> Iterator[None]:
-    """Imports may print: standard output is for the one JSON object."""
+    """Sends output to stderr: imports may print, but stdout must have only the one JSON object."""
     out, sys.stdout = sys.stdout, sys.stderr
     try:
         yield
@@ -105,7 +105,7 @@ def _nothing_on_stdout() -> Iterator[None]:
 
 
 def main() -> None:
-    """Loads SGLang's plugins as a server's process does, and prints the status as JSON."""
+    """Loads SGLang's plugins as a server process does, and prints the status as JSON."""
     with _nothing_on_stdout():
         from sglang.srt.plugins import load_plugins
 

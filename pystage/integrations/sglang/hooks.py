@@ -1,4 +1,4 @@
-"""Which symbols of SGLang the plugin hooks, and with what."""
+"""The symbols of SGLang that the plugin hooks, and the function that hooks each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ _FIELDS = ("input_ids", "prefill_input_ids_cpu", "mix_running_indices", "spec_al
 
 
 def needed_symbols() -> list[Hook]:
-    """Raises MissingError unless all that the pool needs is there."""
+    """The hooks that the pool needs. Raises MissingError if one of their symbols is missing or
+    different."""
     for hook in NEEDED:
         look_up(hook.target, hook.takes)
     batch = pkgutil.resolve_name(f"sglang.srt.{BATCH}")
@@ -43,7 +44,7 @@ def needed_symbols() -> list[Hook]:
 
 
 def optional(settings: Settings) -> list[Hook]:
-    """Those that are hooked where their symbol is there."""
+    """Hooks that are used only if their symbol exists."""
     rows = [
         Hook("rows", target, staging.ROWS, staging.write_cache_indices) for target in WRITE_ROWS
     ]
@@ -91,6 +92,7 @@ def optional(settings: Settings) -> list[Hook]:
 
 
 def history_hook() -> Hook:
-    """Raises OtherCodeError if ``get_fill_ids`` does something else than a view of the ids."""
+    """The hook of ``get_fill_ids``. Raises OtherCodeError if that does not return a plain slice of
+    the ids."""
     end_of = end_of_fill_ids(look_up(_FILL_IDS, ("self",)))
     return Hook("history", _FILL_IDS, ("self",), functools.partial(staging.get_fill_ids, end_of))

@@ -1,8 +1,8 @@
-"""Whether SGLang's functions do what the plugin does in their place.
+"""Checks that SGLang's functions do what the plugin does in their place.
 
-Names of symbols and parameters stay the same from release to release while the code behind them
-changes. So the code itself is looked at: ``get_fill_ids`` is run on made-up requests, and
-``resolve_forward_inputs`` is compared with those that are known.
+From release to release, names of symbols and parameters stay the same while the code behind them
+changes. So these checks look at the code itself. They run ``get_fill_ids`` on made-up requests, and
+compare the fingerprints of ``resolve_forward_inputs`` and others with those of known releases.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ..._C import ids_view
 
 
 class OtherCodeError(LookupError):
-    """A function does something else than the plugin would do in its place; says what."""
+    """A function does something else than the plugin would do in its place. The message says
+    what."""
 
 
 # --- Req.get_fill_ids ----------------------------------------------------------------------------
@@ -34,14 +35,16 @@ _ENDS = (*_WITHIN, _STUB_LENGTH + 1, 1 << 40, -1, -7, -_STUB_LENGTH, -_STUB_LENG
 
 
 def end_of_fill_ids(get_fill_ids: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """What reads a request's END, where ``get_fill_ids`` is ``full_untruncated_fill_ids[:END]``.
+    """A function that reads END from a request, if ``get_fill_ids`` returns
+    ``full_untruncated_fill_ids[:END]``.
 
-    END is an attribute that each release calls otherwise (``fill_len``, ``extend_range.end``,
-    ``extend_end``): its name is read from the code. Then the code is run on requests that have
-    nothing but distinct ids and an END, which lies within them, beyond them, or is negative.
+    The attribute END has a different name in some releases (``fill_len``, ``extend_range.end``,
+    ``extend_end``), so this function reads the name from the code. Then it runs the code on
+    requests that have only distinct ids and an END. END lies within the ids, beyond them, or is
+    negative.
 
     Raises:
-        OtherCodeError: it gives, for any END, something else than these ids, as a new array.
+        OtherCodeError: for some END, the code does not return a new array with exactly these ids.
     """
     code = getattr(get_fill_ids, "__code__", None)
     names: tuple[str, ...] = code.co_names if code else ()
@@ -59,7 +62,7 @@ def end_of_fill_ids(get_fill_ids: Callable[[Any], Any]) -> Callable[[Any], Any]:
         setattr(value, _IDS, ids)
         try:
             found = get_fill_ids(value)
-        except Exception as error:  # whatever their code raises, it is not the code we know
+        except Exception as error:  # whatever it raises, it is not code that we know
             raise OtherCodeError(
                 f"get_fill_ids is not self.{_IDS}[:self.{path}]: {error}"
             ) from error
@@ -79,9 +82,9 @@ def _described(found: Any) -> str:
 
 # --- functions that are known --------------------------------------------------------------------
 
-# The plugin resolves a batch itself and hands it on with its ids, so that SGLang's code skips the
-# branches that would have made them. It takes part of what the others make (see small.py).
-# What they do has been read for these releases.
+# The plugin resolves a batch itself and then passes it to SGLang's resolve_forward_inputs, which
+# skips the branches that would have made the ids. Of the other functions, it replaces a part (see
+# small.py). Their code was reviewed for these releases.
 RESOLVE = ("managers.overlap_utils:resolve_forward_inputs",)
 _ALLOCATION = ("mem_cache.allocation", "mem_cache.common")  # it moved in 0.5.16
 PREPARE = ("managers.schedule_batch:ScheduleBatch.prepare_for_extend",)
@@ -153,10 +156,10 @@ KNOWN: dict[tuple[str, ...], dict[str, str]] = {
 
 
 def release_of(targets: tuple[str, ...], function: Any) -> str:
-    """The releases whose function this is; ``targets``: where it may stand.
+    """The releases that have exactly this function. ``targets`` lists the places where it may be.
 
     Raises:
-        OtherCodeError: it is none of ``KNOWN[targets]``.
+        OtherCodeError: its fingerprint is not in ``KNOWN[targets]``.
     """
     found = fingerprint(function)
     if found not in KNOWN[targets]:
@@ -172,10 +175,10 @@ def release_of(targets: tuple[str, ...], function: Any) -> str:
 
 
 def fingerprint(function: Any) -> str:
-    """A hash of what a function's code says: 16 hex digits, or "" where there is no source.
+    """A hash of a function's code: 16 hex digits, or "" if there is no source.
 
-    Comments, layout, docstring and annotations do not count, and every version of Python gives the
-    same. Decorators count.
+    Comments, layout, docstrings and annotations do not change it; decorators do. Every version of
+    Python gives the same hash.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -194,7 +197,7 @@ def _said(node: Any) -> str:
 
 @_said.register
 def _(node: ast.AST) -> str:
-    """Fields that are empty are left out: later versions of Python have more of them."""
+    """Leaves out empty fields, because later versions of Python have more of them."""
     parts = [
         f"{name}={_said(value)}"
         for name, value in ast.iter_fields(node)
@@ -209,5 +212,5 @@ def _(nodes: list) -> str:  # type: ignore[type-arg]
 
 
 def _is_docstring(node: Any) -> bool:
-    """A string that stands alone says nothing to the machine, wherever it stands."""
+    """Whether the node is a statement that is only a string. It has no effect, wherever it is."""
     return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)

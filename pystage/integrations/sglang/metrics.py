@@ -1,4 +1,4 @@
-"""The pools' figures among SGLang's metrics."""
+"""Exports the pools' statistics with SGLang's metrics."""
 
 from __future__ import annotations
 
@@ -45,9 +45,11 @@ OF_THE_PLUGIN = {
 
 
 class Metrics:
-    """The pools' figures among SGLang's metrics, under its labels. Its processes write theirs to
-    files (prometheus_client's multiprocess mode), where figures cannot be asked for when they are
-    read: they are brought up to date whenever SGLang logs its own."""
+    """The pools' statistics as Prometheus metrics, with the labels of SGLang's own.
+
+    SGLang's processes write their metrics to files (prometheus_client's multiprocess mode). There a
+    metric cannot be computed when it is read, so ``update`` runs whenever SGLang logs its own.
+    """
 
     def __init__(self, labels: Mapping[str, Any], counter: Function, gauge: Function) -> None:
         def made(kind: Function, name: str, text: str, **kwargs: Any) -> Any:
@@ -84,7 +86,7 @@ class Metrics:
 def metrics_init(original: Function, collector: Any, *args: Any, **kwargs: Any) -> None:
     original(collector, *args, **kwargs)
     try:
-        # Not before: prometheus_client decides at its import where figures go.
+        # Not earlier: prometheus_client decides at import time where metrics are stored.
         import prometheus_client
 
         process.state.metrics = Metrics(

@@ -1,21 +1,22 @@
-"""``pystage.pp`` in SGLang, in place of its own profiler and chunk sizer (PYSTAGE_SGLANG_SIZER=1).
+"""``pystage.pp`` instead of SGLang's own profiler and chunk sizer (PYSTAGE_SGLANG_SIZER=1).
 
-As there (PR 37674), the first pipeline stage profiles. Unlike there, which point comes next depends
-on the times so far, so the stage's first rank leads: it tells the others of its stage each point
-before they run it together. It also fits, chooses a plan for each of some prompt lengths
-(``ChunkSizer.choose``, the finalists timed), and sends model and plans to all ranks of all stages,
-which might disagree if each fitted the same samples.
+As in SGLang (PR 37674), the first pipeline stage profiles. Unlike in SGLang, the next point depends
+on the times measured so far. So the stage's first rank leads: it sends each point to the other
+ranks of its stage before they run it together. It also fits the model and chooses plans for a few
+prompt lengths (``ChunkSizer.choose``, with timed finalists). It then sends the model and the plans
+to all ranks of all stages, because ranks that fitted the same samples themselves might disagree.
 
 Note [Which size a batch gets]
-SGLang asks its sizer for the next chunk of the request that it is cutting, by history alone. The
-plan depends on the prompt's length too, and the first chunk of a request is not asked for. So
-``PrefillAdder`` is hooked as well: there the request is known, and its batch's token budget is set
-to the plan's size, also for the first chunk and behind a cached prefix, and to all that is left of
-the prompt where that is little more (SGLang #23621). A request that does not begin its batch takes
-what the batch has left. Sizes are whole pages, and multiples of the tensor and context parallel
-sizes. The plugin does not know how long the other stages take: the plans are for equal ones.
+SGLang asks its sizer only for the next chunk of a request that it has already begun to split, and
+gives it only the history. But the plan also depends on the length of the prompt, and the first
+chunk needs a size too. So the plugin also hooks ``PrefillAdder``, where the request is known, and
+sets the batch's token budget to the plan's size. This covers the first chunk, and chunks behind a
+cached prefix. If the rest of the prompt is only a little longer than the plan's size, the budget is
+the whole rest (SGLang #23621). A request that does not begin its batch takes what the batch has
+left. Sizes are whole pages and multiples of the tensor and context parallel sizes. The plugin does
+not know how long the other stages take, so the plans assume equal stages.
 
-``owner`` is SGLang's ``DynamicChunkSizer``, or its ``Scheduler`` before that existed.
+``owner`` is SGLang's ``DynamicChunkSizer``, or its ``Scheduler`` in releases without that class.
 """
 
 from __future__ import annotations
@@ -45,28 +46,29 @@ from ...pp.profile import cuda_timer, host_timer
 
 logger = logging.getLogger("pystage.sglang")
 
-_SMALLEST_PAGE = 64  # SGLang aligns chunks to no less
+_SMALLEST_PAGE = 64  # SGLang aligns chunks to at least this
 _STOP = (-1, -1)
 CONTEXT_MARGIN = 100
-"""Tokens of the context that SGLang's own sizer leaves free."""
-_PROMPTS = 4  # plans for prompts of all of the context, half of it, and so on
-_TIMED, _BUDGET = 3, 32  # for so many of them the finalists are timed, with so many forwards each
+"""Number of context tokens that SGLang's own sizer leaves free."""
+_PROMPTS = 4  # number of plans: for prompts of the whole context, half of it, and so on
+_TIMED, _BUDGET = 3, 32  # plans whose finalists are timed, and forwards for each
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Plans:
-    """The plans of this server, all in tokens."""
+    """The plans of this server. All sizes are in tokens."""
 
     by_prompt: dict[int, list[int]]
-    """Chunks for prompts up to that length."""
+    """Prompt length to the chunks for prompts up to that length."""
     context_len: int
     page_size: int
     largest: int
 
     def next_chunk(self, history_len: int, prompt_len: int | None = None) -> int | None:
-        """The next chunk behind ``history_len``; None: less than a page of the context is left."""
+        """The size of the next chunk behind ``history_len`` tokens, or None if less than a page of
+        the context is left."""
         room = self.context_len - history_len - CONTEXT_MARGIN
         if room < self.page_size:
             return None
@@ -82,7 +84,7 @@ class Plans:
 
 
 class _Serving:
-    """What this process serves with, for ``PrefillAdder``, which knows no sizer."""
+    """The plans that this process uses. ``PrefillAdder`` has no reference to the sizer."""
 
     plans: Plans | None = None
 
@@ -91,7 +93,8 @@ _serving = _Serving()
 
 
 def profile_and_fit(owner: Any) -> bool:
-    """Profiles, fits, and gives ``owner`` plans; False: SGLang keeps its static chunk size."""
+    """Profiles, fits, and gives ``owner`` plans. Returns False if SGLang keeps its static chunk
+    size."""
     from sglang.srt.distributed import parallel_state
 
     stage, world = parallel_state.get_tp_group(), parallel_state.get_world_group()
@@ -116,7 +119,7 @@ def profile_and_fit(owner: Any) -> bool:
             page_size=_page(owner),
             largest=_largest(owner),
         )
-    except Exception as error:  # as SGLang: a failed profile costs the sizer, not the server
+    except Exception as error:  # as SGLang does: the server runs on without a sizer
         logger.warning("pystage: no chunk sizer, the chunk size stays static: %r", error)
         return False
     owner.pystage_sizer = _serving.plans = plans
@@ -124,16 +127,16 @@ def profile_and_fit(owner: Any) -> bool:
 
 
 def predict(owner: Any, history_len: int) -> int | None:
-    """Tokens of the next chunk behind ``history_len``, or None for the static size."""
+    """The size of the next chunk behind ``history_len`` tokens, or None for the static size."""
     plans: Plans | None = getattr(owner, "pystage_sizer", None)
     return None if plans is None else plans.next_chunk(history_len)
 
 
 def fit_batch_to(adder: Any, req: Any, continued: bool) -> None:
-    """Sets the token budget of a batch that ``req`` begins to the size of its plan.
+    """Sets the token budget of a batch that begins with ``req`` to the size from its plan.
 
-    See Note [Which size a batch gets]. ``continued``: SGLang has sized the batch for this request
-    already, by its history.
+    See Note [Which size a batch gets]. ``continued`` means that SGLang has already sized the batch
+    for this request, from its history.
     """
     plans, budget = _serving.plans, adder.rem_chunk_tokens
     if plans is None or budget is None or adder.can_run_list or adder.dllm_config is not None:
@@ -141,17 +144,17 @@ def fit_batch_to(adder: Any, req: Any, continued: bool) -> None:
     prompt_len, history_len = _lengths(req)
     base = plans.next_chunk(history_len) if continued else None
     if not continued and prompt_len - history_len <= budget:
-        return  # whole as it is, and others may share its batch
+        return  # it fits whole, and others may share its batch
     size = plans.next_chunk(history_len, prompt_len)
     if size is None or (continued and base is None):
         return
-    # Decodes that share the batch have been taken off already.
+    # SGLang has already subtracted the decodes that share the batch.
     decodes = max(base - budget, 0) if base is not None else 0
     adder.rem_chunk_tokens = max(size - decodes, plans.page_size)
 
 
 def _lengths(req: Any) -> tuple[int, int]:
-    """Of the request: all tokens to prefill, and those in the cache."""
+    """The request's number of tokens to prefill in all, and how many of them are in the cache."""
     if hasattr(req, "prefix_len"):
         return len(req.full_untruncated_fill_ids), int(req.prefix_len)
     ids = getattr(req, "full_untruncated_fill_ids", None)
@@ -159,7 +162,8 @@ def _lengths(req: Any) -> tuple[int, int]:
 
 
 def _decide(owner: Any, ranks: int, profile: Profile, run: Step) -> dict[str, Any]:
-    """The plans by prompt length, none if the static size is as good; and why. In JSON's terms."""
+    """The model, the plans by prompt length and the reasons, as JSON types. There are no plans if
+    the static size is as good."""
     model = LatencyModel.fit(profile)
     timer = cuda_timer if torch.device(owner.device).type == "cuda" else host_timer
 
@@ -190,7 +194,7 @@ def _decide(owner: Any, ranks: int, profile: Profile, run: Step) -> dict[str, An
 
 
 def sample_plan(owner: Any) -> SamplePlan:
-    """Where to sample: as far as a request's row, the KV cache and the model's context go."""
+    """The sample plan, limited by a request's row, the KV cache and the model's context."""
     context = int(owner.model_config.context_len)
     free = int(owner.token_to_kv_pool_allocator.available_size())
     row = int(owner.req_to_token_pool.req_to_token.shape[1])
@@ -202,20 +206,21 @@ def sample_plan(owner: Any) -> SamplePlan:
         page_size=page,
         min_chunk=min(512, base),
         max_chunk=int(owner.max_prefill_tokens),
-        # A page is left over: a request that fills its last one may take another.
+        # One page stays free: a request that fills its last page may take another.
         max_tokens=max(page, min(context, free - page, row - page)),
     )
 
 
 def _page(owner: Any) -> int:
-    """Chunks are multiples of it: of SGLang's page, and of what the ranks of a stage split."""
+    """The unit of chunk sizes: a multiple of SGLang's page and of the numbers of ranks that split a
+    chunk."""
     from sglang.srt.distributed import parallel_state
 
     page = math.lcm(
         max(int(owner.page_size), _SMALLEST_PAGE), int(parallel_state.get_tp_group().world_size)
     )
     ranks = getattr(parallel_state, "get_attn_context_model_parallel_world_size", None)
-    # Context parallel ranks take a block from the front and one from the back.
+    # Each context parallel rank takes a block from the front and one from the back.
     return page if ranks is None or ranks() == 1 else math.lcm(page, 2 * int(ranks()))
 
 
@@ -228,7 +233,8 @@ def _largest(owner: Any) -> int:
 
 
 def _lead(step: Step, owner: Any, stage: Any, then: Callable[[Profile, Step], T]) -> T:
-    """Profiles with the other ranks of the stage; what ``then`` makes of it, which may run more."""
+    """Profiles with the other ranks of the stage, and returns the result of ``then``, which may run
+    more forwards."""
     together = stage.world_size > 1
 
     def tell_and_run(history_len: int, chunk_len: int) -> None:
@@ -263,12 +269,12 @@ def _tell(point: tuple[int, int], group: Any) -> None:
 
 
 class PrefillStep:
-    """A prefill of ``chunk_len`` new tokens behind ``history_len``, through SGLang's own request,
-    batch and forward; staged and resolved by the hooks, as in service.
+    """A prefill of ``chunk_len`` new tokens behind ``history_len`` tokens.
 
-    The history gets its KV slots and its row, but is not computed: what a forward takes does not
-    depend on what stands in the cache. Giving it its slots is timed with the chunk, about a
-    millisecond of host time. All of it goes back afterwards, also after an error.
+    It uses SGLang's own request, batch and forward, and the hooks stage and resolve the ids as in
+    service. The history gets KV slots and a row but is not computed, because the time of a forward
+    does not depend on the contents of the cache. Allocating these slots is timed with the chunk and
+    takes about a millisecond of host time. Everything is freed afterwards, also after an error.
     """
 
     def __init__(self, owner: Any) -> None:
@@ -332,7 +338,8 @@ def _attention_dp(dp_attention: Any) -> tuple[int, int]:
 
 
 class _Request:
-    """A request of a profile: its range is ``req.extend_end``, its history ``req.prefix_len``."""
+    """A request of a profile. ``req.prefix_len`` and ``req.extend_end`` are the limits of its
+    chunk."""
 
     def __init__(self, owner: Any, name: str, ids: Any) -> None:
         from sglang.srt.managers.schedule_batch import Req
@@ -370,7 +377,8 @@ class _Request:
 
 
 class _RequestWithRange(_Request):
-    """As it was in 0.5.20: ``set_extend_range``, and the history's slots in ``prefix_indices``."""
+    """The request of 0.5.20: it has ``set_extend_range``, and ``prefix_indices`` holds the slots of
+    the history."""
 
     def enter(self) -> None:
         self.req.init_next_round_input(self.owner.tree_cache)
@@ -389,7 +397,7 @@ class _RequestWithRange(_Request):
 
 
 class _RequestWithFillLen(_Request):
-    """As it was in 0.5.13: ``fill_len``, and a row that is freed by hand."""
+    """The request of 0.5.13: it has ``fill_len``, and its row must be freed explicitly."""
 
     def enter(self) -> None:
         self.req.full_untruncated_fill_ids = self.req.origin_input_ids

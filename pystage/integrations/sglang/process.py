@@ -1,4 +1,4 @@
-"""What the plugin is, and has, in this process."""
+"""The plugin's state and pools in this process."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ logger = logging.getLogger("pystage.sglang")
 
 
 class Pools:
-    """The process's pools: one a device, made on first use, since loading must not start CUDA."""
+    """The pools of the process, one per device. A pool is made on first use, because loading the
+    plugin must not initialize CUDA."""
 
     def __init__(self) -> None:
         self._pools: dict[tuple[str, int], StagingPool | None] = {}
         self._lock = threading.Lock()
 
     def of(self, device: Any) -> StagingPool | None:
-        """The pool that stages for a batch's device; None if there can be none."""
+        """The pool that stages for a batch's device, or None if there is no pool for it."""
         name = device if isinstance(device, str) else str(device)
         key = (name, current_cuda_device() if name == "cuda" else -1)
         try:
@@ -68,7 +69,7 @@ class Pools:
         return [pool.stats() for pool in list(self._pools.values()) if pool is not None]
 
     def close(self) -> None:
-        """Closes all; the next batch opens new ones."""
+        """Closes all pools. The next batch opens new ones."""
         for pool in self._pools.values():
             if pool is not None:
                 pool.close()
@@ -76,26 +77,28 @@ class Pools:
 
 
 class Here(threading.local):
-    """What this thread is in the middle of."""
+    """What this thread is doing at the moment."""
 
-    pool: StagingPool | None = None  # prepare_for_extend, staging there
-    views: bool = False  # ... and nothing is staged yet
-    vocab_size: int | None = None  # handling a request of a model with that vocabulary
+    pool: StagingPool | None = None  # set inside prepare_for_extend: stages there
+    views: bool = False  # ... until its ids are staged
+    vocab_size: int | None = None  # of the model, while a request is handled
 
 
 @dataclass
 class State:
-    """What the plugin is in this process.
+    """The plugin's state in this process.
 
     Attributes:
         active: parts that work.
-        broken: parts that should work, and why they do not.
-        left: parts that are left to SGLang's own code, and why.
-        gives_views: ``get_fill_ids`` gives views within ``prepare_for_extend``.
-        preempts: batches are resolved before SGLang's ``resolve_forward_inputs`` sees them.
-        small_codes: the code whose small tensors are taken; none: it is left alone.
-        writes_rows: rows of KV indices are written in place of ``write_cache_indices``.
-        left_to_sglang: how many batches had a pool, and what SGLang did with them itself.
+        broken: parts that should work but do not, with the reason.
+        left: parts that are left to SGLang's own code, with the reason.
+        gives_views: ``get_fill_ids`` returns views inside ``prepare_for_extend``.
+        preempts: the plugin resolves batches before SGLang's ``resolve_forward_inputs`` sees them.
+        small_codes: code objects of functions whose small tensors the plugin sends; empty if it
+            sends none.
+        writes_rows: the plugin writes rows of KV indices instead of ``write_cache_indices``.
+        left_to_sglang: by kind of work, how many batches SGLang handled itself although there was a
+            pool for them.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -113,12 +116,12 @@ class State:
     )
     loaded: bool = False
     off: str = "not loaded"
-    checks_relay: bool = False  # SGLang checks and marks the relay on reading (its own CI does)
+    checks_relay: bool = False  # SGLang checks and marks the relay when it reads it (in its CI)
     metrics: Metrics | None = None
     said: bool = False
 
     def say(self) -> None:
-        """The one line: when the log is set up, at the latest with the first batch."""
+        """Logs the status line once: when logging is set up, at the latest with the first batch."""
         if self.said or not logger.isEnabledFor(logging.INFO):
             return
         self.said = True
@@ -148,19 +151,19 @@ _warned: set[str] = set()
 
 
 def once(message: str, *args: object) -> None:
-    """A warning, the first time only."""
+    """Logs a warning the first time only."""
     if message not in _warned:
         _warned.add(message)
         logger.warning(message, *args)
 
 
 def pool_stats() -> list[StagingStats]:
-    """The figures of this process's pools."""
+    """The statistics of this process's pools."""
     return pools.stats()
 
 
 def counts() -> dict[str, int]:
-    """What the plugin counts, beside what its pools count."""
+    """The plugin's own counters, which the pools' statistics do not have."""
     return {
         "forgotten_resolves": forgotten_resolves(),
         **{f"sglang_{name}": count for name, count in state.left_to_sglang.items()},

@@ -1,4 +1,4 @@
-"""Schedulers in Ray actors: they load no plugins by themselves."""
+"""Loads the plugins in schedulers that are Ray actors, which do not load them by themselves."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _ACTOR = "ray.engine:_create_scheduler_actor"
 
 
 class _PluginsFirst:
-    """Unpickled, it is its value; SGLang's plugins are loaded there before.
+    """A wrapper that unpickles to its value, after loading SGLang's plugins in that process.
 
-    Nothing of pystage is pickled, so that an actor starts where it is not installed.
+    The pickle contains nothing of pystage, so that an actor also starts where pystage is not
+    installed.
     """
 
     def __init__(self, value: Any) -> None:
@@ -34,7 +35,7 @@ class _Load:
 
 
 def create_scheduler_actor(original: Function, *args: Any, **kwargs: Any) -> Any:
-    """Ray's scheduler actors do not load plugins, but they unpickle the server's arguments."""
+    """Makes the actor load the plugins when it unpickles the server's arguments."""
     call = inspect.signature(original).bind(*args, **kwargs)
     call.arguments["server_args"] = _PluginsFirst(call.arguments["server_args"])
     return original(*call.args, **call.kwargs)
@@ -49,7 +50,8 @@ def configure_logger(original: Function, *args: Any, **kwargs: Any) -> Any:
 
 
 def _load_in_ray_actors() -> None:
-    """In the process that makes the actors, once SGLang's code for Ray has been imported there."""
+    """Hooks the creation of actors. Call it in the process that creates them, after SGLang's code
+    for Ray has been imported."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     target = f"sglang.srt.{_ACTOR.replace(':', '.')}"
@@ -68,7 +70,7 @@ def _load_in_ray_actors() -> None:
 
 
 def cannot_load_in_ray_actors() -> str:
-    """Why; empty if they can."""
+    """Why Ray actors cannot load the plugins; empty if they can."""
     try:
         function = look_up(_ACTOR, ())
     except MissingError as error:

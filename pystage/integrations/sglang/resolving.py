@@ -1,4 +1,4 @@
-"""Hooks that make a batch's ids ``input_ids``, and guard those that nobody resolved."""
+"""Hooks that resolve a batch's staged ids to ``input_ids``, and catch ids that nobody resolved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .symbols import Function
 
 
 def resolve_forward_inputs(original: Function, batch: Any, future_map: Any) -> Any:
-    """A device error surfaces here as it would in SGLang, and the batch is left as it was."""
+    """Resolves staged ids. A device error is raised here as it would be in SGLang, and leaves the
+    batch unchanged."""
     state, staged = process.state, batch.prefill_input_ids_cpu
     if type(staged) is StagedTokens:
         indices = batch.mix_running_indices
@@ -27,14 +28,14 @@ def resolve_forward_inputs(original: Function, batch: Any, future_map: Any) -> A
             batch.mix_running_indices = None
         else:
             state.left_to_sglang["mixed"] += 1
-    # For a batch that has its ids now, what is left are the inputs of speculative decoding; for
-    # all others it is SGLang's as ever (it takes StagedTokens for the tensor they stand for).
+    # If the batch has its ids now, SGLang's code handles only the inputs of speculative decoding.
+    # Otherwise it does everything, and uses StagedTokens like the tensor that they replace.
     return original(batch, future_map)
 
 
 def init_new(original: Function, cls: type, batch: Any, *args: Any, **kwargs: Any) -> Any:
     if batch.input_ids is None and getattr(batch, "prefill_input_ids_cpu", None) is not None:
-        ensure_resolved(batch, stacklevel=3)  # behind this frame and the registry's
+        ensure_resolved(batch, stacklevel=3)  # skips this frame and the registry's
     small = None
     if process.state.small_codes and _is_plain_extend(batch):
         runner = args[0] if args else kwargs["model_runner"]
@@ -48,7 +49,8 @@ def init_new(original: Function, cls: type, batch: Any, *args: Any, **kwargs: An
 
 
 def _is_plain_extend(batch: Any) -> bool:
-    """Not a decode, and no extend whose positions are made, and read, as the lengths are."""
+    """Whether the batch is an extend that makes and reads only the lengths in this way: no decode,
+    no speculative decoding and no diffusion LLM, which also make and read positions."""
     return bool(
         batch.forward_mode.is_extend()
         and batch.spec_algorithm.is_none()
@@ -57,11 +59,13 @@ def _is_plain_extend(batch: Any) -> bool:
 
 
 def merge_batch(original: Function, batch: Any, other: Any) -> Any:
-    """SGLang's merge drops what ``other`` has staged, and keeps what ``batch`` has: the forward
-    would run on too few ids. So both are resolved before, and SGLang joins their ``input_ids``.
+    """Resolves both batches before SGLang merges them, so that SGLang joins their ``input_ids``.
+
+    SGLang's merge keeps the staged ids of ``batch`` but drops those of ``other``, so the forward
+    would run on too few ids.
 
     Raises:
-        UnresolvedInputsError: ``batch`` has ids in the relay, which only its forward can read.
+        UnresolvedInputsError: a batch has ids in the relay, which only its forward can read.
     """
     if other.prefill_input_ids_cpu is not None and len(other.reqs):
         for side in (batch, other):

@@ -26,18 +26,19 @@ class Settings:
     """The plugin's settings, one environment variable each (``ENVIRONMENT``).
 
     Attributes:
-        enabled: False: nothing is hooked.
-        capacity_mib: cap on the pinned memory of each process, in MiB.
-        at_capacity: what happens when no slot is free at the cap. ``"fallback"``: memory of torch's
-            own, counted. ``"wait"``: a second for a slot, then SGLang's own way. ``"raise"``: the
-            scheduler stops with :class:`pystage.PoolExhaustedError`.
-        issue: ``"deferred"``: the transfer is a kernel on the forward stream. ``"eager"``: it is
-            launched at once on a stream of the pool's own, and the forward stream waits for it.
-        validate_ids: a text request with an id outside the vocabulary is refused when it arrives.
-        sizer: pystage's profiler and chunk sizer in place of SGLang's (``pystage.pp``).
-        small: a batch's lengths, indices and sampling parameters go to the device together, as the
-            parameters of a kernel; the rows of its KV indices are written by one more.
-        cpu: batches of ``--device cpu`` are staged as well. For tests: SGLang alone is faster.
+        enabled: if False, the plugin hooks nothing.
+        capacity_mib: limit on the pinned memory of each process, in MiB.
+        at_capacity: what happens if the limit is reached and no slot is free. ``"fallback"``: the
+            batch uses torch's own pinned memory, and is counted. ``"wait"``: staging waits up to a
+            second for a slot, then SGLang stages the batch. ``"raise"``: the scheduler stops with
+            :class:`pystage.PoolExhaustedError`.
+        issue: ``"deferred"``: the transfer is a kernel on the forward stream. ``"eager"``: the
+            transfer starts at once on a stream of the pool, and the forward stream waits for it.
+        validate_ids: refuse a text request with an id outside the vocabulary when it arrives.
+        sizer: use pystage's profiler and chunk sizer (``pystage.pp``) instead of SGLang's.
+        small: send a batch's lengths, indices and sampling parameters to the device together, as
+            the parameters of one kernel, and write the rows of its KV indices with another kernel.
+        cpu: also stage batches of ``--device cpu``. This is for tests: SGLang alone is faster.
     """
 
     enabled: bool = True
@@ -51,7 +52,12 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
-        """Raises ValueError with the variable, what it is and what it may be."""
+        """Reads the settings from environment variables.
+
+        Raises:
+            ValueError: a variable has an invalid value. The message names the variable, its value
+                and the valid values.
+        """
         given: dict[str, Any] = {}
         for setting in fields(cls):
             variable = ENVIRONMENT[setting.name]

@@ -1,4 +1,4 @@
-"""Hooks of the profiler and the chunk sizer of pipeline-parallel prefill."""
+"""Hooks for the profiler and the chunk sizer of pipeline-parallel prefill."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .symbols import Function
 
 
 def profile_prefill_latency(original: Function, owner: Any, *args: Any, **kwargs: Any) -> Any:
-    """SGLang's profiler draws ids below 10,000: they are folded into smaller vocabularies."""
+    """SGLang's profiler draws ids below 10,000. With a smaller vocabulary, this hook reduces them
+    modulo its size."""
     module = sys.modules[inspect.unwrap(original).__module__]
     request, vocab_size = module.Req, int(owner.model_config.vocab_size)
 

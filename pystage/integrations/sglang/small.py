@@ -1,12 +1,13 @@
 """The small tensors of a prefill: lengths, indices, sampling parameters.
 
-SGLang makes eleven of them for each batch, each of a list, in memory pinned for it, and each copied
-by a copy of its own; with pages of more than one token it fills a tensor of one value on the device
-for each request without a prefix. Here those that known code makes go together, as the parameters
-of a kernel (``csrc/small_tensors.h``), and the filled tensor is the same one each time:
+SGLang makes eleven of them for each batch. It makes each from a list, in newly pinned memory, and
+copies each one separately. With pages of more than one token, it also fills a one-element tensor on
+the device for each request without a prefix. Here, small tensors that known code makes are sent
+together, as the parameters of one kernel (``csrc/small_tensors.h``), and the filled tensor is made
+once and reused:
 
 ==========================  ========  ==============================================================
-in                          delivers  which
+function                    tensors   names
 ==========================  ========  ==============================================================
 ``prepare_for_extend``      5         ``seq_lens``, ``orig_seq_lens``; in ``alloc_for_extend``
                                       ``prefix_lens``, ``extend_lens``, ``req_pool_indices``
@@ -14,11 +15,11 @@ in                          delivers  which
 ``init_new``                2         ``extend_seq_lens``, ``extend_prefix_lens``
 ==========================  ========  ==============================================================
 
-In all releases of ``sglang_code.KNOWN`` these are the first that a function makes, and nothing
-reads one before the last of its group is made: at that moment they are delivered. Meanwhile
-``torch.tensor`` and ``torch.full`` are others, which look at who calls: only calls from the code of
-these functions, in this thread, are taken. A call that is not as it was known to be ends this for
-the batch, and what was made until then is delivered.
+In all releases of ``known_code.KNOWN``, these are the first tensors that a function makes, and
+nothing reads one before the last of its group is made. At that moment the group is sent
+("delivered"). Until then, ``torch.tensor`` and ``torch.full`` are replaced by functions that check
+their caller. They handle only calls from the code of these functions, in this thread. A call that
+differs from the known ones ends this for the batch, and the tensors made so far are delivered.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ from ...errors import PystageError
 from ...pool import StagingPool
 from . import process
 
-PREPARED = (5, 9)  # tensors after which all are delivered, in prepare_for_extend
-BUILT = (2,)  # in init_new
+PREPARED = (5, 9)  # in prepare_for_extend, all are delivered after so many tensors
+BUILT = (2,)  # the same in init_new
 
 _tensor = torch.tensor
 _full = torch.full
-_one = threading.Lock()  # torch.tensor can be one parcel's only
+_one = threading.Lock()  # only one parcel at a time can replace torch.tensor
 
 
 class Scope:
-    """While it is open, small tensors of known code in this thread are the pool's.
+    """While a scope is open, the pool makes the small tensors of known code in this thread.
 
-    There is one at a time in the process. Else the first to close would put torch's functions back
-    while another has tensors that are not delivered yet.
+    A process has at most one open scope. With two, the first to close would restore torch's
+    functions while the other still has undelivered tensors.
     """
 
     __slots__ = ("_codes", "_minus_one", "_parcel", "_thread")
@@ -62,7 +63,7 @@ class Scope:
         deliver_at: tuple[int, ...],
         minus_one: Tensor,
     ) -> None:
-        # 4 or 8 bytes a request and tensor, each tensor rounded up to 16.
+        # 4 or 8 bytes per request and tensor, each tensor rounded up to 16 bytes.
         capacity = 8 * deliver_at[-1] * (requests + 2)
         if not _one.acquire(blocking=False):
             raise PystageError("another thread makes small tensors")
@@ -79,7 +80,8 @@ class Scope:
         torch.full = self._filled  # type: ignore[assignment]
 
     def close(self) -> None:
-        """Delivers what is left. A device error surfaces here, as it would in SGLang's copies."""
+        """Delivers the remaining tensors. A device error is raised here, as it would be in SGLang's
+        copies."""
         torch.tensor, torch.full = _tensor, _full
         _one.release()
         self._parcel.end()
@@ -96,7 +98,7 @@ class Scope:
 
 
 def codes_of(*functions: Any) -> tuple[CodeType, ...]:
-    """Their code, and that of comprehensions within."""
+    """The code objects of the functions, and of the comprehensions within them."""
     found: list[CodeType] = []
     todo = [function.__code__ for function in functions]
     while todo:
@@ -107,7 +109,7 @@ def codes_of(*functions: Any) -> tuple[CodeType, ...]:
 
 
 class MinusOne:
-    """What ``torch.full((1,), -1, device=device)`` gives, made once for each device."""
+    """The result of ``torch.full((1,), -1, device=device)``, made once for each device."""
 
     def __init__(self) -> None:
         self._made: dict[Any, Tensor] = {}
@@ -117,7 +119,7 @@ class MinusOne:
             return self._made[pool.device]
         except KeyError:
             tensor = _full((1,), -1, device=device)
-            if tensor.is_cuda:  # other streams read it, at any time
+            if tensor.is_cuda:  # other streams may read it at any time
                 torch.cuda.current_stream(tensor.device).synchronize()
             self._made[pool.device] = tensor
             return tensor
@@ -129,7 +131,7 @@ _minus_one = MinusOne()
 def small_scope(
     pool: StagingPool | None, device: Any, batch: Any, deliver_at: tuple[int, ...]
 ) -> Scope | None:
-    """None: SGLang sends its small tensors itself."""
+    """Opens a scope, or returns None if SGLang has to send its small tensors itself."""
     codes = process.state.small_codes
     if pool is None or not codes:
         return None

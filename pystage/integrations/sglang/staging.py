@@ -1,4 +1,4 @@
-"""Hooks that stage a batch's ids, and write the rows of its KV indices."""
+"""Hooks that stage a batch's ids and write the rows of its KV indices."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def prepare_for_extend(original: Function, batch: Any, *args: Any, **kwargs: Any
 
 
 def get_fill_ids(end_of: Callable[[Any], Any], original: Function, req: Any) -> Any:
-    """What ``prepare_for_extend`` slices, measures and hands on, without a copy."""
+    """A view of the ids instead of a copy. ``prepare_for_extend`` takes its length, slices it and
+    passes it on."""
     if process.here.views:
         ids, end = req.full_untruncated_fill_ids, end_of(req)
         if type(ids) is array and type(end) is int:
@@ -42,7 +43,7 @@ def get_fill_ids(end_of: Callable[[Any], Any], original: Function, req: Any) -> 
 def flatten(original: Function, parts: list[Any], pin: bool) -> StagedTokens | Tensor:
     pool = process.here.pool
     if pool is not None:
-        # Later calls of get_fill_ids are somebody else's, who may need an array.
+        # Later calls of get_fill_ids come from other code, which may need an array.
         process.here.views = False
         staged = _stage(pool, parts, pin)
         if staged is not None:
@@ -54,7 +55,7 @@ def flatten(original: Function, parts: list[Any], pin: bool) -> StagedTokens | T
 
 
 def _stage(pool: StagingPool, parts: list[Any], pin: bool) -> StagedTokens | None:
-    """None: SGLang has to stage these itself."""
+    """Stages the ids. Returns None if SGLang has to stage them itself."""
     if not pin and pool.device.type == "cuda":
         process.once("pystage: SGLang asks for memory that is not pinned, and stages by itself")
         return None

@@ -1,4 +1,4 @@
-"""SGLang's symbols: what is there, and what runs when one is called."""
+"""Looks up SGLang's symbols, and finds what runs when one is called."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Function: TypeAlias = Callable[..., Any]
 
 
 class Hook(NamedTuple):
-    """One symbol and what goes around it.
+    """A symbol and the function that wraps it.
 
     Attributes:
-        part: what of the plugin it serves.
-        target: ``module:symbol``, the module below ``sglang.srt``.
-        takes: names of its first parameters, as they have to be.
-        function: called as ``function(original, *args, **kwargs)``.
+        part: the part of the plugin that the hook belongs to.
+        target: ``module:symbol``, with the module relative to ``sglang.srt``.
+        takes: the required names of the symbol's first parameters.
+        function: the wrapper, called as ``function(original, *args, **kwargs)``.
     """
 
     part: str
@@ -31,16 +31,20 @@ class Hook(NamedTuple):
 
 
 class MissingError(LookupError):
-    """A symbol is not there, or is another than the hook was made for."""
+    """A symbol does not exist, or takes other parameters than the hook expects."""
 
 
 def look_up(target: str, takes: tuple[str, ...]) -> Any:
-    """The symbol's function as it is now."""
+    """The symbol's current function.
+
+    Raises:
+        MissingError: the symbol does not exist, or its first parameters are not ``takes``.
+    """
     try:
         function = inspect.getattr_static(*owner_and_name(target))
     except AttributeError as error:
         raise MissingError(f"no {target} ({error})") from error
-    except Exception as error:  # importing SGLang's modules runs anything
+    except Exception as error:  # importing SGLang's modules runs arbitrary code
         raise MissingError(f"no {target} ({type(error).__name__}: {error})") from error
     function = getattr(function, "__func__", function)
     found = tuple(inspect.signature(function).parameters)[: len(takes)]
@@ -65,7 +69,7 @@ def is_there(hook: Hook) -> bool:
 
 
 def first_there(targets: tuple[str, ...]) -> str:
-    """Raises MissingError if there is none."""
+    """The first of the symbols that exists. Raises MissingError if none does."""
     for target in targets[:-1]:
         try:
             look_up(target, ())
@@ -77,13 +81,13 @@ def first_there(targets: tuple[str, ...]) -> str:
 
 
 def current(target: str) -> Any:
-    """What runs when the symbol is called."""
+    """The function that runs when the symbol is called."""
     function = inspect.getattr_static(*owner_and_name(target))
     return getattr(function, "__func__", function)
 
 
 def layers_of(function: Any) -> list[Any]:
-    """The function, what it wraps, what that wraps, and so on."""
+    """The function, the function that it wraps, the one that this wraps, and so on."""
     chain = [function]
     while hasattr(chain[-1], "__wrapped__"):
         chain.append(chain[-1].__wrapped__)
@@ -102,8 +106,8 @@ def is_reached(hook: Hook) -> str:
 
 
 def is_shared(hook: Hook) -> str:
-    """Why something else than the hook around SGLang's own code runs when the symbol is called;
-    empty if nothing does. It would get the hook's results, or be left out by the hook."""
+    """Why a call of the symbol runs other code than the hook and SGLang's own function; empty if it
+    does not. Such other code would receive the hook's results, or the hook would skip it."""
     outer, *inner = layers_of(current(hook.target))
     if not any(value is hook.function for value in _closed_over(outer)):
         return f"another plugin hooks {hook.target}"
@@ -124,7 +128,7 @@ def _modules_of_sglang() -> list[tuple[str, Any]]:
 
 
 def _closed_over(function: Any) -> list[Any]:
-    """What a wrapper of SGLang's registry was made of: the hook is among it."""
+    """The closure of a wrapper that SGLang's registry made. It contains the hook."""
     return (
         list(inspect.getclosurevars(function).nonlocals.values())
         if hasattr(function, "__closure__")

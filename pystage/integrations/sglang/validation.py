@@ -23,13 +23,17 @@ def validate_input_length(original: Function, req: Any, *args: Any, **kwargs: An
     if error is None and process.here.vocab_size is not None:
         error = bad_id(req, process.here.vocab_size)
         if error is not None:
-            # An embedding request is queued with the error told to nobody, unless it ends here.
+            # SGLang would queue an embedding request and ignore the error, so end it here.
             req.set_finish_with_abort(error)
     return error
 
 
 def bad_id(req: Any, vocab_size: int) -> str | None:
-    """Pad values of multimodal inputs exceed the vocabulary on purpose; embeddings replace ids."""
+    """The error message for ids outside the vocabulary, or None if all are valid.
+
+    Requests with multimodal inputs or embeddings are not checked: pad values of multimodal inputs
+    exceed the vocabulary on purpose, and embeddings replace ids.
+    """
     if req.multimodal_inputs is not None or req.input_embeds is not None:
         return None
     ids = np.array(req.origin_input_ids, dtype=np.int64)

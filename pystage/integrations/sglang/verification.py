@@ -1,4 +1,4 @@
-"""Whether the hooks are reached, and what is left to SGLang's own code."""
+"""Checks that calls reach the hooks, and decides what is left to SGLang's own code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("pystage.sglang")
 
 
 def verify() -> None:
-    """Looks whether each hook is reached, decides what is left to SGLang, and logs the result."""
+    """Checks that calls reach each hook, decides what is left to SGLang, and logs the result."""
     state = process.state
     found = {hook.part: why for hook in state.hooks if (why := is_reached(hook))}
     parts = dict.fromkeys(hook.part for hook in state.hooks if hook.part != "log")
@@ -61,7 +61,8 @@ def verify() -> None:
 
 
 def _shared(*names: str) -> str:
-    """Why the plugin is not alone with these symbols, or those of these parts; empty if it is."""
+    """Why these symbols, or the symbols of these parts, do not belong to the plugin alone; empty if
+    they do."""
     reasons = (
         is_shared(hook)
         for hook in process.state.hooks
