@@ -231,7 +231,7 @@ Addresses mixed_kernels() {
   return {address(transfer_mixed<In, false>), address(transfer_mixed<In, true>)};
 }
 
-// By class.
+// The kernels by size class.
 std::array<const void*, kClasses> values_kernels() {
   return {address(write_values<kValueBytes[0]>), address(write_values<kValueBytes[1]>),
           address(write_values<kValueBytes[2]>)};

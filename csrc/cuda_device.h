@@ -1,4 +1,4 @@
-// A CUDA GPU as the pool sees it.
+// The Device of a CUDA GPU.
 #pragma once
 
 #include <string>

@@ -1,4 +1,4 @@
-// What the pool needs of a device: host memory, transfers on streams, fences.
+// What the pool needs from a device: host memory, transfers on streams, fences.
 //
 // Two implementations: cuda_device.cu (mapped pinned memory, CUDA streams and events) and
 // host_device.cpp (ordered queues on worker threads). Every call may be made from any thread,

@@ -1,4 +1,4 @@
-// The errors of the three layers. python.cpp gives each the Python type of the same name.
+// The errors of the three layers. python.cpp maps each to the Python type of the same name.
 #pragma once
 
 #include <cstddef>

@@ -49,7 +49,7 @@ sync::Atomic<Pool*> g_orphans{nullptr};
 
 void after_fork_in_child() {
   g_fork_generation.fetch_add(1, std::memory_order_relaxed);
-  g_orphans.store(nullptr);  // the parent's
+  g_orphans.store(nullptr);  // the parent's orphans are left alone
 }
 
 [[maybe_unused]] const int g_fork_handler = pthread_atfork(nullptr, nullptr, after_fork_in_child);

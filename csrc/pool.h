@@ -31,7 +31,7 @@
 //    behind another slot of the same stream, but never frees a slot early. A fence that is done
 //    also proves that other readers of its stream are done: those whose launch() had returned
 //    before the fence's record() began. Each transfer draws a ticket between its two calls, so
-//    these are the readers with a lower ticket.
+//    every reader in the queue with a lower ticket is one of them.
 // 4. The pool makes no device call while it holds its mutex: a launch or a query may take long,
 //    and an allocation takes milliseconds. One thread at a time goes through the queues. Each
 //    lease has its own mutex, which serialises the launches from that lease.
@@ -226,7 +226,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  // Returns a slot if one is free now, else null. Never waits for a slot, never allocates memory.
+  // Returns a slot if one is free now, else null. Never waits for a slot, never grows the pool.
   // With `ask_device` false it makes no device call, and also returns null if slots in flight
   // should be checked first.
   std::shared_ptr<Lease> try_acquire(size_t bytes, bool ask_device = true);

@@ -89,7 +89,7 @@ py::object gather_from_relay(const py::object& relay, const py::object& indices,
 }
 
 // stage() and resolve() run once per batch, when the caches hold other data. A call through
-// pybind11 then costs 0.6 us, and so does an instance: together a tenth of the time of both calls.
+// pybind11 then costs 0.6 us, and so does an instance: a tenth of the time of these calls.
 // So these two functions, and the type that connects them, use the CPython API directly; pybind11
 // binds everything else.
 

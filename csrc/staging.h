@@ -132,7 +132,7 @@ struct EagerIds {
       : ids(std::move(pool), std::move(ids)), fence(fence) {}
   std::mutex mutex;  // resolve() runs without the GIL
   OwnedIds ids;
-  const FenceHandle fence;  // the slot's
+  const FenceHandle fence;  // belongs to the slot
 };
 
 // Ids in a slot or in a part of a slot. Copies share the lease.
@@ -187,7 +187,7 @@ class StagedTokens {
   size_t offset_ = 0;
   size_t count_;
   bool fits_int32_;
-  std::shared_ptr<OwnedIds> fallback_;  // instead of the lease
+  std::shared_ptr<OwnedIds> fallback_;  // used instead of the lease
   std::shared_ptr<EagerIds> eager_;
 };
 

@@ -185,7 +185,7 @@ const std::vector<Scenario>& scenarios() {
                     });
                 }),
        3},
-      {"vouch",  // two threads launch on one stream; a third takes what is free
+      {"vouch",  // two threads launch on one stream; a third takes the free slots
        in_world(options(2, AtCapacity::kWait), 1,
                 [](Run& run, World& w) {
                   for (int t = 0; t < 2; ++t)
