@@ -1,7 +1,8 @@
-// The lower bound of a batch's way to the device, each part timed in here: the ids read and written
-// as int32 into pinned memory, by this project's own gather; memory for the output, cut from blocks
-// of torch's allocator; and the driver's launch of an empty kernel. Beside it, what other ways do:
-// a memcpy, an event, Python objects asked for their memory. Built by bound.py.
+// The lower bound of the host time to get a batch to the device. Each part is timed here: reading
+// the ids and writing them as int32 into pinned memory, with this project's own gather; memory for
+// the output, cut from blocks of torch's allocator; and the driver's launch of an empty kernel.
+// Also timed are the steps of other methods: a memcpy, an event, and requests to Python objects for
+// their buffers. bound.py builds this file.
 #include <c10/core/Allocator.h>
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -19,7 +20,7 @@ namespace {
 __global__ void empty_kernel() {}
 
 struct {
-  char* pinned;  // one slot: the device has read it when the next batch comes
+  char* pinned;  // one slot, which the device has read before the next batch
   cudaEvent_t event;
   cudaFunction_t kernel;
   decltype(&cuLaunchKernel) launch;
@@ -33,7 +34,7 @@ double now_us() {
   return std::chrono::duration<double, std::micro>(Clock::now().time_since_epoch()).count();
 }
 
-// As csrc/staging.cpp: small outputs are cut from a block, others allocated alone.
+// Like csrc/output_memory.cpp: small outputs are cut from a block, others are allocated alone.
 void* output(size_t bytes) {
   constexpr size_t kLargestCut = size_t{128} << 10, kSmallestBlock = size_t{64} << 10;
   bytes = (bytes + 511) / 512 * 512;
@@ -68,7 +69,7 @@ extern "C" void bound_close() {
   g.left = 0;
 }
 
-// Writes `count` arrays of int64 as int32 into the slot, one behind the other.
+// Writes `count` arrays of int64 as int32 into the slot, one after another.
 extern "C" int bound_write(const void* const* arrays, const size_t* ids, size_t count, double* us) {
   static std::vector<pystage::Part> parts;
   parts.assign(count, {});
@@ -87,7 +88,7 @@ extern "C" int bound_write(const void* const* arrays, const size_t* ids, size_t 
   return 1;
 }
 
-// Copies them as they are.
+// Copies the arrays as they are.
 extern "C" int bound_memcpy(const void* const* arrays, const size_t* ids, size_t count,
                             double* us) {
   size_t total = 0;
@@ -103,8 +104,8 @@ extern "C" int bound_memcpy(const void* const* arrays, const size_t* ids, size_t
   return 1;
 }
 
-// Asks `count` Python objects for their buffers, and gives them back at the end; by the calls `get`
-// and `release` of Python's API, with its lock held.
+// Requests the buffers of `count` Python objects and releases them at the end, with the functions
+// `get` and `release` of Python's API. The caller holds the GIL.
 extern "C" int bound_buffers(void* const* objects, size_t count, int (*get)(void*, void*, int),
                              void (*release)(void*), double* us) {
   constexpr int kStridesAndFormat = 0x1c;
@@ -121,7 +122,7 @@ extern "C" int bound_buffers(void* const* objects, size_t count, int (*get)(void
   return got == count;
 }
 
-// us: memory for `bytes` on the device, launch, event.
+// us: the times for allocating `bytes` on the device, for the launch and for the event.
 extern "C" int bound_issue(size_t bytes, cudaStream_t stream, double us[3]) {
   const double start = now_us();
   void* volatile out = output(bytes);

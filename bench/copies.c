@@ -1,12 +1,13 @@
-/* Copies beside a model's forwards, by a thread that never takes Python's GIL: weights that are
- * streamed, an adapter that is loaded, KV that comes back. On a GPU from pinned memory, on a stream
- * of its own; on the host a memcpy. */
+/* Copies that run beside a model's forwards, like streamed weights, the load of an adapter, or KV
+ * that is loaded back. The copying thread never takes Python's GIL. On a GPU it copies from pinned
+ * memory on a stream of its own, on the host with memcpy. */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
 
-/* Of the CUDA runtime that torch has loaded, looked up by the caller; all return cudaError_t. */
+/* Functions of the CUDA runtime that torch has loaded. The caller looks them up. All return
+ * cudaError_t. */
 struct runtime {
   int (*set_device)(int);
   int (*stream_create)(void** stream, unsigned flags);
@@ -32,9 +33,9 @@ static void rest(unsigned microseconds) {
     if (error_) return error_; \
   } while (0)
 
-/* Keeps `depth` copies of `bytes` queued until *stop. With `pause_us`, it waits for them and rests
- * so long before it queues the next `depth`. Counts finished copies. Returns 0, or the error of the
- * runtime's first call that failed. */
+/* Keeps `depth` copies of `bytes` queued until *stop is set. With `pause_us`, it waits for these
+ * copies and then pauses for that time before it queues the next `depth`. Counts finished copies in
+ * *done. Returns 0, or the error of the first runtime call that failed. */
 int copies(const struct runtime* cuda, int device, void* dst, const void* src, size_t bytes,
            int depth, unsigned pause_us, volatile int* stop, volatile uint64_t* done) {
   if (depth < 1 || depth > MOST) return -1;

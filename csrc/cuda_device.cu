@@ -1,23 +1,25 @@
 // The device layer on CUDA: mapped pinned memory, events, and the kernels that read a slot over
-// the bus. Includes nothing but CUDA's own headers, so it builds in seconds and knows no torch.
-// Above 500 lines, and not split: the build hands this one file to nvcc, and links what it gives.
+// the bus. It includes CUDA's headers and not torch's, so it builds in seconds.
+// This file is longer than 500 lines on purpose: it is the one file that the build gives to nvcc.
 //
-// Why a kernel and no cudaMemcpyAsync: a copy of more than a few KiB goes to a copy engine. It
-// queues there behind whatever KV-cache traffic was issued before it, on any stream, and handing
+// Why a kernel instead of cudaMemcpyAsync: a copy of more than a few KiB goes to a copy engine. It
+// queues there behind all KV-cache traffic that was issued before it, on any stream, and handing
 // the stream over to the engine and back costs about 8 us. A kernel that loads from mapped memory
-// does neither, and can widen int32 to int64 on the way, which halves the bytes on the bus.
+// has neither cost, and it can widen int32 to int64 on the way, which halves the bytes on the bus.
 //
 // Note [Which context]
 // ~~~~~~~~~~~~~~~~~~~~
-// The pool calls from whatever thread stages, resolves, asks for figures or drops the last tokens.
-// In a thread without a context the runtime makes device 0 current, and a context there costs each
-// rank some 500 MiB of GPU 0; so a call here goes to the driver, with a context of this device
-// current, and leaves the thread's current context as it was. That context is the device's primary
-// one, which the runtime and torch use as well, unless another of the same device is current
-// already: a green context has default streams of its own, and the caller means those.
-// The runtime is asked for what it alone knows, the driver's entry points and the kernels of this
-// file. cuda.h is included for the types: the compiler then checks every call against the driver's
-// own declarations. Nothing is linked to libcuda, so the module loads where there is none.
+// The pool calls this layer from any thread that stages, resolves, reads the statistics or drops
+// the last tokens. In a thread without a context, the runtime makes device 0 current, and a context
+// there costs each rank about 500 MiB of GPU 0. So the calls here go to the driver, with a context
+// of this device current, and leave the thread's current context as it was. They use the device's
+// primary context, which the runtime and torch use as well, unless another context of the same
+// device is already current: a green context has default streams of its own, and the caller means
+// those.
+// Only two things come from the runtime, because only it has them: the driver's entry points and
+// the kernels of this file. cuda.h is included for its types, so that the compiler checks every
+// call against the driver's own declarations. Nothing is linked to libcuda, so the module also
+// loads on machines without it.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -51,23 +53,24 @@ struct alignas(sizeof(T) * N > 16 ? 16 : sizeof(T) * N) Vec {
   T v[N];
 };
 
-// Where a kernel was launched early (see run()): waits for the kernels before it, and sees what
-// they wrote. At most once, after the slot is read: the memory of the output may still be theirs.
+// In a kernel that was launched early (see run()), waits for the earlier kernels of the stream and
+// makes their writes visible. Called at most once, after reading the slot and before writing,
+// because the earlier kernels may still use the memory of the output.
 __device__ __forceinline__ void wait_for_stream() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// The host writes a slot again and again; no cache's copy of it will do (ld.cv). Nor does the
-// compiler move such a load behind wait_for_stream().
+// The host rewrites slots, so the load must not use a cached copy (ld.cv). The compiler also does
+// not move such a load past wait_for_stream().
 __device__ __forceinline__ int32_t read_slot(const int32_t* at) { return __ldcv(at); }
 __device__ __forceinline__ int64_t read_slot(const int64_t* at) {
   return __ldcv(reinterpret_cast<const long long*>(at));
 }
 
-// A 16-byte load a thread, coalesced within a warp. The loads of the host's memory are what takes
-// the time: about 1 us each way over PCIe.
+// One 16-byte load per thread, coalesced within a warp. The loads from host memory take most of the
+// time: about 1 us each way over PCIe.
 template <typename In, typename Out>
 __device__ __forceinline__ void move_vectors(unsigned block, const In* src, Out* __restrict__ dst,
                                              size_t count) {
@@ -76,7 +79,7 @@ __device__ __forceinline__ void move_vectors(unsigned block, const In* src, Out*
   using Store = Vec<Out, kPerStore>;
   const size_t vectors = count / kIds;
   const size_t i = static_cast<size_t>(block) * kThreads + threadIdx.x;
-  // The last few ids fill no vector.
+  // The last ids do not fill a vector.
   const size_t tail = vectors * kIds + threadIdx.x;
   const bool has_tail = block == 0 && tail < count;
   int4 bits;
@@ -98,7 +101,7 @@ __device__ __forceinline__ void move_vectors(unsigned block, const In* src, Out*
   if (has_tail) dst[tail] = static_cast<Out>(last);
 }
 
-// For slices that do not start on 16 bytes.
+// For slices that are not aligned to 16 bytes.
 template <typename In, typename Out>
 __device__ __forceinline__ void move_single(unsigned block, const In* src, Out* __restrict__ dst,
                                             size_t count) {
@@ -134,7 +137,7 @@ __device__ __forceinline__ int64_t read_int(const void* data, bool wide, size_t 
   return wide ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
 }
 
-// The first blocks move the ids of the slot, the others gather the tail.
+// The first blocks move the ids of the slot, the other blocks gather the tail.
 template <typename In, bool kVectors>
 __global__ void __launch_bounds__(kThreads)
     transfer_mixed(const In* src, int64_t* __restrict__ dst, size_t count, unsigned slot_blocks,
@@ -155,15 +158,15 @@ __global__ void __launch_bounds__(kThreads)
   dst[count + i] = read_int(tail.relay, tail.wide_relay, static_cast<size_t>(index));
 }
 
-// Values that are the kernel's own parameters. The sizes are classes: a launch copies the whole
-// parameter. What is beyond 4 KiB takes a driver of CUDA 12.1.
+// Values that are passed as the kernel's parameters. There are several size classes because a
+// launch copies the whole parameter. Parameters above 4 KiB need a driver for CUDA 12.1.
 constexpr size_t kValueBytes[] = {1008, 4064, 32736};
 constexpr size_t kRowCounts[] = {40, 168, 1360};
 constexpr size_t kClasses = std::size(kValueBytes);
 constexpr int kLargeParameterDriver = 12010;
 
 template <size_t kBytes>
-struct alignas(16) Values {  // the pieces, then what they are pieces of
+struct alignas(16) Values {  // the pieces, followed by the values
   int4 v[kBytes / sizeof(int4)];
 };
 static_assert(sizeof(ValuesPiece) == sizeof(int4));
@@ -172,7 +175,7 @@ struct Rows {
   RowWrite v[kCount];
 };
 
-// A piece for each blockIdx.x; the blocks of a piece share it.
+// Each blockIdx.x handles one piece, shared by the blocks along y.
 template <size_t kBytes>
 __global__ void __launch_bounds__(kThreads)
     write_values(const __grid_constant__ Values<kBytes> values) {
@@ -183,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
     dst[i] = values.v[gridDim.x + piece.first + i];
 }
 
-// A row for each blockIdx.x; the blocks of a row share its entries.
+// Each blockIdx.x handles one row, shared by the blocks along y.
 template <size_t kCount>
 __global__ void __launch_bounds__(kThreads)
     write_rows(const __grid_constant__ Rows<kCount> rows, int32_t* __restrict__ table,
@@ -228,7 +231,7 @@ Addresses mixed_kernels() {
   return {address(transfer_mixed<In, false>), address(transfer_mixed<In, true>)};
 }
 
-// By class.
+// The kernels by size class.
 std::array<const void*, kClasses> values_kernels() {
   return {address(write_values<kValueBytes[0]>), address(write_values<kValueBytes[1]>),
           address(write_values<kValueBytes[2]>)};
@@ -238,7 +241,7 @@ std::array<const void*, kClasses> rows_kernels() {
           address(write_rows<kRowCounts[2]>)};
 }
 
-// Read by the probe for stale mapped memory, see CudaDevice::sees_writes().
+// The output of the probe for stale mapped memory, see CudaDevice::kernels_see_writes().
 constexpr size_t kProbeIds = 512;
 __device__ int4 probe_ids[kProbeIds * sizeof(int64_t) / sizeof(int4)];
 
@@ -282,7 +285,7 @@ struct DriverError : DeviceError {
   CUresult code;
 };
 
-// The process ends, or the device is lost: what was to be freed is gone already.
+// The process is ending or the device is lost, so the resources to be freed are already gone.
 bool is_gone(CUresult code) {
   switch (code) {
     case CUDA_ERROR_DEINITIALIZED:
@@ -308,7 +311,8 @@ bool is_gone(CUresult code) {
   }
 }
 
-// The platform does not give pinned or mapped memory: a memlock limit, WSL, a container's rules.
+// The platform refuses pinned or mapped memory, for example because of a memlock limit, WSL or the
+// rules of a container.
 bool is_refusal(CUresult code) {
   return code == CUDA_ERROR_OUT_OF_MEMORY || code == CUDA_ERROR_NOT_SUPPORTED ||
          code == CUDA_ERROR_NOT_PERMITTED || code == CUDA_ERROR_OPERATING_SYSTEM;
@@ -325,20 +329,20 @@ struct Driver {
     PYSTAGE_DRIVER_CALLS(PYSTAGE_FIND)
 #undef PYSTAGE_FIND
   }
-  // Only where the device could not be made: one that was made is never destroyed.
+  // Runs only if the constructor of the device fails: a finished device is never destroyed.
   ~Driver() {
     if (primary) cuDevicePrimaryCtxRelease(device);
   }
   Driver(const Driver&) = delete;
   Driver& operator=(const Driver&) = delete;
 
-  // The driver's codes are the runtime's.
+  // The driver and the runtime use the same error codes.
   void check(CUresult code, const char* call) const {
     if (code != CUDA_SUCCESS) raise(code, call);
   }
   void check(cudaError_t code, const char* call) const {
     if (code == cudaSuccess) return;
-    cudaGetLastError();  // the error is reported here; do not leave it for somebody else's check
+    cudaGetLastError();  // reported here, so do not leave it for another check
     raise(static_cast<CUresult>(code), call);
   }
   [[noreturn]] void raise(CUresult code, const char* call) const {
@@ -437,11 +441,11 @@ class CudaDevice final : public Device {
     if (disabled && *disabled && *disabled != '0')
       why_pageable_ = "PYSTAGE_DISABLE_PINNED is set";
     else if (!attribute(CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED))
-      // Under Confidential Computing the device cannot read the host's memory: what is called
+      // Under Confidential Computing the device cannot read host memory. Memory that is called
       // pinned there is copied through a bounce buffer, synchronously.
       why_pageable_ =
           name_ + " does not support registering host memory (as under Confidential Computing)";
-    // Loads the kernels now: with lazy loading the first launch would wait for a busy device.
+    // Load the kernels now: with lazy loading, the first launch would wait for a busy device.
     transfers_[0][0] = load(transfer_kernels<int32_t, int32_t>());
     transfers_[0][1] = load(transfer_kernels<int32_t, int64_t>());
     transfers_[1][0] = load(transfer_kernels<int64_t, int32_t>());
@@ -456,7 +460,7 @@ class CudaDevice final : public Device {
       rows_[i] = load(rows_kernels()[i]);
     }
     driver_.check(cudaGetSymbolAddress(&probe_out_, probe_ids), "cudaGetSymbolAddress");
-    // What was compiled for an older device does not wait, whatever it runs on.
+    // Kernels compiled for an older architecture do not contain the wait, on any device.
     int compiled_for = 0;
     PYSTAGE_CHECK(driver_, cuFuncGetAttribute, &compiled_for, CU_FUNC_ATTRIBUTE_PTX_VERSION,
                   mixed_[0][0]);
@@ -479,7 +483,7 @@ class CudaDevice final : public Device {
         std::unique_ptr<void, decltype(unpin)> pinned(host, unpin);
         CUdeviceptr device = 0;
         if (can_map_) code = driver_.cuMemHostGetDevicePointer(&device, host, 0);
-        // Memory that is not mapped is none for a kernel: the copy engine takes it.
+        // A kernel cannot read memory that is not mapped, so the copy engine is used.
         if (code != CUDA_SUCCESS && !is_refusal(code))
           driver_.raise(code, "cuMemHostGetDevicePointer");
         const char* mapped = code == CUDA_SUCCESS ? reinterpret_cast<const char*>(device) : nullptr;
@@ -511,7 +515,7 @@ class CudaDevice final : public Device {
     if (!can_map_ || !why_not_pinned().empty()) return false;
     if (probed_) return true;
     std::string why;
-    const HostMemory memory = allocate(kProbeIds * sizeof(int64_t), &why);  // probes it
+    const HostMemory memory = allocate(kProbeIds * sizeof(int64_t), &why);  // probes the memory
     free(memory);
     return memory.device != nullptr;
   }
@@ -560,7 +564,7 @@ class CudaDevice final : public Device {
     if (head + bytes > most_values() || bytes % kValuesAlignment)
       throw DeviceError(std::to_string(bytes) + " bytes of values in " + std::to_string(count) +
                         " pieces cannot be parameters [" + name_ + "]");
-    Values<kValueBytes[kClasses - 1]> parameter;  // the driver reads as much as the class has
+    Values<kValueBytes[kClasses - 1]> parameter;  // the driver reads the whole class
     std::memcpy(&parameter, pieces, head);
     std::memcpy(reinterpret_cast<char*>(&parameter) + head, values, bytes);
     unsigned longest = 0;
@@ -630,7 +634,7 @@ class CudaDevice final : public Device {
     return id;
   }
   bool usable() noexcept override {
-    // A call that a lost context refuses, and that a living one has no reason to.
+    // This call fails in a lost context, and has no reason to fail in a working one.
     size_t free_bytes, all_bytes;
     try {
       const InContext context(driver_);
@@ -689,15 +693,15 @@ class CudaDevice final : public Device {
   }
   Kernels load(const Addresses& addresses) { return {load(addresses[0]), load(addresses[1])}; }
 
-  // The smallest class that takes so many; there is one.
+  // The smallest class that holds this amount. The caller has checked that there is one.
   static size_t class_of(size_t amount, const size_t (&classes)[kClasses]) {
     return static_cast<size_t>(
         std::find_if(classes, classes + kClasses - 1, [&](size_t most) { return amount <= most; }) -
         classes);
   }
 
-  // Gives something back to the driver. Nothing may be thrown on the way, and nothing is left to do
-  // where the driver or the device is gone; any other failure is a leak, which somebody should see.
+  // Gives a resource back to the driver. Must not throw. If the driver or the device is gone, there
+  // is nothing left to do. Any other failure is a leak, which is reported on stderr.
   template <typename Call>
   void settle(Call call, const char* name) noexcept {
     try {
@@ -715,8 +719,8 @@ class CudaDevice final : public Device {
   }
 
   // Whether a kernel sees what the host writes into mapped memory that a kernel has read before.
-  // Under Confidential Computing it may go on seeing the old bytes, and every call succeeds
-  // (vllm#57224). Found out once for a device, from the first memory it pins.
+  // Under Confidential Computing it may keep reading the old bytes although every call succeeds
+  // (vllm#57224). Tested once per device, with the first memory that is pinned.
   bool kernels_see_writes(int64_t* host, const char* mapped, size_t bytes) {
     std::lock_guard<std::mutex> guard(pin_mutex_);
     if (!probed_) {
@@ -729,8 +733,9 @@ class CudaDevice final : public Device {
     return why_pageable_.empty();
   }
 
-  // Two writes, each read by a kernel. On a stream of its own, behind nothing that the device has
-  // to do; nothing here waits for the whole device, as freeing device memory would.
+  // Writes twice, and lets a kernel read each time. Uses a stream of its own, so that it does not
+  // queue behind other work. Nothing here waits for the whole device, as freeing device memory
+  // would.
   bool probe(int64_t* host, const char* mapped, size_t count) {
     CUstream stream = nullptr;
     PYSTAGE_CHECK(driver_, cuStreamCreate, &stream, CU_STREAM_NON_BLOCKING);
@@ -755,9 +760,9 @@ class CudaDevice final : public Device {
     return true;
   }
 
-  // early: the kernel may start, and read its slot, while the kernel before it on the stream still
-  // ends (a programmatic dependent launch); it waits for that one before it writes. This hides 1 us
-  // of the way to the host. After anything but a kernel it changes nothing.
+  // early: the kernel may start, and read its slot, while the previous kernel of the stream is
+  // still ending (a programmatic dependent launch). It waits for that kernel before it writes. This
+  // hides 1 us of the latency to the host. It has no effect if the previous work is not a kernel.
   void run(CUfunction kernel, const char* call, unsigned blocks, CUstream stream, bool early,
            void** args, unsigned blocks_y = 1) {
     static CUlaunchAttribute serialization = [] {
@@ -785,10 +790,10 @@ class CudaDevice final : public Device {
   Kernels transfers_[2][2];  // by int64 wire, int64 output
   Kernels mixed_[2];         // by int64 wire
   std::array<CUfunction, kClasses> values_{}, rows_{};
-  size_t classes_ = 0;  // of them, those that the driver takes
+  size_t classes_ = 0;  // the number of classes that the driver supports
   void* probe_out_ = nullptr;
 
-  std::mutex pin_mutex_;  // guards why_pageable_, and one probe at a time
+  std::mutex pin_mutex_;  // guards why_pageable_, and serialises the probe
   std::string why_pageable_;
   std::atomic<bool> probed_{false};
 };

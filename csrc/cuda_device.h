@@ -1,4 +1,4 @@
-// A CUDA GPU as the pool sees it.
+// The Device of a CUDA GPU.
 #pragma once
 
 #include <string>
@@ -7,7 +7,7 @@
 
 namespace pystage {
 
-// The device of an index in this process; made at first use, never destroyed. Initialises CUDA.
+// The device of this index. It is made at first use, which initialises CUDA, and never destroyed.
 Device& cuda_device(int index);
 
 struct CudaBuild {

@@ -1,4 +1,4 @@
-// The errors of the three layers. python.cpp gives each the Python type of the same name.
+// The errors of the three layers. python.cpp maps each to the Python type of the same name.
 #pragma once
 
 #include <cstddef>
@@ -28,12 +28,12 @@ struct TokenRangeError : Error {
   int64_t vocab_size;
 };
 
-// No slot could be had within the pool's policy.
+// The pool's policy gave no slot for a request.
 struct PoolExhaustedError : Error {
   using Error::Error;
 };
 
-// No slot could ever be had: the request is larger than the pool's capacity.
+// The request is larger than the pool's capacity, so no slot can ever fit it.
 struct RequestTooLargeError : PoolExhaustedError {
   using PoolExhaustedError::PoolExhaustedError;
 };
@@ -47,7 +47,8 @@ struct ForkedProcessError : Error {
   using Error::Error;
 };
 
-// resolve() inside a CUDA graph capture: every replay would read a slot long since reused.
+// resolve() was called inside a CUDA graph capture. Every replay would read a slot that has been
+// reused since.
 struct CaptureError : Error {
   using Error::Error;
 };

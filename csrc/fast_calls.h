@@ -1,4 +1,5 @@
-// Functions written for CPython, where a call through pybind11 would cost as much as the work.
+// Helpers for functions that use the CPython API directly, because a call through pybind11 would
+// cost as much as their work.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,10 +14,10 @@ namespace pystage {
 
 namespace py = pybind11;
 
-// Sets the Python error of an exception of ours; throws any other again.
+// Sets the Python error for one of pystage's exceptions; rethrows any other exception.
 void translate(std::exception_ptr pointer);
 
-// Runs `body`, which returns a new reference, with every exception made Python's.
+// Runs `body`, which returns a new reference. Turns every exception into a Python error.
 template <typename Body>
 PyObject* guarded(Body body) noexcept {
   try {
@@ -27,9 +28,9 @@ PyObject* guarded(Body body) noexcept {
     } catch (const py::builtin_exception& e) {
       e.set_error();
     } catch (const Interrupted&) {
-      // the error is set
+      // the Python error is already set
     } catch (...) {
-      translate(std::current_exception());  // throws again what is not ours
+      translate(std::current_exception());  // rethrows what is not pystage's
     }
   } catch (...) {
     torch::translate_exception_to_python(std::current_exception());

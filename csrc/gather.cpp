@@ -5,8 +5,9 @@
 namespace pystage {
 namespace {
 
-// The check costs two additions and two ORs an id and no branch: an id outside [lo, hi] sets the
-// sign bit of (v - lo) or of (hi - v). See Bounds for why neither wraps back into range.
+// The check costs two additions and two ORs per id, and no branch: an id outside [lo, hi] sets the
+// sign bit of (v - lo) or of (hi - v). The limits on Bounds ensure that neither wraps back into
+// range.
 template <typename In, typename Out, bool kChecked>
 inline uint64_t copy_block(const In* __restrict__ src, Out* __restrict__ dst, size_t count,
                            uint64_t lo, uint64_t hi) {
@@ -19,9 +20,9 @@ inline uint64_t copy_block(const In* __restrict__ src, Out* __restrict__ dst, si
   return bad;
 }
 
-// One contiguous run. A request's ids were last touched when it came in, and the slot's lines were
-// taken away by the device that read them, so both come from the outer caches. A core asks for more
-// of them at a time when it is told what comes, and walks through four places at once.
+// Copies one contiguous run. A request's ids were last touched when the request arrived, and the
+// device has taken the slot's cache lines away by reading them, so both come from the outer caches.
+// Prefetching, and copying at four positions at once, lets a core have more loads in flight.
 template <typename In, typename Out, bool kChecked>
 bool copy_run(const In* __restrict__ src, Out* __restrict__ dst, size_t count, Bounds bounds) {
   constexpr size_t kRuns = 4;
@@ -113,7 +114,7 @@ std::optional<Violation> gather(const Part* parts, size_t count, void* dst, IntT
         if (v < bounds->lo || v > bounds->hi)
           return Violation{parts[p].request, parts[p].first + i, v};
       }
-      // Another thread has changed the ids meanwhile: name the request.
+      // No id is out of bounds any more: another thread has changed the ids. Name the request.
       return Violation{parts[p].request, parts[p].first, id_at(parts[p], 0)};
     }
     out += parts[p].count * size_of(wire);

@@ -1,17 +1,18 @@
-// The GIL: when it is let go, and what becomes of a thread that never gets it back.
+// The GIL: when pystage releases it, and what happens to a thread that never gets it back.
 //
 // Note [Device calls and the GIL]
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-// A launch waits while the stream's queue is full, a free or an event query may wait for it, and a
-// stream may wait for work that another Python thread has yet to do. So no device call is made with
-// the GIL held. What Python objects then share between threads has a mutex of its own.
+// A launch waits while the stream's queue is full, and a free or an event query may wait for that
+// launch. The stream may in turn wait for work that another Python thread has yet to do. So no
+// device call is made with the GIL held. State that Python objects then share between threads has
+// its own mutex.
 //
 // Note [Threads that outlive the interpreter]
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-// Before Python 3.14, a daemon thread that asks for the GIL while the interpreter shuts down is
-// ended by pthread_exit(). That unwinds the C++ frames below it: it runs destructors that need the
-// GIL, and std::terminate() at the first noexcept function. Such a thread sleeps here instead, as
-// Python 3.14 has it sleep. So every call that may take the GIL goes through this file.
+// Before Python 3.14, a daemon thread that requests the GIL while the interpreter shuts down is
+// ended by pthread_exit(). This unwinds the thread's C++ frames: it runs destructors that need the
+// GIL, and calls std::terminate() at the first noexcept function. Here such a thread sleeps
+// instead, as it does in Python 3.14. So every call that may take the GIL goes through this file.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -21,7 +22,7 @@
 
 namespace pystage {
 
-// Runs `call`, C functions that may run Python code or take the GIL.
+// Runs `call`: C functions that may run Python code or take the GIL.
 template <typename Call>
 auto call_python(Call call) noexcept {
   try {
@@ -31,10 +32,10 @@ auto call_python(Call call) noexcept {
   }
 }
 
-// A signal handler has raised: the Python error is set. Made a Python exception by guarded().
+// A signal handler has raised, and the Python error is set. guarded() passes it on to Python.
 struct Interrupted {};
 
-// Lets other Python threads run for a scope, if `release` says so.
+// Releases the GIL for a scope if `release` is true, so that other Python threads can run.
 class ReleaseGil {
  public:
   explicit ReleaseGil(bool release = true) : state_(release ? PyEval_SaveThread() : nullptr) {}
@@ -44,7 +45,7 @@ class ReleaseGil {
   ReleaseGil(const ReleaseGil&) = delete;
   ReleaseGil& operator=(const ReleaseGil&) = delete;
 
-  // Runs signal handlers meanwhile: Ctrl-C ends a wait.
+  // Runs Python's signal handlers, so that Ctrl-C can end a wait.
   void check_signals() {
     restore();
     const int raised = call_python([] { return PyErr_CheckSignals(); });

@@ -20,7 +20,8 @@
 namespace pystage {
 namespace {
 
-// Counts points: recorded() hands one out, reach() passes it. Streams reach points in order.
+// Counts points on streams: recorded() makes a new point, reach() marks it as reached. A stream
+// reaches its points in order.
 class HostFence {
  public:
   uint64_t recorded() { return recorded_.fetch_add(1) + 1; }
@@ -46,7 +47,7 @@ class HostFence {
   std::condition_variable changed_;
   uint64_t reached_ = 0;
 };
-using FencePtr = std::shared_ptr<HostFence>;  // shared with the points still queued
+using FencePtr = std::shared_ptr<HostFence>;  // shared with points that are still queued
 
 // Runs tasks one after another on its own thread.
 class HostStream {
@@ -96,7 +97,7 @@ class HostStream {
       tasks_.pop_front();
       lock.unlock();
       task();
-      task = nullptr;  // what it owns goes before the next task runs
+      task = nullptr;  // frees what it owns before the next task runs
       lock.lock();
     }
   }
@@ -144,7 +145,7 @@ class HostDevice final : public Device {
     });
   }
 
-  // At once, by the calling thread: the streams here have nothing to do with what is written.
+  // Values and rows are written at once, by the calling thread: no stream here uses that memory.
   size_t most_values() override { return size_t{32} << 10; }
   size_t most_rows() override { return 1024; }
   void launch_values(const void* values, size_t, const ValuesPiece* pieces, size_t count,
@@ -203,7 +204,8 @@ class HostDevice final : public Device {
   std::array<HostStream*, kHostStreams + 1> streams_{};
 };
 
-// After fork the child has none of the threads, and perhaps a locked mutex: it starts over.
+// After fork, the child has none of the threads and perhaps a locked mutex, so it makes a new
+// device.
 std::atomic<HostDevice*> g_device{nullptr};
 [[maybe_unused]] const int g_fork_handler =
     pthread_atfork(nullptr, nullptr, [] { g_device.store(nullptr); });

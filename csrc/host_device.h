@@ -1,5 +1,5 @@
-// A device whose streams are ordered queues on worker threads: the default without a GPU, and the
-// place where races are tested.
+// A device whose streams are ordered queues on worker threads. It is the default without a GPU, and
+// the tests use it to look for races.
 #pragma once
 
 #include "device.h"
@@ -10,7 +10,7 @@ namespace pystage {
 Device& host_device();
 
 constexpr int kHostStreams = 64;      // numbered streams, made when first used
-constexpr int kHostEagerStream = -1;  // what pools use for eager transfers
+constexpr int kHostEagerStream = -1;  // pools use it for eager transfers
 
 // The calling thread's current stream (number 0 until set).
 StreamHandle host_current_stream();

@@ -5,8 +5,8 @@
 namespace pystage {
 namespace {
 
-// Holds the array and not its buffer, so that the array can grow; whoever reads the view exports
-// the buffer for as long as that takes.
+// Holds the array and not its buffer, so that the array can grow. A reader of the view exports the
+// buffer only while it reads.
 struct IdsView {
   PyObject_HEAD PyObject* ids;
   Py_ssize_t start, stop;
@@ -26,7 +26,7 @@ PyObject* make_view(PyObject* ids, Py_ssize_t start, Py_ssize_t stop) {
   return object;
 }
 
-// ids_view(ids, start, stop): as ids[start:stop], bounds that are none included.
+// ids_view(ids, start, stop) is like ids[start:stop]: bounds outside the array are clipped.
 PyObject* ids_view(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 3) {
     PyErr_Format(PyExc_TypeError, "ids_view takes 3 arguments, not %zd", count);
@@ -34,7 +34,7 @@ PyObject* ids_view(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   Py_ssize_t bounds[2];
   for (int i = 0; i < 2; ++i) {
-    bounds[i] = PyNumber_AsSsize_t(args[i + 1], nullptr);  // clipped, as a slice's are
+    bounds[i] = PyNumber_AsSsize_t(args[i + 1], nullptr);  // clipped, as in a slice
     if (bounds[i] == -1 && PyErr_Occurred()) return nullptr;
   }
   const Py_ssize_t length = PyObject_Length(args[0]);
@@ -65,7 +65,7 @@ PyObject* iterate(PyObject* object) {
   return iterator;
 }
 
-// A part is a view again; an id, or every other id, is the array's own answer.
+// A slice of step 1 gives another view. Any other key is passed to a copy of the ids as an array.
 PyObject* get_item(PyObject* object, PyObject* key) {
   const IdsView& view = view_of(object);
   if (PySlice_Check(key)) {
@@ -88,7 +88,7 @@ struct Export {
   Py_ssize_t count, stride;
 };
 
-// Whether a reader would take the items for contiguous. PyBUF_STRIDES includes PyBUF_ND's bit.
+// Whether a reader assumes that the items are contiguous. PyBUF_STRIDES includes PyBUF_ND's bit.
 bool wants_contiguous(int flags) {
   constexpr int kContiguous =
       (PyBUF_C_CONTIGUOUS | PyBUF_F_CONTIGUOUS | PyBUF_ANY_CONTIGUOUS) & ~PyBUF_STRIDES;
@@ -160,7 +160,7 @@ PyObject* make_type() {
       {Py_bf_releasebuffer, reinterpret_cast<void*>(release_buffer)},
       {0, nullptr},
   };
-  // Arrays refer to nothing, so no cycle goes through a view: nothing for the garbage collector.
+  // Arrays hold no references, so no cycle goes through a view, and it needs no garbage collection.
   static PyType_Spec spec = {"pystage._C.IdsView", sizeof(IdsView), 0,
                              Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
   return PyType_FromSpec(&spec);

@@ -43,7 +43,8 @@ TORCH_LIBRARY_IMPL(pystage, CUDA, m) {
 }
 
 // Torch's fallback for lazily negated tensors expects an op that mutates a tensor to return it, and
-// reads past what this one returns. Ours reads such tensors, and refuses to write them, itself.
+// would read past the results of this op. So the op handles such tensors itself: it reads them, and
+// refuses to write to them.
 TORCH_LIBRARY_IMPL(pystage, Negative, m) {
   m.impl("transfer_out", torch::CppFunction::makeFallthrough());
 }

@@ -10,11 +10,10 @@
 
 namespace pystage {
 
-// Straight from the caching allocator: the dispatcher on the
-// way there costs as much as the allocation.
+// Calls the caching allocator directly, because the dispatcher costs as much as the allocation.
 at::Tensor empty_ids(c10::Device device, at::ScalarType dtype, size_t count) {
   const int64_t size = static_cast<int64_t>(count);
-  // Asked for each time: change_current_allocator() puts another in its place.
+  // Look the allocator up each time, because change_current_allocator() may replace it.
   if (device.is_cuda())
     return at::detail::empty_generic({size}, at::detail::getCUDAHooks().getCUDADeviceAllocator(),
                                      c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype,
@@ -38,18 +37,19 @@ std::atomic<int> mem_pool_regions{0};
 
 // Note [Outputs cut from blocks]
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-// A call of torch's caching allocator touches so much memory that it is the longest part of
-// resolve() where the CPU's caches hold none of it, longer than the launch (bench/notes.md). So
-// short outputs are cut from blocks, eight or more from one. No part of a block is handed out
-// twice. The storage is torch's own, and all tensors of a block share it: it goes back to the
-// allocator with the last of them, and record_stream() on one holds for all. A tensor that is kept
-// keeps its block, of 1 MiB at most; so does the pool, for each of the streams it saw last.
-// Where a part of the program allocates from a torch.cuda.MemPool, no output is cut: a block would
-// bring memory of that pool to the others, or theirs to it.
+// A call of torch's caching allocator touches much memory. If none of it is in the CPU's caches,
+// the call is the longest part of resolve(), longer than the launch (bench/notes.md). So short
+// outputs are cut from blocks, eight or more from one block. No part of a block is handed out
+// twice. A block is a storage from torch, shared by all tensors that are cut from it: it goes back
+// to the allocator with the last of them, and record_stream() on one tensor covers the whole block.
+// A tensor that is kept alive keeps its block, of 1 MiB at most. The pool also keeps one block for
+// each of the streams that it used last. While a part of the program allocates from a
+// torch.cuda.MemPool, no output is cut from a block: a block would pass memory from that MemPool to
+// other parts of the program, or the other way round.
 namespace {
 
-constexpr size_t kOutputAlignment = 512;           // that of torch's caching allocator
-constexpr size_t kLargestCut = size_t{128} << 10;  // bytes; what is longer is allocated alone
+constexpr size_t kOutputAlignment = 512;           // as in torch's caching allocator
+constexpr size_t kLargestCut = size_t{128} << 10;  // bytes; longer outputs are allocated alone
 constexpr size_t kSmallestBlock = size_t{64} << 10;
 constexpr size_t kOutputStreams = 8;
 
@@ -60,9 +60,9 @@ at::Tensor OutputMemory::allocate(at::ScalarType dtype, size_t count, StreamHand
   if (!device_.is_cuda() || !count || count > kLargestCut / item ||
       mem_pool_regions.load(std::memory_order_relaxed) > 0)
     return empty_ids(device_, dtype, count);
-  // GCOV_EXCL_START: outputs on CUDA alone are cut
+  // GCOV_EXCL_START: only outputs on CUDA are cut
   const size_t bytes = (count * item + kOutputAlignment - 1) / kOutputAlignment * kOutputAlignment;
-  // The first part of `block` that was not handed out yet.
+  // The next part of `block` that has not been handed out.
   auto next = [&](Block& block) {
     at::Tensor ids = cut(block.storage, block.used, dtype, static_cast<int64_t>(count));
     block.used += bytes;

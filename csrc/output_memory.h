@@ -1,4 +1,4 @@
-// Device memory for what is handed out.
+// Device memory for the tensors that pystage hands out.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,15 +13,15 @@
 
 namespace pystage {
 
-// Memory [count] on the current stream, for ids and other values.
+// A new tensor [count] on the current stream, for ids and other values.
 at::Tensor empty_ids(c10::Device device, at::ScalarType dtype, size_t count);
 
-// The part of `memory` that begins at byte `offset`, as a tensor of its own.
+// The part of `memory` that begins at byte `offset`, as a separate tensor.
 at::Tensor cut(const c10::Storage& memory, size_t offset, at::ScalarType dtype,
                at::IntArrayRef sizes);
 
-// Counts the regions of this process that allocate from a torch.cuda.MemPool. Torch has no way to
-// ask, so pystage/_mempool.py counts them.
+// The number of regions in this process that allocate from a torch.cuda.MemPool. Torch cannot tell,
+// so pystage/_mempool.py counts them.
 extern std::atomic<int> mem_pool_regions;
 
 // Memory for the ids that resolve() hands out. See Note [Outputs cut from blocks].
@@ -31,7 +31,7 @@ class OutputMemory {
   // A new tensor [count] for work on `stream`, which is current.
   at::Tensor allocate(at::ScalarType dtype, size_t count, StreamHandle stream);
   void clear();
-  // Leaves the blocks to the end of the process.
+  // Keeps the blocks until the process ends.
   void leak() noexcept;
 
  private:
@@ -42,7 +42,7 @@ class OutputMemory {
   };
   const c10::Device device_;
   std::mutex mutex_;           // not held while torch allocates
-  std::vector<Block> blocks_;  // at most one a stream
+  std::vector<Block> blocks_;  // at most one per stream
   size_t turn_ = 0;
 };
 

@@ -1,5 +1,5 @@
-// Above 500 lines, and not split: all of it works on what one mutex guards, and the order of its
-// steps is read together.
+// This file is longer than 500 lines on purpose: all its code works on the state that one mutex
+// guards, and the order of the steps is easier to check in one place.
 #include "pool.h"
 
 #include <pthread.h>
@@ -14,9 +14,9 @@
 namespace pystage {
 namespace {
 
-constexpr size_t kMinSlot = 64;            // a cache line: slots of two threads share none
-constexpr size_t kPage = 4096;             // granularity of segments
-constexpr size_t kGrow = size_t{1} << 20;  // the largest step that pins in well under 1 ms
+constexpr size_t kMinSlot = 64;            // a cache line, so that no two slots share one
+constexpr size_t kPage = 4096;             // segments are whole pages
+constexpr size_t kGrow = size_t{1} << 20;  // the largest size that is pinned in well under 1 ms
 constexpr auto kPollEvery = std::chrono::milliseconds(50);
 
 size_t round_up(size_t value, size_t multiple) {
@@ -24,7 +24,7 @@ size_t round_up(size_t value, size_t multiple) {
 }
 
 // See Note [Debug canaries].
-constexpr size_t kGuard = kMinSlot;  // keeps leased ranges at cache lines
+constexpr size_t kGuard = kMinSlot;  // keeps leased ranges aligned to cache lines
 constexpr unsigned char kGuardByte = 0xCA;
 constexpr unsigned char kFreeByte = 0xDB;
 
@@ -33,7 +33,7 @@ bool canaries_wanted() {
   return value && *value && std::strcmp(value, "0") != 0;
 }
 
-// The first of some bytes that does not hold `value`; null if all do.
+// The first byte that differs from `value`; null if none does.
 const char* first_other(const char* from, size_t bytes, unsigned char value) {
   if (!bytes) return nullptr;
   const auto expected = static_cast<char>(value);
@@ -43,25 +43,25 @@ const char* first_other(const char* from, size_t bytes, unsigned char value) {
 
 std::atomic<uint64_t> g_fork_generation{0};
 
-// The first of the closed pools that slots in flight keep alive. At process exit they are left as
-// they are: the memory is the system's to take back, and the device may be gone.
+// The head of the list of orphans: closed pools that slots in flight keep alive. At process exit
+// they are left alone: the system takes back the memory, and the device may be gone.
 sync::Atomic<Pool*> g_orphans{nullptr};
 
 void after_fork_in_child() {
   g_fork_generation.fetch_add(1, std::memory_order_relaxed);
-  g_orphans.store(nullptr);  // the parent's
+  g_orphans.store(nullptr);  // the parent's orphans are left alone
 }
 
 [[maybe_unused]] const int g_fork_handler = pthread_atfork(nullptr, nullptr, after_fork_in_child);
 
-// Calls `poll` without the lock, once in kPollEvery of a wait.
+// Calls `poll` without the lock, every kPollEvery during a wait.
 class Polling {
  public:
   Polling(const Pool& pool, std::unique_lock<sync::Mutex>& lock, const Poll& poll)
       : pool_(pool), lock_(lock), poll_(poll) {}
   void look() {
     if (!poll_ || Clock::now() < next_) return;
-    struct Relock {  // also when it throws
+    struct Relock {  // also if `poll` throws
       ~Relock() {
         if (generation == fork_generation()) lock.lock();
       }
@@ -70,7 +70,7 @@ class Polling {
     } relock{lock_};
     lock_.unlock();
     poll_();
-    pool_.check_process();  // it may have forked
+    pool_.check_process();  // `poll` may have forked
     next_ = Clock::now() + kPollEvery;
   }
 
@@ -90,7 +90,7 @@ size_t size_class(size_t bytes) {
   size_t power = kMinSlot;
   while (power <= bytes / 2) power *= 2;
   const size_t step = std::max(kMinSlot, power / 8);
-  if (bytes > SIZE_MAX - step) return bytes;  // rounding up would wrap; nothing is this large
+  if (bytes > SIZE_MAX - step) return bytes;  // rounding would overflow; no pool is this large
   return round_up(std::max(bytes, kMinSlot), step);
 }
 
@@ -159,13 +159,13 @@ Pool::Pool(Device& device, const PoolOptions& options)
       options_(options),
       fork_generation_(pystage::fork_generation()),
       guards_(canaries_wanted() ? 2 * kGuard : 0) {
-  // Whole pages, so that the segments' sum is what the device really holds.
+  // Whole pages, so that the sum of the segments is the memory that is really allocated.
   options_.capacity_bytes = options.capacity_bytes / kPage * kPage;
   if (!options_.capacity_bytes) throw Error("capacity_bytes must be at least one page (4096)");
 }
 
-// Only reached without leases and without slots in flight: both hold the pool. Never in a child of
-// fork: what it lets go of keeps its reference.
+// Runs only when there are no leases and no slots in flight, because both keep the pool alive.
+// Never runs in a child of fork, where abandon() keeps the references.
 Pool::~Pool() {
   for (const Reader& reader : readers_) device_.destroy_fence(reader.fence);
   for (const Segment& segment : segments_) {
@@ -201,8 +201,8 @@ bool Pool::closed() const {
   return closed_;
 }
 
-// A forked child cannot even destroy the pool: the condition variable may count waiting threads
-// of the parent, and its destructor would wait for them. So one reference is never given up.
+// A forked child must not even destroy the pool: the condition variable may count waiting threads
+// of the parent, and its destructor would wait for them. So this keeps one reference for ever.
 void Pool::abandon(std::shared_ptr<Pool> pool) noexcept {
   alignas(std::shared_ptr<Pool>) unsigned char kept[sizeof pool];
   new (kept) std::shared_ptr<Pool>(std::move(pool));
@@ -222,9 +222,9 @@ void Pool::close(const Poll& poll) {
     Lock lock(mutex_);
     closed_ = true;
     slot_freed_.notify_all();
-    struct Finish {  // also when `poll` throws
+    struct Finish {  // also if `poll` throws
       ~Finish() {
-        if (lock.owns_lock()) pool.finish_if_closed(lock);  // else in a child of fork
+        if (lock.owns_lock()) pool.finish_if_closed(lock);  // else this is a child of fork
       }
       Pool& pool;
       Lock& lock;
@@ -242,7 +242,7 @@ void Pool::close(const Poll& poll) {
   reap_orphans();
 }
 
-// Called with the lock held after anything that can leave a closed pool idle.
+// Called with the lock held, after every step that may leave segments of a closed pool idle.
 void Pool::finish_if_closed(Lock& lock) noexcept {
   if (!closed_) return;
   if (in_flight_slots_ && !orphaned_) {
@@ -304,7 +304,7 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes, const Poll& poll) {
                                "at_capacity=\"fallback\"");
   }
   const size_t need = with_guards(bytes);
-  struct Wait {  // counted however it ends
+  struct Wait {  // counts the wait, however it ends
     ~Wait() {
       if (waiting) total += seconds();
     }
@@ -323,7 +323,7 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes, const Poll& poll) {
     const double so_far = wait.seconds();
     const bool give_up = options_.at_capacity != AtCapacity::kWait || so_far >= options_.timeout_s;
     if (give_up && reaping_) {
-      // Another thread is looking through the queues: what it finds may be enough.
+      // Another thread is going through the queues and may free a slot that fits.
       slot_freed_.wait_for(lock, std::chrono::microseconds(20));
       polling.look();
       continue;
@@ -332,7 +332,7 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes, const Poll& poll) {
     if (give_up) raise_exhausted(bytes, wait.waiting ? so_far : 0);
     if (!wait.waiting) ++waits_;
     wait.waiting = true;
-    // The end of a lease notifies; the end of a transfer does not, so look again and again.
+    // The end of a lease notifies, but the end of a transfer does not. So check repeatedly.
     const auto left = std::chrono::duration<double>(options_.timeout_s - so_far);
     slot_freed_.wait_for(lock, std::min<std::chrono::duration<double>>(pause, left));
     pause = std::min(pause * 2, std::chrono::microseconds(1000));
@@ -402,13 +402,13 @@ Slot* Pool::take(size_t bytes) {
   return slot;
 }
 
-// Makes a slot free, merged with its free neighbours.
+// Frees a slot and merges it with its free neighbours.
 void Pool::give(Slot* slot) noexcept {
   in_use_bytes_ -= slot->bytes;
   --slot->segment->used_slots;
   slot->state = Slot::State::kFree;
   if (guards_) std::memset(slot->segment->memory.host + slot->offset, kFreeByte, slot->bytes);
-  auto absorb = [&](Slot* left, Slot* right) {  // right goes away
+  auto absorb = [&](Slot* left, Slot* right) {  // removes `right`
     left->bytes += right->bytes;
     left->after = right->after;
     if (left->after) left->after->before = left;
@@ -481,12 +481,12 @@ void Pool::end_lease(Lease& lease) noexcept {
         queue->tail = reader;
       }
     }
-    slot_freed_.notify_one();  // a waiting thread may look for the fence sooner
+    slot_freed_.notify_one();  // so that a waiting thread queries the fence sooner
   }
   finish_if_closed(lock);
 }
 
-// Takes a reader whose fence is done off its slot, and frees the slot if it was the last.
+// Takes a reader whose fence is done off its slot. Frees the slot if it was the last reader.
 void Pool::retire(Reader* reader) noexcept {
   Slot* slot = reader->slot;
   put_by(reader);
@@ -496,11 +496,11 @@ void Pool::retire(Reader* reader) noexcept {
   give(slot);
 }
 
-// Frees the slots in flight whose fences are done. Drops the lock around each query.
+// Frees the slots in flight whose fences are done. Releases the lock during each query.
 void Pool::reap(Lock& lock) {
   if (reaping_ || !in_flight_slots_) return;
   reaping_ = true;
-  struct Done {  // also when a query throws
+  struct Done {  // also if a query throws
     ~Done() {
       if (!lock.owns_lock()) lock.lock();
       reaping = false;
@@ -509,7 +509,7 @@ void Pool::reap(Lock& lock) {
     bool& reaping;
   } done_reaping{lock, reaping_};
   for (size_t q = 0; q < queues_.size();) {
-    bool newest = true;  // first ask the newest fence, which vouches for most of the others
+    bool newest = true;  // query the newest fence first: it covers most of the others
     while (queues_[q].head) {
       Reader* asked = newest ? queues_[q].tail : queues_[q].head;
       newest = false;
@@ -528,16 +528,16 @@ void Pool::reap(Lock& lock) {
     }
     if (queues_[q].head) {
       ++q;
-    } else {  // streams come and go: keep no queue for one that is idle
+    } else {  // remove the queue of an idle stream, because streams come and go
       queues_[q] = queues_.back();
       queues_.pop_back();
     }
   }
 }
 
-// As reap(), where an error would help nobody. False after one: if the device is lost its fences
-// will never be done, so the slots stay in flight, and their segments are left to the end of the
-// process.
+// Like reap(), for callers that could do nothing about an error. Returns false after an error. If
+// the device is lost, its fences will never be done: the slots stay in flight, and their segments
+// are not freed before the process ends.
 bool Pool::try_reap(Lock& lock) noexcept {
   try {
     reap(lock);
@@ -556,7 +556,7 @@ bool Pool::grow(Lock& lock, size_t need) {
   const size_t room = options_.capacity_bytes - reserved_bytes_;
   if (room < need) return false;
   allocate_segment(lock, std::min(room, std::max(need, kGrow)));
-  finish_if_closed(lock);  // close() may have come meanwhile, and knows nothing of the segment
+  finish_if_closed(lock);  // close() may have run meanwhile, without this segment
   return true;
 }
 
@@ -573,7 +573,7 @@ void Pool::allocate_segment(Lock& lock, size_t bytes) {
     lock.lock();
     reserved_bytes_ -= bytes;
     put_by(slot);
-    slot_freed_.notify_all();  // others may have waited for the room
+    slot_freed_.notify_all();  // others may be waiting for the room
     throw;
   }
   if (guards_) std::memset(segment.memory.host, kFreeByte, bytes);
@@ -592,7 +592,8 @@ void Pool::allocate_segment(Lock& lock, size_t bytes) {
   slot_freed_.notify_all();
 }
 
-// Other sizes have left idle segments that use up the capacity: gives them back, if that helps.
+// Other sizes may have left idle segments that use up the capacity. Frees them all, if that makes
+// enough room.
 bool Pool::release_idle_for(Lock& lock, size_t need) {
   size_t room = options_.capacity_bytes - reserved_bytes_;
   for (const Segment& segment : segments_)
@@ -615,7 +616,7 @@ std::list<Segment> Pool::detach_idle_segments() noexcept {
   return idle;
 }
 
-// The memory counts as reserved until the device has it back. Returns the bytes.
+// Counts the memory as reserved until the device has freed it. Returns the bytes freed.
 size_t Pool::free_segments(Lock& lock, const std::list<Segment>& segments) noexcept {
   if (segments.empty()) return 0;
   lock.unlock();

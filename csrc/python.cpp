@@ -1,5 +1,5 @@
-// pystage._C: Python objects in, staged tokens and tensors out. pystage/_C.pyi describes it. Here:
-// the module, the pool's type, errors, and what tests hold.
+// pystage._C turns Python objects into staged tokens and tensors. pystage/_C.pyi describes it. This
+// file has the module, the pool's type, the errors, and the hold for tests.
 #include "python.h"
 
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -114,7 +114,8 @@ void close(StagingPool& pool) {
   }
 }
 
-// The end of a pool unpins memory. The last to hold it may have the GIL, or not.
+// Destroying a pool unpins memory. The thread that drops the last reference may hold the GIL or
+// not.
 void end_pool(StagingPool* pool) {
   const ReleaseGil release(Py_IsInitialized() && PyGILState_Check());
   delete pool;
@@ -122,7 +123,8 @@ void end_pool(StagingPool* pool) {
 
 // --- tests' hold -------------------------------------------------------------------------------
 
-// Keeps the calling thread's current stream of a pool, and the pool's eager stream, pending.
+// Keeps the work of two streams pending: the calling thread's current stream on the pool's device,
+// and the pool's eager stream.
 class Hold {
  public:
   explicit Hold(const StagingPool& pool) {
@@ -133,13 +135,13 @@ class Hold {
 
  private:
   void hold(const StagingPool& pool, StreamHandle stream) {
-    Device& device = pool.core().device();  // not the pool: a test may drop it
+    Device& device = pool.core().device();  // not the pool, which a test may drop
     holds_.emplace_back(device.hold(stream), [&device](void* hold) { device.release(hold); });
   }
   std::vector<std::shared_ptr<void>> holds_;
 };
 
-// Waits until the current stream, and the pool's eager stream, have done what was put on them.
+// Waits until the current stream and the pool's eager stream have finished their work.
 void synchronize(const StagingPool& pool) {
   Device& device = pool.core().device();
   std::vector<StreamHandle> streams{pool.current_stream()};

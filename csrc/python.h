@@ -1,4 +1,4 @@
-// What the files of the Python extension have of each other. Each adds its part to the module.
+// What the files of the Python extension share. Each file adds its part to the module.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,22 +11,22 @@ namespace pystage {
 
 namespace py = pybind11;
 
-// The pool in the capsule that StagingPool.handle() made; throws where it is none.
+// The pool in a capsule made by StagingPool.handle(). Throws if the object is not such a capsule.
 const std::shared_ptr<StagingPool>& pool_of(PyObject* handle);
 
-// Warns once, for a pool, that and why its memory is pageable.
+// Warns, once for each pool, that its memory is pageable, and says why.
 void warn_if_pageable(StagingPool& pool);
-// Logs (logger "pystage") that a pool has grown, or fallen back to torch's memory, since this was
-// called last. Runs Python code.
+// Logs (logger "pystage") if a pool has grown, or has fallen back to torch's memory, since the last
+// call of this function. Runs Python code.
 void log_events(StagingPool& pool);
 
-// A new pystage.StagedTokens; `pool` is the Python pool.
+// Makes a new pystage.StagedTokens; `pool` is the Python pool.
 PyObject* make_staged_tokens(PyObject* pool, StagedTokens tokens);
-// Whether an object is one.
+// Whether an object is a pystage.StagedTokens.
 bool is_staged_tokens(PyObject* object);
 
-// `count` items of a list or tuple, to `out`, as `dtype`; `index` is what errors call the list.
-// Reading one may run Python code, which may change the list.
+// Writes `count` items of a list or tuple to `out`, as `dtype`. Errors name the list by `index`.
+// Reading an item may run Python code, which may change the list.
 void read_list(PyObject* list, Py_ssize_t count, at::ScalarType dtype, void* out, size_t index);
 
 void add_stage(py::module_& module);          // stage()

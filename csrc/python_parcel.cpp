@@ -1,4 +1,4 @@
-// The type Parcel: SGLang's own torch.tensor, through a parcel of small tensors.
+// The type Parcel, which replaces torch.tensor in SGLang's code with a parcel of small tensors.
 #include <ATen/ops/empty.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -21,18 +21,18 @@ namespace {
 
 PyObject* wrap(at::Tensor tensor) { return THPVariable_Wrap(std::move(tensor)); }
 
-// Stands in for torch.tensor while known code runs in one thread. That code makes a CPU tensor of a
-// list and calls its .to(device, non_blocking=True): here the tensor is not pinned, and what .to()
-// gives is part of a parcel. Any other call goes to torch.
+// Replaces torch.tensor while known code runs in one thread. That code makes a CPU tensor from a
+// list and calls its .to(device, non_blocking=True). With the replacement, the CPU tensor is not
+// pinned, and the result of .to() is part of a parcel. Any other call goes to torch.
 struct ParcelObject {
   PyObject_HEAD std::unique_ptr<Parcel> parcel;
-  PyObject* device;                // as the known code calls it
+  PyObject* device;                // the device, as the known code names it
   PyObject* original;              // torch.tensor
-  PyObject* codes;                 // a tuple: the known functions' code
-  PyObject* minus_one;             // what torch.tensor([-1], device=device) is to be, or None
-  std::vector<size_t> deliver_at;  // after so many tensors
+  PyObject* codes;                 // a tuple of the known functions' code objects
+  PyObject* minus_one;             // the result of torch.tensor([-1], device=device), or None
+  std::vector<size_t> deliver_at;  // deliver after these numbers of tensors
   size_t made;
-  std::vector<PyObject*> hosts;  // that have a .to of ours
+  std::vector<PyObject*> hosts;  // CPU tensors whose .to was replaced
   std::thread::id thread;
   bool ended;
 };
@@ -47,13 +47,13 @@ void deliver(ParcelObject* self) {
   self->parcel->deliver();
 }
 
-// The known code does what it was not known to do: what it has is delivered, and no more is taken.
+// The known code makes an unexpected call: delivers its tensors so far, and takes no more.
 void give_up(ParcelObject* self) {
   self->ended = true;
   deliver(self);
 }
 
-// One tensor more; some are a round that is delivered together.
+// Counts one more tensor. Delivers if a round of tensors, which go together, is complete.
 void count_one(ParcelObject* self) {
   ++self->made;
   for (const size_t at : self->deliver_at)
@@ -110,7 +110,7 @@ PyObject* parcel_to(PyObject* pair, PyObject* const* args, Py_ssize_t given, PyO
   });
 }
 
-// The arguments that known code gives torch.tensor behind the list.
+// The arguments that known code passes to torch.tensor after the list.
 struct TensorArguments {
   PyObject* dtype = nullptr;
   PyObject* device = nullptr;
@@ -136,7 +136,7 @@ std::optional<at::ScalarType> known_dtype(PyObject* dtype) {
   return std::nullopt;
 }
 
-// A list as a CPU tensor; undefined where torch might read it otherwise, or refuse it.
+// Reads a list as a CPU tensor. Undefined if torch might read the list differently or refuse it.
 at::Tensor read(PyObject* list, Py_ssize_t count, at::ScalarType dtype) {
   at::Tensor host = at::empty({count}, at::TensorOptions().dtype(dtype));
   try {
@@ -173,7 +173,7 @@ PyObject* parcel_tensor(PyObject* object, PyObject* const* args, Py_ssize_t give
       Py_INCREF(self->minus_one);
       return self->minus_one;
     }
-    PyErr_Clear();  // of an int that is no long
+    PyErr_Clear();  // from an int that does not fit a C long
     if (self->ended || !arguments.dtype) return original();
     const auto dtype = known_dtype(arguments.dtype);
     at::Tensor host;
@@ -201,15 +201,15 @@ PyObject* parcel_tensor(PyObject* object, PyObject* const* args, Py_ssize_t give
   });
 }
 
-// The CPU tensors are torch's own again.
+// Gives the CPU tensors torch's own .to back.
 void let_go(ParcelObject* self) {
   for (PyObject* host : std::exchange(self->hosts, {})) {
-    if (PyObject_SetAttr(host, g_to, nullptr) != 0) PyErr_Clear();  // somebody took it away
+    if (PyObject_SetAttr(host, g_to, nullptr) != 0) PyErr_Clear();  // it was already removed
     Py_DECREF(host);
   }
 }
 
-// Delivers what is left. Afterwards every call goes to torch.
+// Delivers the remaining tensors. Afterwards every call goes to torch.
 PyObject* parcel_end(PyObject* object, PyObject*) {
   return guarded([&] {
     ParcelObject* self = parcel_of(object);

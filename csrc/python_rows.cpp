@@ -28,10 +28,10 @@ struct Ints {
   const int64_t* data;
 };
 
-// write_rows(handle, table, rest, prefixes, rows, prefix_lens, lens): row rows[i] of the table
-// begins with prefixes[i], prefix_lens[i] of it, and goes on with the next lens[i] of rest. False,
-// and nothing is done, where there are more rows than fit into a launch, or memory that it cannot
-// read.
+// write_rows(handle, table, rest, prefixes, rows, prefix_lens, lens): writes to row rows[i] of the
+// table the first prefix_lens[i] entries of prefixes[i], followed by the next lens[i] entries of
+// rest. Returns False and does nothing if there are more rows than fit into one launch, or memory
+// that it cannot read.
 PyObject* write_rows_fast(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return guarded([&]() -> PyObject* {
     check_count("write_rows", given, 7);

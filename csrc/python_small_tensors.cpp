@@ -1,4 +1,4 @@
-// small_tensors(): lists and small arrays read from Python, delivered in one parcel.
+// small_tensors(): reads lists and small arrays from Python and delivers them in one parcel.
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -24,7 +24,7 @@ std::string where(size_t index, Py_ssize_t position) {
   return "values[" + std::to_string(index) + "][" + std::to_string(position) + "]";
 }
 
-// As torch.dtype calls it.
+// The name that torch.dtype has for it.
 std::string name_of(at::ScalarType dtype) {
   return py::str(py::handle(reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype))))
       .cast<std::string>();
@@ -139,8 +139,8 @@ at::ScalarType dtype_of(PyObject* dtype) {
   return scalar_type;
 }
 
-// small_tensors(handle, values, dtypes): values is a list of lists, tuples and CPU tensors; dtypes
-// a list, with None where a tensor keeps its own.
+// small_tensors(handle, values, dtypes): values is a list of lists, tuples and CPU tensors. dtypes
+// is a list, with None for a tensor that keeps its own dtype.
 PyObject* small_tensors_fast(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return guarded([&] {
     check_count("small_tensors", given, 3);
@@ -212,7 +212,7 @@ PyObject* small_tensors_fast(PyObject*, PyObject* const* args, Py_ssize_t given)
       ReleaseGil release;
       parcel->deliver([&] { release.check_signals(); });
     }
-    if (bytes > pool->core().device().most_values()) log_events(*pool);  // it took a slot
+    if (bytes > pool->core().device().most_values()) log_events(*pool);  // it used a slot
     py::tuple result(made.size());
     for (size_t i = 0; i < made.size(); ++i) {
       PyObject* tensor = THPVariable_Wrap(std::move(made[i]));

@@ -1,4 +1,4 @@
-// stage(): requests read from Python, gathered into a slot.
+// stage(): reads the requests from Python and gathers their ids into a slot.
 #include <limits>
 #include <optional>
 #include <vector>
@@ -13,16 +13,16 @@ namespace {
 
 constexpr Bounds kInt32Bounds{std::numeric_limits<int32_t>::min(),
                               std::numeric_limits<int32_t>::max()};
-// Gathers at least this large (some 20 us) let other Python threads run meanwhile.
+// Gathers of at least this many ids (about 20 us) release the GIL.
 constexpr size_t kReleaseGil = size_t{64} << 10;
-// No memory holds more ids; a view of stride 0 may count more, and its bytes would wrap.
+// No memory holds more ids. A view of stride 0 can have more, and its size in bytes would overflow.
 constexpr size_t kMaxIds = std::numeric_limits<size_t>::max() / 16;
 
 std::shared_ptr<Lease> acquire(StagingPool& pool, size_t bytes) {
   if (auto lease = pool.core().try_acquire(bytes, /*ask_device=*/false)) return lease;
   std::shared_ptr<Lease> lease;
   {
-    ReleaseGil release;  // this asks the device, pins memory, or waits
+    ReleaseGil release;  // this queries the device, pins memory or waits
     lease = pool.core().acquire(bytes, [&] { release.check_signals(); });
   }
   pool.may_have_news = true;
@@ -37,7 +37,7 @@ StagedTokens stage(const std::shared_ptr<StagingPool>& self, py::handle token_id
     throw py::value_error("vocab_size is " + std::to_string(*vocab_size) + ", not positive");
   const py::object requests = as_fast_sequence(token_ids, "token_ids");
   const size_t count = static_cast<size_t>(PySequence_Fast_GET_SIZE(requests.ptr()));
-  // Read before any buffer is exported: reading them may run Python code.
+  // Read these before any buffer is exported, because reading them may run Python code.
   std::vector<size_t> first, last;
   if (!starts.is_none()) first = read_ends(starts, "starts", count);
   if (!stops.is_none()) last = read_ends(stops, "stops", count);
@@ -46,7 +46,7 @@ StagedTokens stage(const std::shared_ptr<StagingPool>& self, py::handle token_id
   for (size_t i = 0; i < count; ++i) {
     if (i >= static_cast<size_t>(PySequence_Fast_GET_SIZE(requests.ptr())))
       throw Error("token_ids shrank while it was read");
-    // A reference of our own: asking a request for its buffer may run code that changes the list.
+    // Hold a reference: requesting its buffer may run code that changes the list.
     const auto request = py::reinterpret_borrow<py::object>(
         PySequence_Fast_GET_ITEM(requests.ptr(), static_cast<Py_ssize_t>(i)));
     parts.add(request.ptr());
@@ -77,7 +77,8 @@ StagedTokens stage(const std::shared_ptr<StagingPool>& self, py::handle token_id
   };
   const std::optional<Bounds> vocab_bounds =
       vocab_size ? std::optional<Bounds>({0, *vocab_size - 1}) : std::nullopt;
-  // Within both the vocabulary and int32: the first id outside is the first outside either.
+  // The bounds of both the vocabulary and int32. The first id outside them is the first that is
+  // outside one of the two.
   const Bounds narrow_bounds =
       vocab_size ? Bounds{0, std::min(*vocab_size - 1, kInt32Bounds.hi)} : kInt32Bounds;
   auto staged = [&](StagedTokens tokens) {
@@ -94,8 +95,8 @@ StagedTokens stage(const std::shared_ptr<StagingPool>& self, py::handle token_id
     pool.check_usable();
     return staged({self, nullptr, IntType::kInt32, 0, true});
   }
-  // int32 first; ids that do not fit are rare, and gathered again as int64. A wide wire is checked
-  // against int32 as well: it decides whether int32 output can be had.
+  // Try int32 first. Ids that do not fit are rare, and are gathered again as int64. An int64 wire
+  // is checked against int32 as well, to know whether the ids can be resolved to int32.
   bool fits_int32 = true;
   if (self->options().narrow_wire) {
     auto lease = acquire(*self, total * sizeof(int32_t));
@@ -146,7 +147,7 @@ PyObject* stage_fast(PyObject*, PyObject* const* args, Py_ssize_t count) {
     }
     auto staged = py::reinterpret_steal<py::object>(
         make_staged_tokens(args[1], stage(pool, args[2], args[3], args[4], vocab_size)));
-    // Not before: a handler of the log may change the requests.
+    // Only now, because a handler of the log may change the requests.
     if (pool->may_have_news) log_events(*pool);
     return staged.release().ptr();
   });

@@ -1,4 +1,4 @@
-// Staged tokens as a Python type: resolved, sliced and read.
+// The Python type of staged tokens: resolves, slices and reads them.
 #include <pybind11/pybind11.h>
 #include <structmember.h>
 #include <torch/csrc/Dtype.h>
@@ -28,8 +28,8 @@ std::optional<at::Tensor> optional_tensor(py::handle object, const char* name) {
   return tensor_of(object, name);
 }
 
-// Waits for what a reader could not be ordered behind. A reader on the CPU has no stream, so the
-// host device's ids are waited for; not while a test holds the stream.
+// Waits for work that no stream orders before its readers. A reader on the CPU has no stream, so
+// this waits for ids on the host device, except while a test holds the stream.
 py::object finish(Resolved resolved, Device& device, bool blocking) {
   const bool host = resolved.ids.is_cpu();
   if (resolved.fence && (host ? !host_stream_held(host_current_stream()) : blocking)) {
@@ -88,9 +88,10 @@ py::object gather_from_relay(const py::object& relay, const py::object& indices,
   return finish(std::move(resolved), host_device(), false);
 }
 
-// stage() and resolve() run once a batch, when the caches hold something else. A call through
-// pybind11 then costs 0.6 us, and so does an instance: a tenth of both calls. So these two, and the
-// type between them, are written for CPython; all else is bound by pybind11.
+// stage() and resolve() run once per batch, when the caches hold other data. A call through
+// pybind11 then costs 0.6 us, and so does an instance: a tenth of the time of these calls.
+// So these two functions, and the type that connects them, use the CPython API directly; pybind11
+// binds everything else.
 
 struct StagedTokensObject {
   PyObject_HEAD PyObject* pool;  // the Python pool
@@ -98,7 +99,8 @@ struct StagedTokensObject {
   StagedTokens tokens;
 };
 
-// What stage() makes: pystage.StagedTokens, which derives from the type below. Never freed.
+// The type that stage() creates: pystage.StagedTokens, which derives from the type below. Never
+// freed.
 PyTypeObject* g_staged_tokens_type = nullptr;
 
 }  // namespace
@@ -119,7 +121,7 @@ PyObject* make_staged_tokens(PyObject* pool, StagedTokens tokens) {
   PyObject* object = g_staged_tokens_type->tp_alloc(g_staged_tokens_type, 0);
   if (!object) throw py::error_already_set();
   auto* self = reinterpret_cast<StagedTokensObject*>(object);
-  Py_XINCREF(pool);  // null in a slice of what the garbage collector has cleared
+  Py_XINCREF(pool);  // null in a slice of tokens that the garbage collector has cleared
   self->pool = pool;
   new (&self->tokens) StagedTokens(std::move(tokens));
   return object;
@@ -141,7 +143,7 @@ void end_staged_tokens(PyObject* object) {
   Py_DECREF(type);
 }
 
-// For the garbage collector: a pool may hold what was staged in it, as an attribute.
+// For the garbage collector: a pool may hold tokens that were staged in it, as an attribute.
 int traverse_staged_tokens(PyObject* object, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(object));
   Py_VISIT(reinterpret_cast<StagedTokensObject*>(object)->pool);

@@ -29,7 +29,7 @@ namespace {
 
 // --- lists of ints -----------------------------------------------------------------------------
 
-// Ints of one digit (below 2^30, so all token ids) are read in place.
+// Ints of one digit (below 2^30, which includes all token ids) are read in place.
 inline bool compact_int(PyObject* object, int64_t* value) {
   if (!PyLong_CheckExact(object)) return false;
 #if PY_VERSION_HEX >= 0x030C0000
@@ -63,8 +63,8 @@ int64_t any_int(PyObject* object, size_t request, size_t position) {
   return value;
 }
 
-// part.data is a list or tuple that the caller holds a reference to. Reading an id may run Python
-// code, which may change a list: its items are looked up anew each time.
+// part.data is a list or tuple to which the caller holds a reference. Reading an id may run Python
+// code, which may change the list, so each item is looked up when it is read.
 PyObject* item(const Part& part, size_t index) {
   auto* sequence = static_cast<PyObject*>(const_cast<void*>(part.data));
   const size_t at = part.first + index;
@@ -81,9 +81,9 @@ int64_t read_id(const Part& part, size_t index) {
   return any_int(object, part.request, part.first + index);
 }
 
-// Reads ints of one digit: whether all lie within the bounds, or null if there is another int. The
-// ints of a list lie scattered over many pages: reading from four places at once, and ahead, hides
-// the way there.
+// Reads ints of one digit. Returns whether all lie within the bounds, or null if there is an int of
+// another kind. The int objects of a list are scattered over many pages. Reading at four positions
+// at once, with prefetching, hides the memory latency.
 template <typename Out>
 std::optional<bool> read_compact(PyObject* const* items, size_t count, Out* dst, Bounds bounds) {
   constexpr size_t kRuns = 4, kAhead = 32;
@@ -132,7 +132,7 @@ bool read_part(const Part& part, void* dst, IntType wire, const Bounds* bounds) 
 
 // --- buffers and tensors -----------------------------------------------------------------------
 
-// Signed native integers of 4 or 8 bytes, whatever their letter on this platform.
+// Accepts signed native integers of 4 or 8 bytes, with any format letter that this platform uses.
 bool int_format(const Py_buffer& view, IntType* type) {
   const char* f = view.format ? view.format : "B";
   if (*f == '@' || *f == '=') ++f;
@@ -215,7 +215,7 @@ void Parts::add_buffer(Part& part, PyObject* object) {
   Py_buffer& view = views_.emplace_back();
   if (call_python(
           [&] { return PyObject_GetBuffer(object, &view, PyBUF_STRIDES | PyBUF_FORMAT); })) {
-    views_.pop_back();  // the others are released with this, whatever happens below
+    views_.pop_back();  // the destructor releases only the others
     throw py::error_already_set();
   }
   if (view.ndim != 1)

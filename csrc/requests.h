@@ -1,5 +1,5 @@
-// The requests of one stage() call as Python gives them: lists, tuples, buffers and tensors, none
-// of them copied.
+// The requests of one stage() call as Python passes them: lists, tuples, buffers and tensors. They
+// are not copied.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,15 +15,15 @@ namespace pystage {
 
 namespace py = pybind11;
 
-// What an error calls a request, and a type.
+// The names that errors use for a request and for a type.
 std::string where(size_t request);
 std::string type_name(PyObject* object);
 
-// Whether an object really is a torch.Tensor. isinstance() also believes what its __class__ says,
-// and runs Python code to find out.
+// Whether the type of an object really is torch.Tensor or a subclass. isinstance() also accepts
+// what the object's __class__ says, and runs Python code to find out.
 bool is_tensor(PyObject* object);
 
-// The parts of one call, and what keeps their memory in place until the gather is over.
+// The parts of one call, and the owners that keep their memory in place until the gather is over.
 class Parts {
  public:
   explicit Parts(size_t count) {
@@ -36,7 +36,7 @@ class Parts {
   Parts(const Parts&) = delete;
   Parts& operator=(const Parts&) = delete;
 
-  // Adds a whole request; narrow() then takes the part [start, stop) of it.
+  // Adds a whole request. narrow() then restricts it to the positions [start, stop).
   void add(PyObject* object);
   void narrow(size_t request, size_t start, size_t stop);
 
@@ -56,10 +56,11 @@ class Parts {
   bool has_lists_ = false;
 };
 
-// Any sequence as a list or tuple. A string or a mapping iterates too, but never over requests.
+// Returns any sequence as a list or tuple. Rejects strings and mappings: they can be iterated too,
+// but never over requests.
 py::object as_fast_sequence(py::handle object, const char* name);
 
-// `count` positions of a request each.
+// Reads a sequence of `count` positions, one for each request.
 std::vector<size_t> read_ends(py::handle object, const char* name, size_t count);
 
 }  // namespace pystage

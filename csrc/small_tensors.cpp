@@ -8,10 +8,10 @@
 namespace pystage {
 namespace {
 
-// On the host a tensor that was not delivered is not to look as if it had been.
+// The host device fills memory with this, so that a tensor that was not delivered looks wrong.
 constexpr int kNotDelivered = 0x5a;
 
-// The part of a tensor of bytes that begins at its byte `at`.
+// The part of a byte tensor that begins at its byte `at`.
 at::Tensor part(const at::Tensor& memory, size_t at, at::ScalarType dtype, at::IntArrayRef sizes) {
   return cut(memory.storage(), static_cast<size_t>(memory.storage_offset()) + at, dtype, sizes);
 }
@@ -77,7 +77,7 @@ void Parcel::deliver(const Poll& poll) {
                               : StagedTokens(pool_, host, false);
   lease.reset();
   const Resolved resolved = staged.resolve(target, at::kLong, false);
-  // A reader on the CPU has no stream to be ordered on.
+  // A reader on the CPU has no stream that could order it after the transfer.
   if (device_.is_cpu() && resolved.fence && !host_stream_held(stream_))
     backend_.synchronize(resolved.fence);
   delivered_ = used_;
@@ -107,7 +107,7 @@ std::vector<at::Tensor> small_tensors(at::TensorList values, c10::Device device)
       continue;
     }
     // GCOV_EXCL_START: small tensors on CUDA
-    // Of its own: what an op returns is no part of what it returns beside it.
+    // Each tensor has its own memory: the outputs of an op must not share a storage.
     const at::Tensor memory = empty_ids(device, at::kByte, Parcel::room(size));
     made.push_back(part(memory, 0, from.scalar_type(), from.sizes()));
     if (!size) continue;

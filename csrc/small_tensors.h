@@ -1,16 +1,16 @@
-// Small tensors: values of few bytes that go to the device as the parameters of one kernel.
+// Small tensors: a few bytes of values each, sent to the device as the parameters of one kernel.
 //
 // Note [Small tensors]
 // ~~~~~~~~~~~~~~~~~~~~
-// A batch has ten or so lists of one value a request: lengths, indices, temperatures. As tensors of
-// their own each costs an allocation of pinned memory, an event, and a copy that queues behind
-// others. A kernel's parameters are copied by the launch itself: nothing on the host has to outlive
-// it, so there is no slot and no fence, and no copy engine is in the way.
+// A batch has about ten lists with one value per request: lengths, indices, temperatures. If each
+// becomes a tensor of its own, each costs an allocation of pinned memory, an event, and a copy that
+// queues behind other copies. A launch copies the parameters of its kernel itself. So no host
+// memory has to outlive the launch, there is no slot and no fence, and no copy engine is involved.
 //
-// A Parcel is one piece of the device's memory that tensors are cut from one after another. The
-// caller writes a tensor's values on the host; deliver() launches a kernel that writes all that
-// were added since the last delivery. Until then the bytes of a tensor are arbitrary. So whoever
-// hands the tensors out delivers first.
+// A Parcel is one piece of device memory from which tensors are cut one after another. The caller
+// writes a tensor's values on the host; deliver() launches a kernel that writes all tensors that
+// were added since the last delivery. Until then the bytes of a tensor are arbitrary, so the caller
+// must deliver before it hands the tensors out.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,12 +25,12 @@ namespace pystage {
 
 class Parcel {
  public:
-  // For the stream that is current on the device of `pool`; both stay those of the parcel.
+  // The parcel keeps the device of `pool`, and the stream that is current there now.
   Parcel(std::shared_ptr<StagingPool> pool, size_t capacity);
   Parcel(const Parcel&) = delete;
   Parcel& operator=(const Parcel&) = delete;
 
-  // What a tensor takes of the capacity.
+  // The bytes of the capacity that a tensor takes.
   static size_t room(size_t bytes) {
     return (bytes + Device::kValuesAlignment - 1) / Device::kValuesAlignment *
            Device::kValuesAlignment;
@@ -39,11 +39,11 @@ class Parcel {
 
   struct Place {
     at::Tensor tensor;  // on the device
-    void* values;       // to be written by the caller before the delivery
+    void* values;       // the caller writes them before the delivery
   };
   Place add(at::ScalarType dtype, at::IntArrayRef sizes);
-  // On the parcel's stream, and without the GIL. Waits only for a slot, and only beyond what a
-  // launch takes.
+  // Runs on the parcel's stream; call it without the GIL. It waits only if the values do not fit
+  // into one launch: then it needs a slot, and may wait for one.
   void deliver(const Poll& poll = {});
 
  private:
@@ -56,8 +56,8 @@ class Parcel {
   size_t used_ = 0, delivered_ = 0;
 };
 
-// The op: CPU tensors of any dtype and shape, on `device`, by one launch. Without a pool: what is
-// too long for it is copied out of memory that torch pins.
+// The op: sends CPU tensors of any dtype and shape to `device` with one launch. It has no pool, so
+// tensors that do not fit into the launch are copied from memory that torch pins.
 std::vector<at::Tensor> small_tensors(at::TensorList values, c10::Device device);
 
 }  // namespace pystage

@@ -34,8 +34,8 @@ namespace {
 
 at::ScalarType scalar_type(IntType type) { return type == IntType::kInt32 ? at::kInt : at::kLong; }
 
-// Messages are put together from strings: where the extension was linked with a C++ library of its
-// own, a stream's number formatting meets the facets of torch's and crashes.
+// Messages are built from strings, not with a stream: if the extension is linked with its own C++
+// library, a stream formats numbers with the locale facets of torch's library, and crashes.
 std::string shape_of(const at::Tensor& tensor) {
   std::string text = "[";
   for (const int64_t size : tensor.sizes())
@@ -63,19 +63,19 @@ void check_out(const at::Tensor& out, c10::Device device, size_t count) {
                     "are written to it: pass the tensor that it is a view of");
 }
 
-// The tensor as it reads, without a lazy negation.
+// The tensor's values in memory, with a lazy negation applied.
 at::Tensor plain(const at::Tensor& tensor, const char* name) {
   check_memory(tensor, name);
   return tensor.resolve_neg();
 }
 
-// The storage, not the tensor: a worker thread lets go of it, and the end of a tensor may need the
-// GIL, which is not to be had while the interpreter shuts down.
+// Owns the storage, not the tensor, because a worker thread drops the owner. Destroying a tensor
+// may need the GIL, which a thread cannot get while the interpreter shuts down.
 std::shared_ptr<void> owner_of(const at::Tensor& tensor) {
   return std::make_shared<c10::Storage>(tensor.storage());
 }
 
-// Keeps memory of another stream until the current one is done with it.
+// Keeps another stream's memory allocated until the current stream has finished with it.
 void record_on_current_stream(const at::Tensor& tensor) {
   const c10::Device device = tensor.device();
   if (!device.is_cuda()) return;
@@ -85,7 +85,7 @@ void record_on_current_stream(const at::Tensor& tensor) {
   // GCOV_EXCL_STOP
 }
 
-// What is read on the current stream of `device` to gather relay[indices].
+// The RelayTail that gathers relay[indices] on the current stream of `device`.
 std::shared_ptr<RelayTail> make_tail(const at::Tensor& relay, const at::Tensor& indices,
                                      c10::Device device) {
   auto tail = std::make_shared<RelayTail>();
@@ -110,7 +110,7 @@ std::shared_ptr<RelayTail> make_tail(const at::Tensor& relay, const at::Tensor& 
   tail->indices = packed.const_data_ptr();
   tail->index_type = int_type(packed.scalar_type());
   tail->count = static_cast<size_t>(packed.numel());
-  // Until it is launched nothing else may take the memory of these two, the output least of all.
+  // Until the launch, nothing else may get the memory of these two tensors, above all the output.
   tail->owners.push_back(owner_of(packed));
   tail->owners.push_back(owner_of(source));
   record_on_current_stream(relay);
@@ -123,7 +123,8 @@ void check_int64(const at::Tensor& out) {
                    std::string("out must be int64, not ") + c10::toString(out.scalar_type()));
 }
 
-// Launches a transfer that reads no slot, and on the host fences it for whoever waits.
+// Launches a transfer that does not read a slot. On the host device it also records a fence, so
+// that readers can wait.
 Resolved launch_unleased(Device& backend, StreamHandle stream, Transfer t, const at::Tensor& out) {
   t.dst = out.mutable_data_ptr();
   Resolved resolved(out);
@@ -224,7 +225,7 @@ StagedTokens StagedTokens::slice(size_t start, size_t stop) const {
   StagedTokens part = *this;
   part.offset_ += start;
   part.count_ = stop - start;
-  part.eager_ = nullptr;  // whole batches only: a slice is transferred from the slot
+  part.eager_ = nullptr;  // eager ids are for whole batches; a slice reads the slot
   return part;
 }
 
@@ -234,7 +235,7 @@ at::Tensor StagedTokens::fallback_ids() const {
 }
 
 at::Tensor StagedTokens::cpu() const {
-  pool_->core().check_process();  // a child cannot read pinned memory of its parent
+  pool_->core().check_process();  // a child cannot read its parent's pinned memory
   if (fallback_) return fallback_ids().clone();
   at::Tensor ids = at::empty({static_cast<int64_t>(count_)}, at::kLong);
   if (count_)
@@ -251,7 +252,7 @@ OwnedIds::~OwnedIds() {
   if (ids_.defined() && !pool_->can_free()) new at::Tensor(std::move(ids_));
 }
 
-// Fills `out` from the slot, on `stream`, which is current. A tail takes by_kernel().
+// Fills `out` from the slot on `stream`, which must be current. A tail requires by_kernel().
 FenceHandle StagedTokens::transfer_to(const at::Tensor& out, StreamHandle stream,
                                       const std::shared_ptr<RelayTail>& tail) {
   Transfer t;
@@ -276,13 +277,13 @@ FenceHandle StagedTokens::transfer_to(const at::Tensor& out, StreamHandle stream
     t.dst = out.mutable_data_ptr();
     return lease_->launch_transfer(t, stream);
   }
-  // A copy engine cannot convert: copy as is, convert on the device.
+  // A copy engine cannot convert, so copy the ids as they are and convert on the device.
   const at::Tensor raw = empty_ids(out.device(), scalar_type(wire_), count_);
   t.dst = raw.mutable_data_ptr();
   t.out = wire_;
   const FenceHandle fence = lease_->launch_transfer(t, stream);
   out.copy_(raw);
-  pool_->backend_->record(fence, stream);  // whoever waits for the fence waits for `out`
+  pool_->backend_->record(fence, stream);  // so that the fence also covers `out`
   return fence;
   // GCOV_EXCL_STOP
 }
@@ -290,8 +291,8 @@ FenceHandle StagedTokens::transfer_to(const at::Tensor& out, StreamHandle stream
 void StagedTokens::start_eager() {
   if (!lease_) return;
   const DeviceScope scope(pool_->device_);
-  // Allocated on the stream that writes it: memory of the consumer's stream would be safe to write
-  // only behind everything that stream still has to do.
+  // Allocate on the stream that writes the memory. Memory of the consumer's stream could be written
+  // only after all work that is still pending on that stream.
   const c10::OptionalStreamGuard stream_guard(pool_->eager_stream_);
   const StreamHandle stream = pool_->eager_stream();
   at::Tensor ids = pool_->outputs_.allocate(at::kLong, count_, stream);
@@ -315,7 +316,7 @@ at::Tensor StagedTokens::take_eager(StreamHandle stream) {
   std::lock_guard<std::mutex> guard(eager_->mutex);
   if (!eager_->ids.defined()) return {};
   pool_->backend_->wait(stream, eager_->fence);
-  // The memory belongs to the pool's stream; keep it until the reader's stream is done too.
+  // The memory belongs to the pool's stream. Keep it until the reader's stream has finished too.
   record_on_current_stream(*eager_->ids);
   return eager_->ids.take();
 }
@@ -350,11 +351,11 @@ Resolved StagedTokens::resolve(const std::optional<at::Tensor>& out, at::ScalarT
 Resolved StagedTokens::resolve_fallback(const at::Tensor& ids, StreamHandle stream, bool blocking) {
   const at::Tensor from = fallback_ids();
   if (!ids.is_cpu()) {
-    // Torch's host allocator keeps its block until the stream is past the copy.
+    // Torch's host allocator keeps the block until the stream has passed the copy.
     at::Tensor(ids).copy_(from, /*non_blocking=*/!blocking);
     return {ids};
   }
-  Transfer t;  // in its turn on the host device's stream, as any other
+  Transfer t;  // in order on the host device's stream, like any other transfer
   t.src = from.const_data_ptr();
   t.wire = IntType::kInt64;
   t.out = int_type(ids.scalar_type());
@@ -417,12 +418,11 @@ at::Tensor fallback_memory(c10::Device device, size_t count) {
   const auto options = at::TensorOptions().dtype(at::kLong).device(at::kCPU);
   const std::array<int64_t, 1> size{static_cast<int64_t>(count)};
   if (!device.is_cuda()) return at::empty(size, options);
-  // GCOV_EXCL_START: torch pins memory with CUDA alone
+  // GCOV_EXCL_START: torch pins memory only with CUDA
   try {
     return at::empty(size, options.pinned_memory(true));
   } catch (const c10::Error&) {
-    // What kept the pool from pinning keeps torch from it too: pageable memory is slower, not
-    // wrong.
+    // Torch cannot pin for the same reason as the pool. Pageable memory is slower, but correct.
     return at::empty(size, options);
   }
   // GCOV_EXCL_STOP
@@ -457,8 +457,8 @@ void transfer_tensor(const at::Tensor& wire, const at::Tensor& out) {
   t.out = int_type(out.scalar_type());
   t.count = static_cast<size_t>(src.numel());
   if (wire.is_cpu()) {
-    // Only memory that torch pinned can be fenced: its allocator then keeps the block until the
-    // stream is past this point. Anything else takes torch's own way.
+    // If torch pinned the memory, its allocator can record an event, and then keeps the block until
+    // the stream has passed this point. All other memory is copied by torch.
     const c10::DataPtr& data = src.storage().data_ptr();
     at::HostAllocator* allocator = at::getHostAllocator(device.type());
     const bool pinned = src.is_pinned() && backend.kernels_read_pinned();

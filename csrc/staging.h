@@ -1,4 +1,4 @@
-// The pool in torch's terms: devices, streams and tensors. Knows no Python.
+// The pool for torch's devices, streams and tensors. Does not depend on Python.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,14 +18,14 @@ namespace pystage {
 
 struct StagingOptions {
   PoolOptions pool;
-  bool eager = false;        // launch at stage time, on a stream of the pool's own
+  bool eager = false;        // launch in stage(), on the pool's own stream
   bool copy_engine = false;  // cudaMemcpyAsync instead of the kernel
-  bool narrow_wire = true;   // int32 on the wire where the ids fit
+  bool narrow_wire = true;   // int32 on the wire if the ids fit
 };
 
-// Makes a device current for a scope, for CUDA and not only for torch, which may put off the
-// change of a device until it needs one. Costs one query where the device is current already;
-// c10's guards make three.
+// Makes a device current for a scope, in CUDA and not only in torch, which may defer the change of
+// device until it needs one. If the device is already current, this costs one query; c10's guards
+// make three.
 class DeviceScope {
  public:
   explicit DeviceScope(c10::Device device);
@@ -40,11 +40,11 @@ class DeviceScope {
 // Throws a TypeError unless the tensor has memory that can be read or written at its data pointer.
 void check_memory(const at::Tensor& tensor, const std::string& name);
 
-// The layer below, for a device; throws DeviceError where there is none.
+// The Device that implements a torch device. Throws DeviceError if there is none.
 Device& backend_of(c10::Device device);
 StreamHandle current_stream_of(c10::Device device);
 
-// A fence that no slot holds.
+// A new fence that does not belong to a slot.
 std::shared_ptr<void> make_fence(Device& device);
 
 class StagedTokens;
@@ -62,21 +62,22 @@ class StagingPool {
 
   StreamHandle current_stream() const;
   StreamHandle eager_stream() const;
-  // A new tensor [count] for work on `stream`, which is current; small ones are cut from blocks.
+  // A new tensor [count] for work on `stream`, which must be current. Small tensors are cut from
+  // blocks.
   at::Tensor output(at::ScalarType dtype, size_t count, StreamHandle stream) {
     return outputs_.allocate(dtype, count, stream);
   }
-  // Ends the pool; what was handed out stays valid. `poll` as for Pool::close().
+  // Ends the pool. Staged tokens and tensors stay valid. `poll` is as for Pool::close().
   void close(const Poll& poll = {});
-  // Whether torch's allocators can take memory of the device back. In a forked child, and after an
-  // error that ends the context, they throw instead, where nothing may throw.
+  // Whether torch's allocators can free memory of the device. In a forked child, and after an error
+  // that ended the context, they throw instead, and would do so in destructors.
   bool can_free() const noexcept;
 
-  // All guarded by the GIL.
+  // The GIL guards all of these.
   bool warned_pageable = false;
-  bool may_have_news = false;  // it may have grown or fallen back: to be logged
+  bool may_have_news = false;  // it may have grown or fallen back, which must be logged
   uint64_t logged_allocations = 0, logged_fallbacks = 0;
-  bool closing = false;  // close() was called: the end of a lease may free pinned memory
+  bool closing = false;  // close() was called, so the end of a lease may free pinned memory
 
  private:
   friend class StagedTokens;
@@ -96,16 +97,17 @@ struct Resolved {
 
   at::Tensor ids;
   FenceHandle fence = nullptr;
-  std::shared_ptr<void> fence_owner;  // of a fence that is no slot's
-  // What was gathered behind the ids: its `bad` may be read once the fence is done.
+  std::shared_ptr<void> fence_owner;  // if the fence does not belong to a slot
+  // The tail that was gathered after the ids. Its `bad` may be read once the fence is done.
   std::shared_ptr<RelayTail> tail;
 };
 
-// relay[indices] as int64, in `out` where given, ordered on the current stream.
+// Gathers relay[indices] as int64 on the current stream, into `out` if given.
 Resolved gather_relay(const at::Tensor& relay, const at::Tensor& indices,
                       const std::optional<at::Tensor>& out);
 
-// A tensor that is dropped without a call of torch's allocators where these would throw.
+// Owns a tensor. If torch's allocators would throw, its destructor leaks the tensor and does not
+// call them.
 class OwnedIds {
  public:
   OwnedIds(std::shared_ptr<StagingPool> pool, at::Tensor ids)
@@ -124,16 +126,16 @@ class OwnedIds {
   at::Tensor ids_;
 };
 
-// The device memory that an eager transfer fills, until resolve() hands it out, once.
+// The device memory that an eager transfer fills. resolve() hands it out, once.
 struct EagerIds {
   EagerIds(std::shared_ptr<StagingPool> pool, at::Tensor ids, FenceHandle fence)
       : ids(std::move(pool), std::move(ids)), fence(fence) {}
   std::mutex mutex;  // resolve() runs without the GIL
   OwnedIds ids;
-  const FenceHandle fence;  // the slot's
+  const FenceHandle fence;  // belongs to the slot
 };
 
-// Ids in a slot, or in a part of one. Copies share the lease.
+// Ids in a slot or in a part of a slot. Copies share the lease.
 class StagedTokens {
  public:
   StagedTokens(std::shared_ptr<StagingPool> pool, std::shared_ptr<Lease> lease, IntType wire,
@@ -143,31 +145,32 @@ class StagedTokens {
         wire_(wire),
         count_(count),
         fits_int32_(fits_int32) {}
-  // Ids that found no slot, in memory of torch's own.
+  // For ids that got no slot: they are in memory from torch's allocator.
   StagedTokens(std::shared_ptr<StagingPool> pool, at::Tensor fallback, bool fits_int32);
 
   size_t count() const { return count_; }
   IntType wire() const { return wire_; }
   bool is_pinned() const;
   StagingPool& pool() const { return *pool_; }
-  // Whether the end of these tokens may call the device: memory of torch's own goes back, or that
-  // of a pool that closes.
+  // Whether the destructor may call the device, because it frees torch's memory or the memory of a
+  // pool that is closing.
   bool end_calls_device() const { return pool_->closing || fallback_ || eager_; }
 
   StagedTokens slice(size_t start, size_t stop) const;
-  // int64 on the CPU, in memory of its own.
+  // A copy of the ids, as an int64 CPU tensor.
   at::Tensor cpu() const;
-  // Launches the transfer on the pool's stream into device memory that resolve() then hands out.
+  // Launches the transfer on the pool's stream. It fills device memory that resolve() hands out.
   void start_eager();
-  // Ids on the device, ordered on the current stream: in `out` where given, else in a new tensor
-  // of `dtype`. Does not wait, but for ids that found no slot if `blocking`: these have no fence.
+  // Returns the ids on the device, ordered on the current stream: in `out` if given, else in a new
+  // tensor of `dtype`. Does not wait, except for ids that got no slot, if `blocking`: these have no
+  // fence.
   Resolved resolve(const std::optional<at::Tensor>& out, at::ScalarType dtype, bool blocking);
-  // As resolve(), with relay[indices] behind the ids; int64.
+  // Like resolve(), but appends relay[indices] to the ids. The output is int64.
   Resolved resolve_mixed(const at::Tensor& relay, const at::Tensor& indices,
                          const std::optional<at::Tensor>& out);
 
  private:
-  // The current stream, which must not capture a graph.
+  // The current stream. Throws CaptureError if it captures a graph.
   StreamHandle resolving_stream() const;
   // Whether a kernel (or the host device) reads the slot.
   bool by_kernel() const;
@@ -175,7 +178,7 @@ class StagedTokens {
                           const std::shared_ptr<RelayTail>& tail = nullptr);
   at::Tensor fallback_ids() const;
   Resolved resolve_fallback(const at::Tensor& ids, StreamHandle stream, bool blocking);
-  // The eager ids, ordered on `stream`; undefined if there are none, or were handed out.
+  // The eager ids, ordered on `stream`. Undefined if there are none, or if they were handed out.
   at::Tensor take_eager(StreamHandle stream);
 
   std::shared_ptr<StagingPool> pool_;
@@ -184,14 +187,14 @@ class StagedTokens {
   size_t offset_ = 0;
   size_t count_;
   bool fits_int32_;
-  std::shared_ptr<OwnedIds> fallback_;  // instead of the lease
+  std::shared_ptr<OwnedIds> fallback_;  // used instead of the lease
   std::shared_ptr<EagerIds> eager_;
 };
 
-// Memory for ids that found no slot: pinned by torch where it can be, else pageable.
+// Memory for ids that got no slot: pinned by torch if possible, else pageable.
 at::Tensor fallback_memory(c10::Device device, size_t count);
 
-// The op: ids in any CPU or device tensor, to int64 or int32 on the device of `out`.
+// The op: copies the ids of a CPU or device tensor to `out`, which is int64 or int32.
 void transfer_tensor(const at::Tensor& wire, const at::Tensor& out);
 
 }  // namespace pystage

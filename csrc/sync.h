@@ -1,5 +1,5 @@
-// What the threads of a pool meet in. With PYSTAGE_SCHEDULED these are the test scheduler's, which
-// decides at each of them who runs next.
+// The mutex, condition variable, atomic and clock types of the pool. With PYSTAGE_SCHEDULED they
+// are those of the test scheduler, which decides at each use which thread runs next.
 #pragma once
 
 #ifdef PYSTAGE_SCHEDULED

@@ -38,7 +38,7 @@ struct CUevent_st {
 
 struct CUctx_st {
   int device = 0;
-  int references = 0;  // of a primary context
+  int references = 0;  // if this is a primary context
   bool primary = false;
   CUstream_st legacy;
   std::map<std::thread::id, CUstream_st> per_thread;
@@ -55,7 +55,7 @@ namespace {
 struct Block {
   size_t bytes = 0;
   int device = 0;
-  std::vector<char> first_seen;  // by a kernel
+  std::vector<char> first_seen;  // the bytes that a kernel first read
 };
 
 struct Variable {
@@ -81,7 +81,7 @@ struct World {
 
   std::map<std::string, int> calls;
   std::string fail_name, failed;
-  int fail_after = 0;  // calls; 0: none fails
+  int fail_after = 0;  // this many calls; 0: no call fails
   CUresult fail_code = CUDA_SUCCESS;
   bool fail_stays = false, lost = false;
 
@@ -107,12 +107,12 @@ CUcontext current_context() { return t_contexts.empty() ? nullptr : t_contexts.b
 
 enum Needs : unsigned {
   kNothing = 0,
-  kContext = 1,  // of the calling thread
-  kDevice = 2,   // one that is not lost
-  kSafe = 4,     // no capture in the global mode elsewhere
+  kContext = 1,  // a current context
+  kDevice = 2,   // a device that is not lost
+  kSafe = 4,     // no capture in the global mode in another thread
 };
 
-// What every call does first. The lock is held from here to the call's end.
+// Every call begins with this. The lock is then held until the call ends.
 CUresult enter(Lock& lock, const char* name, unsigned needs) {
   World& w = world();
   lock = Lock(w.mutex);
@@ -157,7 +157,8 @@ CUstream named(CUcontext context, CUstream stream) {
   return w.streams.count(stream) ? stream : nullptr;
 }
 
-// The stream that a handle means in the calling thread; null if it is none of the current context.
+// The stream that a handle means in the calling thread. Null if it does not belong to the current
+// context.
 CUstream find_stream(CUstream handle) {
   CUstream stream = named(current_context(), handle);
   return stream && stream->context == current_context() ? stream : nullptr;
@@ -200,7 +201,7 @@ Block* block_of(const char* address) {
   return address < it->first + it->second.bytes ? &it->second : nullptr;
 }
 
-// What a kernel of the device sees at an address of the host's memory.
+// The bytes that a kernel of the device reads at an address of host memory.
 const char* seen_by_kernel(int device, const char* address) {
   World& w = world();
   Block* block = block_of(address);
@@ -210,7 +211,7 @@ const char* seen_by_kernel(int device, const char* address) {
   return block->first_seen.data() + (address - it->first);
 }
 
-// transfer_single<In, Out> and transfer_vectors<In, Out>, by their mangled names.
+// Runs transfer_single<In, Out> or transfer_vectors<In, Out>, which it knows by the mangled names.
 void run_transfer(const CUfunc_st& kernel, const char* src, char* dst, size_t count) {
   const size_t in_name = kernel.name.find("I", kernel.name.find("transfer_")) + 1;
   const bool wide_in = kernel.name[in_name] == 'l', wide_out = kernel.name[in_name + 1] == 'l';
@@ -457,7 +458,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
     const auto* pieces = static_cast<const pystage::ValuesPiece*>(args[0]);
     const size_t count = config->gridDimX;
     const auto* values = reinterpret_cast<const char*>(pieces + count);
-    for (size_t i = 0; i < count; ++i) {  // copied now, as parameters are
+    for (size_t i = 0; i < count; ++i) {  // copied during the launch, like parameters
       const char* first = values + pieces[i].first * 16;
       put(stream,
           [bytes = std::vector<char>(first, first + pieces[i].count * 16), dst = pieces[i].dst] {
@@ -729,7 +730,7 @@ cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorName(cudaError_t) { return "cudaErrorOfTheStub"; }
 const char* cudaGetErrorString(cudaError_t) { return "told to fail"; }
 
-// What nvcc's host code calls while the program starts.
+// The functions that nvcc's host code calls when the program starts.
 void** __cudaRegisterFatBinary(void*) {
   static void* handle = nullptr;
   return &handle;
@@ -743,7 +744,7 @@ void __cudaRegisterFunction(void**, const char* symbol, char*, const char* name,
 void __cudaRegisterVar(void**, char* symbol, char*, const char*, int, size_t bytes, int, int) {
   world().variables[symbol].bytes = bytes;
 }
-// What it calls for <<<>>> and managed variables, of which there are none.
+// The functions that it calls for <<<>>> and managed variables. pystage uses neither.
 char __cudaInitModule(void**) { not_stubbed("__cudaInitModule"); }
 cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { not_stubbed("__cudaGetKernel"); }
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) {

@@ -1,4 +1,4 @@
-// What the C++ tests share.
+// Helpers that the C++ tests share.
 #pragma once
 
 #include <signal.h>
@@ -33,7 +33,7 @@ using LeasePtr = std::shared_ptr<Lease>;
 
 enum class Fail { kNothing, kAllocate, kPageable, kFence, kLaunch, kRecord, kQuery };
 
-// The host device, with what the pool asks of it counted, and made to fail on request.
+// The host device. Counts the calls of the pool and makes them fail on request.
 class CountingDevice final : public Device {
  public:
   const std::string& name() const override { return name_; }
@@ -58,7 +58,7 @@ class CountingDevice final : public Device {
       std::lock_guard<std::mutex> guard(mutex_);
       live_bytes_ -= memory.bytes;
     }
-    std::memset(memory.host, 0xdd, memory.bytes);  // whoever still reads it shall notice
+    std::memset(memory.host, 0xdd, memory.bytes);  // so that a late reader gets wrong ids
     host_device().free(memory);
   }
 
@@ -97,7 +97,7 @@ class CountingDevice final : public Device {
   size_t max_bytes() const { return locked(max_bytes_); }
 
   std::atomic<Fail> fail{Fail::kNothing};
-  // Relaxed: counting must not order what the pool has to order itself.
+  // Use relaxed order: the counters must not add ordering that the pool has to provide.
   std::atomic<int> fences{0}, live_fences{0};
   // Set before any other thread uses the device.
   std::function<void()> on_allocate, on_query;
@@ -123,7 +123,7 @@ inline CountingDevice& new_device() {
   return *devices->emplace_back(std::make_unique<CountingDevice>());
 }
 
-// Owns a pool as StagingPool does: the end of the owner drops it.
+// Owns a pool as StagingPool does: the owner's destructor drops it.
 class Owner {
  public:
   Owner(Device& device, const PoolOptions& options) : pool_(Pool::create(device, options)) {}
@@ -141,7 +141,7 @@ class Owner {
   std::shared_ptr<Pool> pool_;
 };
 
-// Keeps a host stream pending for a scope.
+// Keeps the work of a host stream pending for a scope.
 class Held {
  public:
   explicit Held(StreamHandle stream) : hold_(host_device().hold(stream)) {}
@@ -157,7 +157,7 @@ class Held {
   void* hold_;
 };
 
-// A fence of the test's own.
+// A fence that belongs to the test.
 class Fence {
  public:
   Fence() : fence_(host_device().create_fence()) {}
@@ -173,14 +173,14 @@ class Fence {
   FenceHandle fence_;
 };
 
-// Waits for all that is on a stream now.
+// Waits for all work that is on a stream now.
 inline void drain(StreamHandle stream) {
   Fence fence;
   fence.record(stream);
   fence.synchronize();
 }
 
-// A transfer to come, and what it has to bring. It keeps no lease.
+// The output of a pending transfer, and the ids that it must bring. It does not hold the lease.
 struct Output {
   Ids expected;
   std::shared_ptr<Ids> actual;
@@ -203,7 +203,7 @@ inline void write(Lease& lease, const Ids& ids) {
   std::memcpy(lease.data(), ids.data(), ids.size() * sizeof(int64_t));
 }
 
-// Ids that no other call returns, so that a stale or foreign slot shows.
+// Ids that no other call returns, so that a read of a stale or wrong slot shows.
 inline Ids fresh_ids(size_t count) {
   static std::atomic<int64_t> next{1};
   const int64_t first = next.fetch_add(static_cast<int64_t>(count), std::memory_order_relaxed);
@@ -212,14 +212,14 @@ inline Ids fresh_ids(size_t count) {
   return ids;
 }
 
-// Fills the whole slot and launches it.
+// Fills the whole slot and launches a transfer from it.
 inline Output stage_and_launch(Lease& lease, StreamHandle stream) {
   Ids ids = fresh_ids(lease.bytes() / sizeof(int64_t));
   write(lease, ids);
   return launch(lease, stream, std::move(ids));
 }
 
-// Spins until another thread has got somewhere. False if it does not within a minute.
+// Spins until another thread has made the predicate true. False if that takes over a minute.
 template <typename Predicate>
 bool eventually(Predicate predicate) {
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::minutes(1);
@@ -230,7 +230,7 @@ bool eventually(Predicate predicate) {
   return true;
 }
 
-// PYSTAGE_DEBUG_CANARIES for a scope.
+// Sets PYSTAGE_DEBUG_CANARIES for a scope.
 class Canaries {
  public:
   explicit Canaries(const char* value = "1") { setenv("PYSTAGE_DEBUG_CANARIES", value, 1); }
@@ -239,7 +239,7 @@ class Canaries {
   Canaries& operator=(const Canaries&) = delete;
 };
 
-// Ends a child of fork: with an exit status, or, as a signal's handler, with that signal.
+// Ends a child of fork: with an exit status, or, if used as a signal handler, with that signal.
 [[noreturn]] inline void exit_child(int status) {
 #ifdef PYSTAGE_COVERAGE
   __gcov_dump();
@@ -257,7 +257,7 @@ inline void end_of_child(int signal) {
 class Random {
  public:
   explicit Random(uint64_t seed) : engine_(seed) {}
-  // In [lo, hi], which includes the extremes of T.
+  // A value in [lo, hi]. The bounds may be the extremes of T.
   template <typename T>
   T in(T lo, T hi) {
     return std::uniform_int_distribution<T>(lo, hi)(engine_);

@@ -1,5 +1,5 @@
-// A device that moves only when a test says so, and knows at each moment what its streams have yet
-// to read.
+// A device whose streams move only when a test steps them. It knows at each moment what the streams
+// still have to read.
 #pragma once
 
 #include <algorithm>
@@ -22,11 +22,11 @@ class ModelDevice final : public Device {
  public:
   explicit ModelDevice(size_t streams) : streams_(streams) {}
 
-  // At the start of each call, with its name. May throw where the call may.
+  // Called at the start of each call, with its name. May throw if the call may throw.
   std::function<void(const char*)> on_call = [](const char*) {};
-  // What the pool has done wrong; the first counts.
+  // The first error of the pool that was found; empty if none.
   std::string wrong;
-  // Faults of the device's own, which a test has to notice.
+  // Faults of the device itself, which the tests must detect.
   bool records_nothing = false;
   bool says_done = false;
 
@@ -48,7 +48,7 @@ class ModelDevice final : public Device {
   }
   void free(const HostMemory& memory) noexcept override {
     on_call("free");
-    if (has_to_read(memory.host, memory.bytes))  // which it shall: the memory stays
+    if (has_to_read(memory.host, memory.bytes))  // keep the memory for the stream
       return note("memory was freed that a stream has yet to read");
     const auto it = memory_.find(memory.host);
     if (it == memory_.end()) return note("memory was freed twice");
@@ -114,13 +114,13 @@ class ModelDevice final : public Device {
 
   StreamHandle stream(size_t number) { return &streams_[number]; }
   size_t streams() const { return streams_.size(); }
-  // Whether a stream has something to do that waits for no other.
+  // Whether a stream has work that does not wait for another stream.
   bool busy(size_t number) const {
     const Stream& stream = streams_[number];
     return !stream.empty() &&
            !(stream.front().waits && stream.front().fence->reached < stream.front().point);
   }
-  // Does the next thing on a stream.
+  // Runs the next task of a stream.
   void step(size_t number) {
     const Task task = std::move(streams_[number].front());
     streams_[number].pop_front();
@@ -138,7 +138,7 @@ class ModelDevice final : public Device {
         for (; busy(s); moved = true) step(s);
     }
   }
-  // Whether a stream has yet to read any of these bytes.
+  // Whether a stream still has to read any of these bytes.
   bool has_to_read(const char* from, size_t bytes) const {
     for (const Stream& stream : streams_)
       for (const Task& task : stream)

@@ -18,10 +18,11 @@ namespace pystage::schedule {
 namespace {
 
 constexpr size_t kStackBytes = size_t{256} << 10;
-constexpr size_t kMostSteps = 50000;  // of one run: more is a livelock
+constexpr size_t kMostSteps = 50000;  // more steps in one run are a livelock
 constexpr size_t kTraceSteps = 400;
 
-// What was thrown and not yet caught is kept a real thread: each fiber brings its own.
+// The C++ runtime keeps the exceptions in flight per real thread. Each fiber has its own copy of
+// this state.
 struct Exceptions {
   void* caught = nullptr;
   unsigned int uncaught = 0;
@@ -31,7 +32,7 @@ Exceptions& exceptions() { return *reinterpret_cast<Exceptions*>(abi::__cxa_get_
 struct Stack {
   ucontext_t context;
   Exceptions exceptions;
-  void* fake = nullptr;  // AddressSanitizer's
+  void* fake = nullptr;  // AddressSanitizer's fake stack
   const void* bottom = nullptr;
   size_t bytes = 0;
 };
@@ -54,16 +55,16 @@ struct Agent {
 struct Choice {
   size_t taken;
   size_t options;
-  int departures;    // made before this one
-  uint64_t departs;  // which options are departures: a bit each
+  int departures;    // number made before this choice
+  uint64_t departs;  // one bit per option: whether it is a departure
 };
 
 }  // namespace
 
-// Runs one schedule, and remembers it.
+// Runs one schedule and records it.
 class Engine {
  public:
-  // First the choices of `prefix`, then the plain ones; or random ones, where there is a seed.
+  // Makes the choices of `prefix`, then the plain ones. With a seed, makes random choices.
   explicit Engine(std::vector<size_t> prefix) : prefix_(std::move(prefix)) {}
   explicit Engine(uint64_t seed) : random_(true), engine_(seed), rarely_(2 + seed % 7) {}
 
@@ -102,7 +103,7 @@ class Engine {
     failed_at_ = steps_.size();
   }
 
-  // A scheduling point of the running fiber; of main, if null.
+  // A scheduling point of the running fiber, or of main if `from` is null.
   void pick(Fiber* from, const char* what) {
     steps_.push_back({from ? Step::kThread : Step::kMain, self_, what});
     for (;;) {
@@ -167,7 +168,7 @@ class Engine {
     return {};
   }
 
-  // As "12*0,1,3*0,2".
+  // In the form "12*0,1,3*0,2".
   std::string schedule() const {
     std::string text;
     for (size_t i = 0, same; i < choices_.size(); i += same) {
@@ -179,7 +180,7 @@ class Engine {
     return text;
   }
 
-  // What happened up to the failure.
+  // The steps up to the failure.
   std::string trace() const {
     std::string text;
     for (size_t i = failed_at_ > kTraceSteps ? failed_at_ - kTraceSteps : 0; i < failed_at_; ++i)
@@ -206,7 +207,7 @@ class Engine {
     return static_cast<int>(choice.departs >> option & 1);
   }
 
-  // What may happen next, the plain way first.
+  // Finds the steps that are possible now, the plain one first.
   void find_options(Fiber* from) {
     options_.clear();
     departs_ = 0;
@@ -246,7 +247,7 @@ class Engine {
   }
 
   static std::vector<const void*>& spare_stacks() {
-    static auto* stacks = new std::vector<const void*>;  // never destroyed, so it holds them
+    static auto* stacks = new std::vector<const void*>;  // never destroyed, to keep them alive
     return *stacks;
   }
 
@@ -274,10 +275,10 @@ class Engine {
     fiber.body = nullptr;
     fiber.ended = true;
     engine.pick(&fiber, "end");
-    std::abort();  // nobody comes back to it
+    std::abort();  // a finished fiber is never resumed
   }
 
-  // Back to go(), for good.
+  // Returns to go() for ever.
   void leave(Fiber* from) {
     if (from) switch_to(*from, main_, from->ended);
   }
@@ -297,7 +298,7 @@ class Engine {
     const void* bottom = nullptr;
     size_t bytes = 0;
     __sanitizer_finish_switch_fiber(here.fake, &bottom, &bytes);
-    if (!main_.bottom) {  // the first switch of all comes from main
+    if (!main_.bottom) {  // the very first switch comes from main
       main_.bottom = bottom;
       main_.bytes = bytes;
     }
@@ -307,7 +308,7 @@ class Engine {
   const std::vector<size_t> prefix_;
   const bool random_ = false;
   std::mt19937_64 engine_;
-  const uint64_t rarely_ = 1;  // one departure in so many
+  const uint64_t rarely_ = 1;  // a departure is allowed at one choice in this many
 
   Run* run_ = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers_;
@@ -328,7 +329,7 @@ class Engine {
 
 Engine* Engine::active_ = nullptr;
 
-// --- what the pool is built on -----------------------------------------------------------------
+// --- what the pool uses ------------------------------------------------------------------------
 
 void point(const char* what) {
   if (Engine* engine = Engine::active()) engine->pick(&engine->self(), what);
@@ -341,7 +342,7 @@ void Mutex::lock() {
     engine->pick(&self, "lock");
     self.wants = nullptr;
   }
-  if (locked_) std::abort();  // outside go() nobody could unlock it
+  if (locked_) std::abort();  // outside go() no other thread could unlock it
   locked_ = true;
 }
 
@@ -362,7 +363,7 @@ void ConditionVariable::notify_all() {
 
 void ConditionVariable::wait_until(Mutex& mutex, Clock::time_point deadline) {
   Engine* engine = Engine::active();
-  if (!engine) std::abort();  // outside go() nobody could notify
+  if (!engine) std::abort();  // outside go() no other thread could notify
   Fiber& self = engine->self();
   mutex.unlock();
   self.waits_for = this;
@@ -394,7 +395,7 @@ void note_failure(Result& result, const Engine& engine) {
 
 Result explore(const Scenario& scenario, int bound) {
   Result result;
-  // Few departures first, for a failure that is short to read.
+  // Try few departures first, so that a failing schedule is short.
   for (int most = 0; most <= bound; ++most) {
     result.runs = 0;
     std::vector<size_t> prefix;

@@ -1,13 +1,13 @@
-// A scheduler that decides, at each mutex, condition variable, atomic, clock and device call of the
-// pool, who runs next; so every interleaving can be tried, and each can be run again.
+// A scheduler that decides which thread runs next, at each mutex, condition variable, atomic, clock
+// and device call of the pool. So every interleaving can be tried, and each can be run again.
 //
-// Threads are fibers on one real thread. A schedule is the list of what was chosen wherever there
-// was a choice: another thread, a step of a stream, the end of a timed wait. Time is virtual: it
-// moves when a timed wait ends without a notification. The memory model is sequential consistency;
-// weaker orders are for ThreadSanitizer, which sees nothing here.
+// Threads are fibers on one real thread. A schedule is the list of the choices that were made where
+// there was a choice: another thread, a step of a stream, or the end of a timed wait. Time is
+// virtual: it advances when a timed wait ends without a notification. The memory model is
+// sequential consistency. Weaker orders are left to ThreadSanitizer, which cannot check these runs.
 //
-// Relacy is the same idea with weak memory. It does not fit: the pool throws and catches across
-// scheduling points, and waits with timeouts.
+// Relacy has the same idea and also models weak memory. It does not fit here: the pool throws and
+// catches across scheduling points, and waits with timeouts.
 #pragma once
 
 #include <atomic>
@@ -97,18 +97,18 @@ class Atomic {
 class Run {
  public:
   void thread(std::function<void()> body);
-  // Something beside the threads that moves on its own while it is ready: a stream.
+  // Something besides the threads that can make a step while it is ready: a stream.
   void agent(std::function<bool()> ready, std::function<void()> step);
-  // Whether a timed wait may end by itself. Where it may not, a lost notification is a deadlock.
+  // Whether a timed wait may end without a notification. If not, a lost notification is a deadlock.
   bool timeouts = true;
   // Runs the threads to their end.
   void go();
-  // Notes what is wrong; the first counts.
+  // Reports an error. Only the first one is kept.
   void fail(const std::string& error);
   void check(bool ok, const char* what) {
     if (!ok) fail(what);
   }
-  // Whether go() came to its end; else threads are stuck, and what they hold must stay.
+  // Whether go() finished. If not, threads are stuck, and what they hold must not be destroyed.
   bool ended() const { return ended_; }
 
  private:
@@ -122,18 +122,19 @@ using Scenario = std::function<void(Run&)>;
 
 struct Result {
   size_t runs = 0;
-  std::string error;     // of the first bad run; empty if there is none
-  std::string schedule;  // that run's, for replay()
-  std::string trace;     // and what happened in it
+  std::string error;     // of the first failed run; empty if none failed
+  std::string schedule;  // of that run, for replay()
+  std::string trace;     // the steps of that run
 };
 
-// Runs all schedules with at most `bound` departures from the plain one, in which a thread runs
-// until it blocks, and a stream moves and time passes only when all threads are blocked. Which
-// thread runs after one that blocked is no departure: all are tried.
+// Runs all schedules with at most `bound` departures from the plain schedule. In the plain schedule
+// a thread runs until it blocks, and streams move and time passes only when all threads are
+// blocked. The choice of the thread that runs after one that blocked is not a departure: all are
+// tried.
 Result explore(const Scenario& scenario, int bound);
-// Runs random schedules, one a seed.
+// Runs random schedules, one per seed.
 Result sample(const Scenario& scenario, uint64_t first_seed, size_t runs);
-// Runs one again.
+// Runs one schedule again.
 Result replay(const Scenario& scenario, const std::string& schedule);
 
 }  // namespace pystage::schedule

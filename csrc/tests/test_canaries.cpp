@@ -28,11 +28,12 @@ PoolOptions options(size_t pages) {
   return o;
 }
 
-// What a call in a child process wrote to stderr before it aborted; otherwise how it ended.
+// Runs a call in a child process. Returns what it wrote to stderr before it aborted, or how it
+// ended if it did not abort.
 std::string aborts_with(const std::function<void(Pool&)>& call) {
   int ends[2];
   REQUIRE(pipe(ends) == 0);
-  std::fflush(stdout);  // or the child may print it again
+  std::fflush(stdout);  // otherwise the child may print it again
   const pid_t child = fork();
   REQUIRE(child >= 0);
   if (child == 0) {
@@ -127,12 +128,12 @@ TEST_CASE("canaries: what keeps to its bytes is left alone") {
     }
   }
   CHECK(pool->stats().in_flight_slots == 0);
-  // Two guards a slot are inside the capacity.
+  // The two guards of a slot count against the capacity.
   CHECK_THROWS_AS(pool->acquire(4 * 4096 - 127), RequestTooLargeError);
   CHECK_FALSE(pool->try_acquire(4 * 4096 - 127));
   LeasePtr lease = pool->acquire(100);
   CHECK(pool->stats().in_use_bytes == size_class(100) + 128);
-  // What nobody has written is no valid id.
+  // Bytes that were never written are not a valid id.
   int32_t id;
   std::memcpy(&id, lease->data(), sizeof id);
   CHECK(id < 0);

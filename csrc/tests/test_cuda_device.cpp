@@ -1,5 +1,5 @@
-// The CUDA device over a stub of the driver: which context its calls run in, what they leave
-// behind, and what comes of each call that fails. What a GPU does is tested in Python on one.
+// Tests the CUDA device on a stub of the driver: which context its calls run in, what they leave
+// behind, and the result of each call that fails. The Python tests cover what a GPU itself does.
 #include <doctest/doctest.h>
 
 #include <functional>
@@ -19,7 +19,7 @@ using testing::Ids;
 using testing::LeasePtr;
 using testing::Owner;
 
-// A device that no other case has used; never 0, which the runtime makes current by itself.
+// A device that no other case has used. Never device 0, which the runtime makes current by itself.
 int fresh_device() {
   static std::atomic<int> next{1};
   const int index = next++;
@@ -54,7 +54,7 @@ void expect_nothing_live(int index) {
   CHECK(live.streams == 0);
 }
 
-// One of each call that a Device has, each as a step of its own.
+// One call of each method of Device, each as a separate step.
 class Calls {
  public:
   explicit Calls(int index) : index_(index) {}
@@ -120,7 +120,7 @@ class Calls {
 
  private:
   CUstream stream() const { return stream_; }
-  static void check(bool condition) { CHECK(condition); }  // errors go to the caller
+  static void check(bool condition) { CHECK(condition); }  // errors are left to the caller
 
   int index_;
   CUstream stream_ = stub::make_stream(index_), other_ = stub::make_stream(index_);
@@ -176,7 +176,7 @@ TEST_CASE("a thread whose context was taken away goes on") {
   CUstream stream = stub::make_stream(index);
   stub::set_current(index);
   const uint64_t id = device.stream_id(stream);
-  stub::set_no_current();  // as cuCtxSetCurrent(NULL) by some library
+  stub::set_no_current();  // like a library that calls cuCtxSetCurrent(NULL)
   CHECK(device.stream_id(stream) == id);
   CHECK_FALSE(device.capturing(stream));
   CHECK(stub::current().empty());
@@ -246,7 +246,7 @@ TEST_CASE("a pool of one device in threads without a context: growth, figures, f
   in_thread([&] { pool = std::make_unique<Owner>(cuda_device(index), options); });
   Device& device = cuda_device(index);
   LeasePtr lease;
-  in_thread([&] { lease = (*pool)->acquire(2 << 20); });  // grows
+  in_thread([&] { lease = (*pool)->acquire(2 << 20); });  // grows the pool
   Ids out(64, -1);
   const Ids ids = testing::fresh_ids(64);
   testing::write(*lease, ids);
@@ -261,7 +261,7 @@ TEST_CASE("a pool of one device in threads without a context: growth, figures, f
     lease->launch_transfer(t, stream);
   });
   in_thread([&] { lease = nullptr; });
-  in_thread([&] { CHECK((*pool)->stats().in_flight_slots == 1); });  // asks the fence
+  in_thread([&] { CHECK((*pool)->stats().in_flight_slots == 1); });  // queries the fence
   CHECK(out[0] == -1);
   stub::release(stream);
   in_thread([&] { CHECK((*pool)->stats().in_flight_slots == 0); });
@@ -372,7 +372,7 @@ TEST_CASE("a platform that refuses pinned memory gets pageable memory, and why")
     CHECK(memory.device == nullptr);
     CHECK(why.find("cuMemHostAlloc of 8192 bytes failed") != std::string::npos);
     device.free(memory);
-    device.free(pinned(device));  // the next one may do
+    device.free(pinned(device));  // a later allocation may succeed
   }
 }
 
@@ -450,8 +450,9 @@ TEST_CASE("whether kernels read pinned memory is known without a pool, and asked
 
 // --- calls that fail ---------------------------------------------------------------------------
 
-// Calls whose failure is no error: a give-back that fails is a leak of what it should have given
-// back, without cuCtxGetCurrent and cuCtxGetDevice the context is pushed, and usable() only asks.
+// Calls whose failure raises no error. If a call that frees a resource fails, the resource is
+// leaked. If cuCtxGetCurrent or cuCtxGetDevice fails, the context is pushed. usable() returns its
+// answer and does not throw.
 const std::set<std::string> kSilent{
     "cuMemFreeHost",   "cuEventDestroy",   "cuStreamDestroy",
     "cuMemGetInfo",    "cuCtxGetCurrent",  "cuCtxGetDevice",
@@ -483,7 +484,7 @@ TEST_CASE("each call of the driver fails at each place: an error that names it, 
           CHECK(message.find("(999)") != std::string::npos);
           CHECK_FALSE(threw);
           threw = true;
-          CHECK_NOTHROW(step.run());  // once more: it was usable all along
+          CHECK_NOTHROW(step.run());  // again: the device must still be usable
         }
       }
       if (!threw) hit = stub::clear_failure();
@@ -506,7 +507,7 @@ TEST_CASE("each call of the driver fails at each place: an error that names it, 
     ++places;
   }
   for (const std::string& call : stub::driver_calls()) {
-    CAPTURE(call);  // the one left out undoes a device that came to nothing
+    CAPTURE(call);  // the exception cleans up after a failed constructor
     CHECK(failed.count(call) == (call == "cuDevicePrimaryCtxRelease" ? 0 : 1));
   }
   CHECK(places > 100);
@@ -538,7 +539,7 @@ TEST_CASE("a driver without a call, or no driver, is said to be so") {
 TEST_CASE("the device is lost at each place of a pool's life: errors, then a pool that is dead") {
   for (int nth = 1;; ++nth) {
     const int index = fresh_device();
-    Device& device = cuda_device(index);  // the others: the case before
+    Device& device = cuda_device(index);  // other failures in here: the case before
     CUstream stream = stub::make_stream(index);
     bool reached = false;
     in_thread([&] {
@@ -578,7 +579,7 @@ TEST_CASE("the device is lost at each place of a pool's life: errors, then a poo
         CHECK_NOTHROW((*pool)->close());
         pool = nullptr;
       }
-      if (lost) CHECK_THROWS_AS(device.stream_id(stream), DeviceError);  // dead, and says so
+      if (lost) CHECK_THROWS_AS(device.stream_id(stream), DeviceError);  // the device is dead
       const std::string hit = stub::clear_failure();
       reached = !hit.empty();
       if (hit != "cuCtxPopCurrent") CHECK(stub::current().empty());

@@ -1,6 +1,6 @@
-// Every device call that may fail, and every allocation, fails once at each place; and once from
-// each place on. Whatever comes of it: a typed error, nothing lost, and a pool that can be used or
-// ended.
+// Each device call that may fail, and each allocation, fails once at every place where it is made.
+// In other runs, all calls from that place on fail. In every case the result must be a typed error,
+// no leak, and a pool that can still be used or ended.
 #include <doctest/doctest.h>
 
 #include <cstdlib>
@@ -16,7 +16,7 @@
 
 namespace {
 
-// Allocations of this thread until one fails; all after it fail too, or none.
+// The number of allocations in this thread until one fails. t_all_after: all later ones fail too.
 thread_local long t_until_failure = -1;  // negative: never
 thread_local bool t_all_after = false;
 
@@ -32,7 +32,7 @@ bool allocation_fails() {
 
 }  // namespace
 
-// Not inlined: GCC would then take them for a mismatch.
+// Not inlined, because GCC would then warn about mismatched new and delete.
 [[gnu::noinline]] void* operator new(size_t bytes) {
   if (allocation_fails()) throw std::bad_alloc();
   if (void* memory = std::malloc(bytes ? bytes : 1)) return memory;
@@ -58,7 +58,8 @@ PoolOptions options(size_t pages, size_t reserved_pages) {
   return o;
 }
 
-// What a scenario uses. It outlives the scenario, so that what the failure left can be looked at.
+// The objects that a scenario uses. They outlive it, so that the state after a failure can be
+// checked.
 struct Machine {
   ModelDevice device{2};
   std::shared_ptr<Pool> pool;
@@ -89,8 +90,7 @@ void look_at_orphans() {
   Pool::drop(Pool::create(other, options(1, 0)));
 }
 
-// --- scenarios: no fault may change more than what they ask for
-// -----------------------------------
+// --- scenarios: no fault may change more than what they request --------------------------------
 
 void life(Machine& m) {
   m.create(4, 4);
@@ -123,11 +123,11 @@ void growing(Machine& m) {
     leases.erase(leases.begin());
   }
   m.device.finish();
-  const LeasePtr whole = m.write(m.pool->acquire(3 * kStep * kPage));  // frees them for one
+  const LeasePtr whole = m.write(m.pool->acquire(3 * kStep * kPage));  // replaces the segments
   m.launch(whole, 1);
 }
 
-// Cuts and merges slots, on many streams' queues.
+// Cuts and merges slots, with readers on many streams.
 void crowd(Machine& m) {
   m.create(8, 2);
   for (int round = 0; round < 3; ++round) {
@@ -154,7 +154,7 @@ void at_capacity(Machine& m) {
   m.device.finish();
   m.launch(m.write(m.pool->acquire(kPage)), 0);
   m.pool->stats();
-  m.pool->close();  // in vain
+  m.pool->close();  // the wait for slots in flight does not succeed
 }
 
 void orphans(Machine& m) {
@@ -180,7 +180,7 @@ constexpr Scenario kScenarios[] = {{"life", life},
                                    {"at capacity", at_capacity},
                                    {"orphans", orphans}};
 
-// Whether the pool works, if it is open; then whether everything comes back.
+// Checks that the pool works, if it is open, and then that all slots and memory are given back.
 void check_what_is_left(Machine& m) {
   m.device.finish();
   size_t quarantined = 0;
@@ -200,7 +200,7 @@ void check_what_is_left(Machine& m) {
     }
     m.drop();
   } else {
-    quarantined = m.device.live_bytes() > 0;  // of a pool that was dropped
+    quarantined = m.device.live_bytes() > 0;  // for a pool that was dropped
   }
   look_at_orphans();
   if (!quarantined) REQUIRE(m.device.live_bytes() == 0);
@@ -210,8 +210,8 @@ void check_what_is_left(Machine& m) {
 
 // --- device calls ------------------------------------------------------------------------------
 
-// `lost`: all calls from that place on fail. `typed`: with the device's own error, else for want of
-// memory, as the making of its message may.
+// `lost`: all calls from the place on fail. `typed`: they fail with the device's own error. If not
+// typed, they fail with bad_alloc, as the building of an error message may.
 void fail_device_calls(bool lost, bool typed) {
   CAPTURE(lost);
   CAPTURE(typed);
@@ -283,9 +283,9 @@ TEST_CASE("an allocation fails, or all from one on do, at each place") {
         } catch (const std::bad_alloc&) {
           failed = true;
         }
-        // One may have been caught on the way: by the pool, where it looks at orphans.
+        // The pool may have caught the failure itself, in its check of the orphans.
         failed |= all_after ? t_until_failure == 0 : t_until_failure < 0;
-        if (all_after && place % 2) m.drop();  // while nothing can be had
+        if (all_after && place % 2) m.drop();  // while every allocation fails
         t_until_failure = -1;
         failures += failed;
         check_what_is_left(m);

@@ -23,7 +23,7 @@ class Layout {
  public:
   Layout(const Ids& ids, IntType type, ptrdiff_t stride, size_t misalign = 0) {
     const size_t step = static_cast<size_t>(std::abs(stride));
-    // To the byte, so that a read past either end is one past the allocation.
+    // The exact size, so that a read past either end is outside the allocation.
     bytes_.resize(misalign + (ids.empty() ? 0 : (ids.size() - 1) * step + size_of(type)));
     char* first = bytes_.data() + misalign;
     if (stride < 0 && !ids.empty()) first += (ids.size() - 1) * step;
@@ -40,7 +40,7 @@ class Layout {
     part_.stride = stride;
     part_.type = type;
   }
-  // The part points into the bytes, which a move leaves where they are.
+  // The part points to the bytes, which keep their address in a move.
   Layout(Layout&&) = default;
 
   Part part(size_t request = 0, size_t first = 0) const {
@@ -65,7 +65,7 @@ Ids as(IntType type, Ids ids) {
   return ids;
 }
 
-// A wire's bytes, with a guard behind them.
+// The bytes of a wire, followed by a guard.
 class Wire {
  public:
   Wire(IntType type, size_t count)
@@ -190,7 +190,8 @@ TEST_CASE("gather lets in exactly the ids within the bounds") {
       const bool in_range = value >= bounds.lo && value <= bounds.hi;
       for (const bool strided : {false, true}) {
         for (const IntType wire : kTypes) {
-          // Ids in range before and after: the violation is where it is, not where a vector ends.
+          // The ids before and after are in range: the reported position must be the exact one, not
+          // the end of a vector.
           Ids ids(37, bounds.hi);
           ids[5] = bounds.lo;
           ids[21] = value;
@@ -269,7 +270,7 @@ TEST_CASE("without bounds a narrow wire truncates") {
   }
 }
 
-// A part that is no plain memory: a vector of strings.
+// A part that is not plain memory: a vector of strings.
 int64_t read_id(const Part& part, size_t index) {
   return std::stoll((*static_cast<const std::vector<std::string>*>(part.data))[part.first + index]);
 }

@@ -77,7 +77,7 @@ TEST_CASE("a stream runs its work in order, and converts") {
   t.out = IntType::kInt32;
   t.count = 3;
   host_device().launch(t, host_stream(1));
-  t.src = narrow.data();  // reads what the one before wrote
+  t.src = narrow.data();  // reads the output of the previous transfer
   t.wire = IntType::kInt32;
   t.dst = wide.data();
   t.out = IntType::kInt64;
@@ -178,7 +178,7 @@ TEST_CASE("a stream waits for the point a fence had, not for later ones") {
   behind.record(host_stream(2));
   drain(host_stream(1));
   Held held(host_stream(1));
-  fence.record(host_stream(1));  // pending, and no concern of the other stream
+  fence.record(host_stream(1));  // pending, and independent of the other stream
   late.release();
   behind.synchronize();
   CHECK_FALSE(fence.done());

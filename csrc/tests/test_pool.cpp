@@ -38,7 +38,7 @@ PoolOptions options(size_t capacity, size_t reserve, AtCapacity policy = AtCapac
   o.timeout_s = timeout_s;
   return o;
 }
-// All of the capacity in one segment.
+// Options for a pool with all its capacity in one segment.
 PoolOptions whole(size_t capacity, AtCapacity policy = AtCapacity::kRaise, double timeout_s = 30) {
   return options(capacity, capacity, policy, timeout_s);
 }
@@ -49,7 +49,7 @@ std::vector<LeasePtr> acquire_all(Pool& pool, size_t bytes) {
   return leases;
 }
 
-// As the next call on any pool would.
+// Checks the orphans, as the next call on any pool would.
 void reap_dropped_pools() {
   CountingDevice& device = new_device();
   Owner pool(device, options(4096, 0));
@@ -65,7 +65,7 @@ void check_figures(Pool& pool, const CountingDevice& device) {
   REQUIRE(device.max_bytes() <= s.capacity_bytes);
 }
 
-// Runs a call on a thread of its own and keeps what it threw.
+// Runs a call on its own thread and keeps the exception that it threw.
 class Background {
  public:
   template <typename Call>
@@ -208,7 +208,7 @@ TEST_CASE("a pool grows in steps up to its capacity and no further") {
   CHECK(device.live_bytes() == 3 * kMiB);
   LeasePtr c = pool->acquire(kMiB - 64 * kKiB), rest = pool->acquire(60 * kKiB);  // in the first
   CHECK(device.allocations() == 2);
-  LeasePtr d = pool->acquire(8000);  // a step cut short by the capacity
+  LeasePtr d = pool->acquire(8000);  // the capacity limits this step
   CHECK(device.live_bytes() == 3 * kMiB + 8192);
   CHECK_THROWS_AS(pool->acquire(8000), PoolExhaustedError);
   check_figures(*pool, device);
@@ -400,11 +400,11 @@ TEST_CASE("wait: the caller looks up now and then, without the pool's mutex, and
   CHECK(s.wait_seconds >= 0.1);
   CHECK(s.exhausted == 0);
   CHECK(s.in_use_bytes == 8192);
-  // What is done while it looks up ends the wait as anything else does.
+  // A slot that `poll` frees ends the wait like any other.
   LeasePtr got = pool->acquire(1, [&] { held.reset(); });
   CHECK(got);
   CHECK(pool->stats().waits == 2);
-  // Where nothing waits, nothing looks up.
+  // Without a wait, `poll` is not called.
   CHECK(pool->acquire(1, [] { throw Interrupted(); }));
 }
 
@@ -480,7 +480,7 @@ TEST_CASE("a request above the capacity never fits") {
     CHECK(pool->stats().exhausted == 4);
     CHECK(pool->stats().waits == 0);
   }
-  // Rounding up does not put out of reach what fits.
+  // A request that fits must not become too large by rounding up.
   constexpr size_t kOdd = 17 * 4096;
   REQUIRE(size_class(kOdd - 100) > kOdd);
   Owner pool(device, whole(kOdd));
@@ -513,7 +513,7 @@ TEST_CASE("raise waits for a look through the queues that another thread is in t
     std::unique_lock<std::mutex> lock(mutex);
     changed.wait(lock, [&] { return asked; });
   }
-  // Both slots' transfers are done; only the other thread has not found out yet.
+  // The transfers of both slots are done, but the other thread has not yet found out.
   Background raises([&] { second = pool->acquire(4096); });
   for (int i = 0; i < 5000 && !raises.done(); ++i) pool->stats();
   {
@@ -537,7 +537,7 @@ TEST_CASE("a stuck stream keeps its own slots and no others") {
   std::vector<LeasePtr> leases = acquire_all(*pool, 4096);
   REQUIRE(leases.size() == 6);
   std::vector<char*> other;
-  for (size_t i = 0; i < 6; ++i) {  // the stuck stream's first and in between
+  for (size_t i = 0; i < 6; ++i) {  // the stuck stream gets the first slot and every other one
     outs.push_back(stage_and_launch(*leases[i], host_stream(i % 2 ? 2 : 1)));
     if (i % 2) other.push_back(leases[i]->data());
   }
@@ -622,7 +622,7 @@ TEST_CASE("transfers on one stream share a fence, which covers the last of them"
   REQUIRE(lease);
   CHECK(first.arrived());
   CHECK(second.arrived());
-  stage_and_launch(*lease, host_stream(2));  // another stream, the old fence
+  stage_and_launch(*lease, host_stream(2));  // another stream reuses the fence
   CHECK(device.fences == 1);
 }
 
@@ -635,7 +635,7 @@ TEST_CASE("leases that end in another order than their transfers") {
   drain(host_stream(1));
   Held held(host_stream(1));
   const Output second = stage_and_launch(*late, host_stream(1));
-  late.reset();  // ahead of the other in the stream's queue
+  late.reset();  // is queued ahead of `early`
   early.reset();
   for (const LeasePtr& lease : acquire_all(*pool, 4096)) {
     CHECK(lease->data() != held_data);
@@ -769,8 +769,8 @@ TEST_CASE("after a failed launch the slot comes back") {
   LeasePtr lease = pool->acquire(4096);
   Held held(host_stream(1));
   const Output out = stage_and_launch(*lease, host_stream(1));
-  CHECK(device.fences == 1);    // the failed launch's, kept for this one
-  device.fail = Fail::kLaunch;  // of a further transfer: the first still counts
+  CHECK(device.fences == 1);    // the fence of the failed launch was reused
+  device.fail = Fail::kLaunch;  // a further launch fails: the first transfer still holds the slot
   CHECK_THROWS_AS(launch(*lease, host_stream(1), out.expected), DeviceError);
   CHECK_THROWS_AS(launch(*lease, host_stream(2), out.expected), DeviceError);
   device.fail = Fail::kNothing;
@@ -793,7 +793,7 @@ TEST_CASE("a slot without a fence is quarantined") {
   device.fail = Fail::kRecord;
   CHECK_THROWS_AS(launch(*lease, host_stream(1), ids), DeviceError);
   device.fail = Fail::kNothing;
-  launch(*lease, host_stream(1), ids);  // a later fence does not make up for it
+  launch(*lease, host_stream(1), ids);  // a later fence does not end the quarantine
   lease.reset();
   drain(host_stream(1));
   CHECK(pool->stats().quarantined_slots == 1);
@@ -807,9 +807,9 @@ TEST_CASE("a slot without a fence is quarantined") {
   CHECK(pool->trim() == 0);
   pool->close();
   pool.drop();
-  CHECK(device.live_bytes() == 8192);  // never given back: something may read it yet
+  CHECK(device.live_bytes() == 8192);  // not freed, because a stream may still read it
   CHECK(device.live_fences == 0);
-  host_device().free({lost, nullptr, 8192});  // the first slot: the segment's start
+  host_device().free({lost, nullptr, 8192});  // the first slot is at the segment's start
 }
 
 TEST_CASE("a failed query is reported; the slots come back once it succeeds") {
@@ -833,7 +833,7 @@ TEST_CASE("a failed query is reported; the slots come back once it succeeds") {
 TEST_CASE("close frees an idle pool, and may be called again") {
   CountingDevice& device = new_device();
   Owner pool(device, whole(kMiB));
-  stage_and_launch(*pool->acquire(100), host_stream(1));  // done or not: close waits
+  stage_and_launch(*pool->acquire(100), host_stream(1));  // close() waits for it if it is not done
   pool->close();
   CHECK(device.live_bytes() == 0);
   CHECK(pool->closed());
@@ -941,7 +941,7 @@ TEST_CASE("dropped pools live on until their streams are through") {
   reap_dropped_pools();
   CHECK(device.live_bytes() == 8192);
 
-  outs.push_back(stage_and_launch(*lease, host_stream(1)));  // from a pool without an owner
+  outs.push_back(stage_and_launch(*lease, host_stream(1)));  // from a pool whose owner is gone
   lease.reset();
   held1.release();
   drain(host_stream(1));
@@ -973,7 +973,7 @@ bool throws(Call call) {
   return false;
 }
 
-// What a child of fork does. The number of the first step that went wrong, or 0.
+// Runs in a child of fork. Returns the number of the first step that went wrong, or 0.
 int child_of_fork(Owner& pool, LeasePtr& lease) {
   auto forked = [](auto call) { return throws<ForkedProcessError>(call); };
   if (!forked([&] { pool->acquire(1); })) return 1;
@@ -987,7 +987,7 @@ int child_of_fork(Owner& pool, LeasePtr& lease) {
   pool->close();
   lease.reset();
   pool.drop();
-  CountingDevice device;  // on the child's own host device
+  CountingDevice device;  // uses the child's own host device
   {
     Owner fresh(device, whole(8192));
     Output out = stage_and_launch(*fresh->acquire(8192), host_stream(1));
@@ -998,8 +998,8 @@ int child_of_fork(Owner& pool, LeasePtr& lease) {
 }
 
 #ifdef PYSTAGE_TSAN
-// ThreadSanitizer ends a child that starts threads after a fork of several, and this one must:
-// the child's host streams are threads.
+// ThreadSanitizer kills a child that starts threads after a fork of a process with several threads.
+// This child must start threads: its host streams are threads.
 constexpr bool kSkipFork = true;
 #else
 constexpr bool kSkipFork = false;
@@ -1015,9 +1015,10 @@ TEST_CASE("a child of fork can use neither pool nor lease, lets go of both, and 
     Held held(host_stream(1));
     stage_and_launch(*rest, host_stream(1));
     rest.reset();
-    // At fork one thread waits for the pool's condition variable and another is often inside its
-    // mutex: neither exists in the child. All threads have begun, the stream's too: one that begins
-    // may be inside AddressSanitizer's allocator, whose locks a child finds as they are (GCC 12).
+    // At fork, one thread waits on the pool's condition variable and another often holds its mutex.
+    // Neither thread exists in the child. All threads have started before the fork, including the
+    // stream's: a thread that is starting may be inside AddressSanitizer's allocator, and a child
+    // inherits the locks of that allocator as they are (GCC 12).
     Background waiter([&] { pool->acquire(8192); });
     std::atomic<bool> begun{false}, stop{false};
     Background busy([&] {
@@ -1037,7 +1038,7 @@ TEST_CASE("a child of fork can use neither pool nor lease, lets go of both, and 
       CHECK(WEXITSTATUS(status) == 0);
     }
     stop = true;
-    lease.reset();  // the parent goes on undisturbed
+    lease.reset();  // the parent is not affected
     held.release();
     CHECK(waiter.join() == "");
   }
@@ -1045,10 +1046,11 @@ TEST_CASE("a child of fork can use neither pool nor lease, lets go of both, and 
   CHECK(device.live_bytes() == 0);
 }
 
-// How a child ends that runs `steps`, which returns the first that went wrong, or 0.
+// Runs `steps` in a child and returns how the child ended. `steps` returns the number of the first
+// step that went wrong, or 0.
 template <typename Steps>
 int in_child(Steps steps) {
-  std::fflush(stdout);  // or the child may print it again
+  std::fflush(stdout);  // otherwise the child may print it again
   const pid_t child = fork();
   if (child < 0) return -1;
   if (child == 0) {
@@ -1060,7 +1062,7 @@ int in_child(Steps steps) {
   return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status) - 10;
 }
 
-// A model device starts no threads, so that these run under ThreadSanitizer too.
+// A model device starts no threads, so these tests also run under ThreadSanitizer.
 Output launch_on(ModelDevice& device, Lease& lease, size_t stream) {
   Ids ids = fresh_ids(lease.bytes() / sizeof(int64_t));
   write(lease, ids);
@@ -1077,8 +1079,8 @@ TEST_CASE("a child of fork leaves the parent's orphans and their device alone, a
   auto orphan = Pool::create(device, whole(8192));
   launch_on(device, *orphan->acquire(4096), 0);
   Pool::drop(std::move(orphan));
-  device.finish();                                // the next call on any pool would free it
-  auto pool = Pool::create(device, whole(8192));  // ...as this one does
+  device.finish();                                // the next call on any pool frees the orphan
+  auto pool = Pool::create(device, whole(8192));  // this is that call
   CHECK(device.live_bytes() == 8192);
   LeasePtr leased = pool->acquire(4096), flying = pool->acquire(4096);
   orphan = Pool::create(device, whole(4096));
@@ -1093,11 +1095,11 @@ TEST_CASE("a child of fork leaves the parent's orphans and their device alone, a
           int calls = 0;
           device.on_call = [&](const char*) { ++calls; };
           ModelDevice own(1);
-          auto fresh = Pool::create(own, whole(8192));  // looks at orphans
+          auto fresh = Pool::create(own, whole(8192));  // checks the orphans
           LeasePtr lease = fresh->acquire(4096);
           launch_on(own, *lease, 0);
           lease = nullptr;
-          Pool::drop(std::move(fresh));  // an orphan of the child's
+          Pool::drop(std::move(fresh));  // becomes an orphan in the child
           if (own.live_bytes() != 8192) return 1;
           leased = nullptr;
           pool->close();
@@ -1110,7 +1112,7 @@ TEST_CASE("a child of fork leaves the parent's orphans and their device alone, a
           return calls ? 4 : 0;
         }) == 0);
 
-  // The parent's are as they were.
+  // The parent's pools have not changed.
   CHECK(device.live_bytes() == 8192 + 4096);
   CHECK(pool->stats().leased_slots == 1);
   reap_dropped_pools();
@@ -1200,7 +1202,8 @@ TEST_CASE("a wait whose caller forks ends in the child, and goes on in the paren
 
 // --- stress ------------------------------------------------------------------------------------
 
-// The transfers a thread has yet to check, each stream's behind one fence of the thread's own.
+// The transfers that a thread still has to check. The thread has one fence of its own per stream,
+// recorded after them.
 class Checker {
  public:
   void launch(Lease& lease, int stream, const Ids& ids) {
@@ -1229,7 +1232,7 @@ void share_a_small_pool(int rounds) {
   constexpr int kThreads = 4;
   CountingDevice& device = new_device();
   Owner pool(device, options(48 * kKiB, 0, AtCapacity::kWait, 60));
-  // A lease that any thread may take over, or launch from next to others.
+  // A lease that any thread may take over, and that several threads may launch from at once.
   std::mutex shared_mutex;
   std::pair<LeasePtr, Ids> shared;
   std::atomic<size_t> wrong{0}, checked{0};
@@ -1264,7 +1267,7 @@ void share_a_small_pool(int rounds) {
     std::vector<std::unique_ptr<Background>> threads;
     for (int n = 0; n < kThreads; ++n)
       threads.push_back(std::make_unique<Background>([&, n] { work(n); }));
-    while (running) {  // a thread that only looks, and trims
+    while (running) {  // this thread only reads the figures and trims
       const PoolStats s = pool->stats();
       CHECK(s.reserved_bytes <= s.capacity_bytes);
       pool->trim();
@@ -1313,7 +1316,7 @@ TEST_CASE("stress: threads launch from one lease") {
     for (auto& thread : threads) CHECK(thread->join() == "");
   }
   CHECK(wrong == 0);
-  CHECK(device.fences <= 6);  // one a stream, two rounds overlapping
+  CHECK(device.fences <= 6);  // one per stream for each of two overlapping rounds
   CHECK(pool->stats().kernel_transfers == kThreads * kRounds);
 }
 
@@ -1332,7 +1335,7 @@ TEST_CASE("stress: pools come and go with transfers in flight") {
         const Ids ids = fresh_ids(lease->bytes() / sizeof(int64_t));
         write(*lease, ids);
         checker.launch(*lease, random.in(0, Checker::kStreams - 1), ids);
-        if (random.one_in(2)) kept = lease;  // outlives its pool, and ends one of an older
+        if (random.one_in(2)) kept = lease;  // outlives its pool, and replaces an older lease
       }
       if (random.one_in(4)) pool->close();
     }
@@ -1352,7 +1355,7 @@ TEST_CASE("stress: pools come and go with transfers in flight") {
   CHECK(device.live_fences == 0);
 }
 
-// --- what a call does beside its own work -------------------------------------------------------
+// --- what a call does besides its own work ------------------------------------------------------
 
 TEST_CASE("free slots are handed out without a look at those in flight, until these are many") {
   CountingDevice& device = new_device();
@@ -1364,17 +1367,17 @@ TEST_CASE("free slots are handed out without a look at those in flight, until th
     drain(host_stream(1));
     CHECK(queries == 0);
   }
-  LeasePtr lease = pool->try_acquire(64);  // 16 are in flight: one look brings them all back
+  LeasePtr lease = pool->try_acquire(64);  // 16 are in flight: one query frees them all
   CHECK(queries == 1);
   stage_and_launch(*pool->try_acquire(240 * kKiB), host_stream(1));
   drain(host_stream(1));
   CHECK(pool->try_acquire(64));
   CHECK(queries == 1);
-  stage_and_launch(*pool->try_acquire(16 * kKiB), host_stream(1));  // 256 KiB are
+  stage_and_launch(*pool->try_acquire(16 * kKiB), host_stream(1));  // 256 KiB are in flight
   drain(host_stream(1));
   CHECK(pool->try_acquire(64));
   CHECK(queries == 2);
-  CHECK(pool->try_acquire(64));  // none is
+  CHECK(pool->try_acquire(64));  // none is in flight
   CHECK(queries == 2);
   device.on_query = nullptr;
 }
@@ -1386,7 +1389,7 @@ TEST_CASE("a call that may not ask the device leaves what takes a look to anothe
   Owner pool(device, whole(8192));
   stage_and_launch(*pool->acquire(8192), host_stream(1));
   drain(host_stream(1));
-  CHECK_FALSE(pool->try_acquire(1, false));  // the one slot is in flight, as far as is known
+  CHECK_FALSE(pool->try_acquire(1, false));  // the only slot still counts as in flight
   CHECK(queries == 0);
   CHECK(pool->try_acquire(1));
   CHECK(pool->try_acquire(1, false));
@@ -1396,7 +1399,7 @@ TEST_CASE("a call that may not ask the device leaves what takes a look to anothe
     stage_and_launch(*dropped->acquire(4096), host_stream(1));
   }
   queries = 0;
-  CHECK_FALSE(pool->try_acquire(1, false));  // a dropped pool is to be looked at first
+  CHECK_FALSE(pool->try_acquire(1, false));  // a dropped pool must be checked first
   CHECK(queries == 0);
   held.release();
   drain(host_stream(1));
@@ -1408,7 +1411,7 @@ TEST_CASE("a call that may not ask the device leaves what takes a look to anothe
 TEST_CASE("slots that came back call for no look at the device") {
   CountingDevice& device = new_device();
   Owner pool(device, whole(size_t{1} << 16));
-  for (int i = 0; i < 8; ++i) {  // in sum more than what is worth a look
+  for (int i = 0; i < 8; ++i) {  // together more than worth_reaping() needs
     stage_and_launch(*pool->acquire(size_t{1} << 16), host_stream(1));
     drain(host_stream(1));
     REQUIRE(pool->stats().in_flight_slots == 0);
@@ -1438,7 +1441,7 @@ TEST_CASE("close does not wait for a device that is lost") {
   device.on_query = [&] { ++queries; };
   device.fail = Fail::kQuery;
   pool->close();
-  CHECK(queries <= 2);  // its own look, and that at dropped pools
+  CHECK(queries <= 2);  // one for itself, and one for dropped pools
   device.fail = Fail::kNothing;
   reap_dropped_pools();
   CHECK(device.live_bytes() == 0);
@@ -1488,7 +1491,7 @@ TEST_CASE("a child of fork leaves those pools alone that its parent has dropped"
   stage_and_launch(*Owner(device, whole(8192))->acquire(4096), host_stream(1));
   held.release();
   drain(host_stream(1));
-  REQUIRE(device.live_bytes() == 8192);  // to be freed by the next call, of the parent only
+  REQUIRE(device.live_bytes() == 8192);  // only the parent's next call frees it
   const pid_t child = fork();
   REQUIRE(child >= 0);
   if (child == 0) {

@@ -1,5 +1,6 @@
-// The pool under every interleaving of two or three threads, up to a bound, and under random ones
-// of more. See schedule.h. A schedule that fails is printed; to see it again with its trace:
+// Runs the pool under every interleaving of two or three threads, up to a bound, and under random
+// interleavings of more threads. See schedule.h. A schedule that fails is printed. To run it again
+// with its trace:
 //   PYSTAGE_SCHEDULE='<scenario>:<schedule>' build/cpp-plain/schedules -tc='one schedule*'
 #include <doctest/doctest.h>
 
@@ -25,9 +26,9 @@ using schedule::Run;
 using testing::ModelDevice;
 
 constexpr size_t kPage = 4096;
-constexpr size_t kIds = 8;  // of a transfer
+constexpr size_t kIds = 8;  // ids per transfer
 #ifdef __SANITIZE_ADDRESS__
-constexpr int kLess = 1;  // fewer departures: each run takes ten times as long
+constexpr int kLess = 1;  // fewer departures, because each run takes ten times as long
 #else
 constexpr int kLess = 0;
 #endif
@@ -37,21 +38,21 @@ PoolOptions options(size_t pages, AtCapacity policy, bool reserve = true) {
   o.capacity_bytes = pages * kPage;
   o.reserve_bytes = reserve ? o.capacity_bytes : 0;
   o.at_capacity = policy;
-  o.timeout_s = 10;  // of the scheduler's time
+  o.timeout_s = 10;  // in the scheduler's virtual time
   return o;
 }
 
-// A fault of the device's, for the tests of the tests.
+// A fault of the device. The tests of the tests use it.
 enum class Fault { kNone, kRecordsNothing, kSaysDone };
 Fault g_fault = Fault::kNone;
 
-// As the next call on any pool does.
+// Checks the orphans, as the next call on any pool does.
 void look_at_orphans() {
   ModelDevice other(1);
   Pool::drop(Pool::create(other, options(1, AtCapacity::kRaise)));
 }
 
-// A pool, its device, and what is leased of it.
+// A pool, its device, and the leases that are out.
 class World {
  public:
   World(Run& run, const PoolOptions& options, size_t streams) : device(streams), run_(run) {
@@ -68,7 +69,7 @@ class World {
                 });
   }
 
-  // A lease that is noted as long as it lasts.
+  // A lease that World keeps track of while it lives.
   struct Held {
     Held(World& world, std::shared_ptr<Lease> lease) : world(world), lease(std::move(lease)) {}
     ~Held() { world.leased_.erase(lease->data()); }
@@ -79,7 +80,7 @@ class World {
   };
   using HeldPtr = std::shared_ptr<Held>;
 
-  // Notes a fresh lease, after a check that nobody else has to do with its slot, and writes it.
+  // Checks that nothing else uses the slot of a fresh lease, keeps track of it and fills the slot.
   HeldPtr hold(std::shared_ptr<Lease> lease) {
     if (!lease) return nullptr;
     char* const from = lease->data();
@@ -105,7 +106,7 @@ class World {
     held->lease->launch_transfer(t, device.stream(stream));
     look();
   }
-  // Takes a slot, starts a transfer from it and lets it go.
+  // Takes a slot, launches a transfer from it and drops the lease.
   void stage(size_t stream) { launch(take(), stream); }
 
   void look() {
@@ -120,10 +121,10 @@ class World {
                "the figures do not fit each other");
   }
 
-  // Runs the threads, then ends the pool; everything has to come back.
+  // Runs the threads and then ends the pool. Checks that all slots and memory were given back.
   void go() {
     run_.go();
-    if (!run_.ended()) return;  // stuck threads use all this
+    if (!run_.ended()) return;  // stuck threads still use all this
     kept.clear();
     look();
     device.finish();
@@ -146,7 +147,7 @@ class World {
   ModelDevice device;
   std::shared_ptr<Pool> pool;
   size_t capacity = 0;        // of all pools on the device
-  std::vector<HeldPtr> kept;  // until all threads have ended
+  std::vector<HeldPtr> kept;  // dropped when all threads have ended
 
  private:
   Run& run_;
@@ -156,7 +157,7 @@ class World {
 
 // --- scenarios ---------------------------------------------------------------------------------
 
-// The world of a run that got stuck stays: its threads have it on their stacks.
+// The world of a stuck run is not destroyed, because its threads still refer to it.
 template <typename Body>
 schedule::Scenario in_world(const PoolOptions& options, size_t streams, Body body) {
   return [=](Run& run) {
@@ -175,7 +176,7 @@ struct Scenario {
 
 const std::vector<Scenario>& scenarios() {
   static const std::vector<Scenario> all = {
-      {"reuse",  // one slot, two threads, a stream each
+      {"reuse",  // one slot, two threads, one stream for each thread
        in_world(options(1, AtCapacity::kWait), 2,
                 [](Run& run, World& w) {
                   for (size_t t = 0; t < 2; ++t)
@@ -184,7 +185,7 @@ const std::vector<Scenario>& scenarios() {
                     });
                 }),
        3},
-      {"vouch",  // two threads launch on one stream; a third takes what is free
+      {"vouch",  // two threads launch on one stream; a third takes the free slots
        in_world(options(2, AtCapacity::kWait), 1,
                 [](Run& run, World& w) {
                   for (int t = 0; t < 2; ++t)
@@ -195,7 +196,7 @@ const std::vector<Scenario>& scenarios() {
                   run.thread([&w] { const auto first = w.try_take(), second = w.try_take(); });
                 }),
        3},
-      {"shared lease",  // launched from by two threads, on one stream and on two
+      {"shared lease",  // two threads launch from it, on one stream and on two
        in_world(options(1, AtCapacity::kWait), 2,
                 [](Run& run, World& w) {
                   auto held = w.take();
@@ -208,7 +209,7 @@ const std::vector<Scenario>& scenarios() {
                   run.thread([&w] { w.take(); });
                 }),
        3},
-      {"two looks",  // threads that look through the queues at once
+      {"two looks",  // several threads go through the queues at once
        in_world(options(3, AtCapacity::kWait), 2,
                 [](Run& run, World& w) {
                   auto a = w.take(), b = w.take(), c = w.take();
@@ -220,7 +221,7 @@ const std::vector<Scenario>& scenarios() {
                   run.thread([&w] { w.pool->trim(); });
                 }),
        3},
-      {"raise",  // both slots are free as soon as somebody looks, so nobody may fail
+      {"raise",  // a query would free both slots, so no thread may fail
        in_world(options(2, AtCapacity::kRaise), 1,
                 [](Run& run, World& w) {
                   auto a = w.take(), b = w.take();
@@ -230,7 +231,7 @@ const std::vector<Scenario>& scenarios() {
                   for (int t = 0; t < 2; ++t) run.thread([&w] { w.kept.push_back(w.take()); });
                 }),
        4},
-      {"wake-up",  // nobody may depend on the time
+      {"wake-up",  // no thread may depend on a timeout
        in_world(options(1, AtCapacity::kWait), 1,
                 [](Run& run, World& w) {
                   run.timeouts = false;
@@ -253,7 +254,7 @@ const std::vector<Scenario>& scenarios() {
                   });
                 }),
        4},
-      {"failed allocation",  // the other thread waits for its room
+      {"failed allocation",  // the other thread waits for the room
        in_world(options(1, AtCapacity::kWait, /*reserve=*/false), 1,
                 [](Run& run, World& w) {
                   run.timeouts = false;
@@ -273,7 +274,7 @@ const std::vector<Scenario>& scenarios() {
                     });
                 }),
        5},
-      {"close",  // beside a waiting thread, a lease and a transfer
+      {"close",  // with a waiting thread, a lease and a transfer
        in_world(options(1, AtCapacity::kWait), 1,
                 [](Run& run, World& w) {
                   run.thread([&w, held = w.take()]() mutable {
@@ -302,7 +303,7 @@ const std::vector<Scenario>& scenarios() {
                   run.thread([&w] { w.pool->close(); });
                 }),
        3},
-      {"drop",  // the pool's end, the last lease's, and a look at the orphans
+      {"drop",  // at once: the drop, the end of the last lease, a check of the orphans
        in_world(options(2, AtCapacity::kWait), 2,
                 [](Run& run, World& w) {
                   auto first = w.take();
@@ -319,7 +320,7 @@ const std::vector<Scenario>& scenarios() {
                   });
                 }),
        3},
-      {"two orphans",  // put among them, and looked at, by several at once
+      {"two orphans",  // several threads add and check orphans at once
        in_world(options(1, AtCapacity::kWait), 1,
                 [](Run& run, World& w) {
                   auto second = std::make_shared<std::shared_ptr<Pool>>(
@@ -332,7 +333,7 @@ const std::vector<Scenario>& scenarios() {
                   run.thread([] { look_at_orphans(); });
                 }),
        3},
-      {"close and wait",  // what the others wait for does not come
+      {"close and wait",  // the waiting threads never get a slot
        in_world(options(1, AtCapacity::kWait), 1,
                 [](Run& run, World& w) {
                   run.timeouts = false;
@@ -384,7 +385,7 @@ void report(const std::string& name, const Result& result) {
 
 // --- random runs -------------------------------------------------------------------------------
 
-// Four threads, three streams and slots of many sizes; what they do follows from the seed alone.
+// Four threads, three streams and slots of many sizes. The seed alone determines what they do.
 schedule::Scenario crowd(uint64_t seed) {
   return in_world(options(4, AtCapacity::kWait, seed % 2), 3, [seed](Run& run, World& w) {
     w.kept.resize(1);

@@ -1,7 +1,7 @@
-// Makes the driver's calls fail under pystage, on a GPU. Preloaded with LD_PRELOAD, it stands
-// before the runtime's cudaGetDriverEntryPointByVersion, through which pystage finds the driver's
-// functions, and hands out functions of its own that pass the call on, or do not. Calls of anybody
-// else go straight through, so torch works on while pystage's calls fail.
+// Makes pystage's driver calls fail on a GPU. Preloaded with LD_PRELOAD, it replaces the runtime's
+// cudaGetDriverEntryPointByVersion, through which pystage finds the driver's functions. The
+// replacement returns wrappers, which make the real call or fail. Calls from other code are passed
+// on unchanged, so torch keeps working while pystage's calls fail.
 //   cc -shared -fPIC -O1 -o driver_faults.so driver_faults.c -ldl -pthread
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -15,8 +15,8 @@
 enum { kMost = 48 };
 enum Mode { kOnce, kLost, kDrop };
 
-// Every function of the driver that is wrapped takes up to six integers or pointers, which the
-// calling conventions of x86-64 and AArch64 pass in registers: one wrapper fits all.
+// Every wrapped driver function takes at most six integers or pointers, which the calling
+// conventions of x86-64 and AArch64 pass in registers. So one wrapper fits all functions.
 typedef int (*Call)(intptr_t, intptr_t, intptr_t, intptr_t, intptr_t, intptr_t);
 
 static struct {
@@ -31,13 +31,13 @@ static char g_name[48], g_failed[48];
 static int g_after, g_code, g_lost;
 static enum Mode g_mode;
 
-// A lost device fails what needs it. Contexts can still be made current, and the thread's capture
-// mode is its own.
+// If the device is lost, the calls that need it fail. Contexts can still be made current, and the
+// capture mode belongs to the thread.
 static int needs_device(const char* name) {
   return strncmp(name, "cuCtx", 5) && strcmp(name, "cuThreadExchangeStreamCaptureMode");
 }
 
-// True where the call is not to be made; *code is what it returns.
+// Returns whether the call must not be made. It then returns *code.
 static int intercept(const char* name, int* code) {
   int caught = 0;
   pthread_mutex_lock(&g_mutex);
@@ -101,7 +101,7 @@ static int find_runtime(struct dl_phdr_info* info, size_t size, void* path) {
   return 1;
 }
 
-// The runtime's own function: torch loads the runtime where RTLD_NEXT does not look.
+// The runtime's own function. RTLD_NEXT does not find it where torch loads the runtime.
 static void* of_runtime(const char* name) {
   const char* path = NULL;
   dl_iterate_phdr(find_runtime, &path);
@@ -119,7 +119,7 @@ static int is_pystage(void* address) {
   return dladdr(address, &info) && info.dli_fname && strstr(info.dli_fname, "pystage/_C");
 }
 
-// --- what stands before the runtime -------------------------------------------------------------
+// --- replacements for functions of the runtime --------------------------------------------------
 
 int cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned version,
                                      unsigned long long flags, int* found) {
@@ -149,11 +149,10 @@ int cudaGetSymbolAddress(void** address, const void* symbol) {
   return real(address, symbol);
 }
 
-// --- for the test, through ctypes
-// -----------------------------------------------------------------
+// --- for the test, through ctypes ---------------------------------------------------------------
 
-// The nth call from now of that name (any, if empty) is not made and returns the code. kLost: nor
-// are later ones that need the device. kDrop: it returns success.
+// The nth call of that name from now on (of any name, if empty) is not made and returns the code.
+// kLost: later calls that need the device are not made either. kDrop: the call returns success.
 void faults_arm(const char* name, int nth, int code, int mode) {
   pthread_mutex_lock(&g_mutex);
   strncpy(g_name, name, sizeof g_name - 1);
@@ -165,10 +164,10 @@ void faults_arm(const char* name, int nth, int code, int mode) {
   pthread_mutex_unlock(&g_mutex);
 }
 
-// The call that was caught, empty if none was.
+// The name of the call that was caught, empty if none was.
 const char* faults_caught(void) { return g_failed; }
 
-// Ends that, and says the same.
+// Ends the failures. Returns the same as faults_caught().
 const char* faults_clear(void) {
   pthread_mutex_lock(&g_mutex);
   g_after = g_lost = 0;
