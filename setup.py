@@ -1,9 +1,10 @@
-"""Builds pystage._C. Everything that is not the extension stands in pyproject.toml.
+"""Builds the extension pystage._C. All other build settings are in pyproject.toml.
 
 Environment:
-  PYSTAGE_CUDA          auto (default): CUDA code if torch is a CUDA build, which needs a toolkit;
-                        0: never; 1: always, also under a CPU torch (a compile and import check)
-  CUDA_HOME             the toolkit, if it is not where nvcc or /usr/local/cuda is
+  PYSTAGE_CUDA          auto (default): builds CUDA code if torch is a CUDA build, and then needs a
+                        toolkit; 0: never; 1: always, even with a CPU torch (to check that the
+                        CUDA code compiles and imports)
+  CUDA_HOME             the toolkit, if neither nvcc's folder nor /usr/local/cuda is the right one
   TORCH_CUDA_ARCH_LIST  e.g. "8.0;9.0+PTX"; the default covers Ampere to Blackwell, PTX for later
   PYSTAGE_SANITIZE      address or thread: build the host code under that sanitizer
   PYSTAGE_COVERAGE      1: count the lines that run (gcov), without optimisation
@@ -35,7 +36,7 @@ except ImportError as error:
         f"here (an isolated build never sees yours). Run:\n    {INSTALL}"
     )
 
-# pip lets the files of two projects overwrite each other, and what is imported then is a mixture.
+# pip lets two projects overwrite each other's files. The imported package is then a mixture.
 try:
     other = metadata.version("pystage")
 except metadata.PackageNotFoundError:
@@ -54,7 +55,7 @@ DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
 
 
 def find_toolkit() -> Path | None:
-    """The first folder that has both the compiler and the headers; a wrapper is no toolkit."""
+    """The first folder with both the compiler and the headers. A wrapper script is no toolkit."""
     nvcc = shutil.which("nvcc")
     candidates = [
         os.environ.get("CUDA_HOME"),
@@ -81,7 +82,7 @@ def toolkit_version(home: Path) -> str:
 
 
 def cuda_toolkit() -> Path | None:
-    """The toolkit to build CUDA code with, or None for a build without."""
+    """The toolkit to build CUDA code with, or None for a build without CUDA code."""
     mode = os.environ.get("PYSTAGE_CUDA", "auto").strip().lower()
     if mode not in ("auto", "0", "1"):
         sys.exit(f"PYSTAGE_CUDA is {mode!r}; it is auto, 0 or 1")
@@ -108,7 +109,7 @@ def cuda_toolkit() -> Path | None:
 
 
 def architectures(home: Path) -> tuple[list[str], str]:
-    """nvcc's -gencode flags, and the list they came from."""
+    """nvcc's -gencode flags, and the architecture list that they were made from."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
     if listed:
         names = [name for name in listed.split(";") if name]
@@ -131,7 +132,7 @@ def architectures(home: Path) -> tuple[list[str], str]:
 
 
 def link_cudart(home: Path) -> tuple[list[str], list[str]]:
-    """Objects and arguments. Beside a CUDA torch the runtime must be the one torch loads."""
+    """Extra objects and link arguments. With a CUDA torch, links the runtime that torch loads."""
     libs = [home / "lib64", home / "lib", home / "targets/x86_64-linux/lib"]
     if torch.version.cuda is None:
         for lib in libs:
@@ -148,7 +149,7 @@ def link_cudart(home: Path) -> tuple[list[str], list[str]]:
 
 
 class Build(BuildExtension):
-    """Compiles the one .cu file with nvcc alone (seconds; through torch's headers, minutes)."""
+    """Compiles the one .cu file with nvcc alone: seconds, where torch's headers take minutes."""
 
     def build_extensions(self) -> None:
         home = cuda_toolkit()
@@ -185,7 +186,7 @@ compile_args = [
 coverage = os.environ.get("PYSTAGE_COVERAGE", "0") not in ("", "0")
 compile_args += ["-O0", "-g"] if DEBUG or coverage else ["-O3", "-g0"]
 link_args = [f"-Wl,--version-script={ROOT / 'csrc/exports.map'}"]
-if coverage:  # counters are updated atomically: worker threads run the same lines
+if coverage:  # counters must be updated atomically, since worker threads run the same lines
     compile_args += ["--coverage", "-fprofile-update=atomic"]
     link_args += ["--coverage"]
 if sanitize:

@@ -1,1 +1,1 @@
-"""``python -m bench``: pystage and its peers, every regime, in one run."""
+"""``python -m bench`` measures pystage and its peers in every regime, in one run."""

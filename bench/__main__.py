@@ -1,7 +1,7 @@
-"""Everything in one run: python -m bench
+"""Runs all regimes of the benchmark: python -m bench
 
-Each regime's cells run one after the other; in a cell all contenders take turns, call by call, on
-the same inputs. What was measured so far is written after every cell.
+The cells of each regime run one after the other. In a cell all contenders take turns, call by call,
+on the same inputs. The results so far are written after every cell.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from bench.suite.cells import Cell, Once
 from bench.targets import targets
 
 FULL_SAMPLES, QUICK_SAMPLES, REHEARSAL_SAMPLES = 500, 20, 3
-# These regimes' cells are measured in so many passes, one cell after the other in each, so that no
-# figure rests on a few seconds of the machine's.
+# The number of passes over the cells of these regimes. With several passes no figure depends on
+# what the machine did during a few seconds.
 PASSES, REPEATED = 3, ("host", "stream", "latency", "history", "mixed")
 PERCENTILES = ("p50", "p90", "p99", "p99.9", "max")
 HOST_MEANS = (
@@ -50,7 +50,7 @@ REHEARSAL_MEANS = (
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Runs the benchmark; returns what was written."""
+    """Runs the benchmark. Returns the result that was written."""
     args = parse(arguments)
     console = Console(width=120)
     device = find(args.device, args.rehearse)
@@ -95,7 +95,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def default_path(device: Host, args: argparse.Namespace) -> Path:
-    """The pages' source only for a whole run on a GPU; a look, or a part, goes to build/."""
+    """Only a whole run on a GPU goes where the pages take their figures from. All others go to
+    build/."""
     whole = device.cuda and not (args.quick or args.rehearse or args.samples or args.trace_batches)
     whole = whole and set(args.regimes) == set(REGIMES)
     return (RESULTS if whole else BUILD) / f"suite-{device.name.lower().replace(' ', '-')}.json"
@@ -140,7 +141,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def measure(
     bench: Bench, regimes: list[str], result: dict[str, Any], path: Path, console: Console
 ) -> None:
-    """Fills ``result["regimes"]``; a cell that fails is recorded, and the next one runs."""
+    """Fills ``result["regimes"]``. If a cell fails, records the error and runs the next one."""
     plan = {name: REGIMES[name](bench) for name in regimes}
     columns = (
         TextColumn("{task.description:48}"),
@@ -156,7 +157,7 @@ def measure(
         bar = progress.add_task("", total=total)
         for regime, cells in plan.items():
             begin = time.perf_counter()
-            gc.collect()  # not for each cell: with torch loaded it takes a third of a second
+            gc.collect()  # not for each cell: with torch loaded it takes 0.3 s
             measured: dict[str, Any] = {}
             result["regimes"][regime] = measured
             done: dict[str, list[Any]] = {name: [] for name in cells}
@@ -188,7 +189,7 @@ def measure(
 
 
 def outcome(cell: Cell) -> dict[str, Any]:
-    """A cell's result; what is absent, or failed, says so."""
+    """A cell's result. If it is absent or has failed, the result says so."""
     try:
         with collector_off():
             return cell()
@@ -208,7 +209,7 @@ def failures(cell: str, measured: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def regime_table(regime: str, cells: dict[str, Any]) -> Table:
-    """Microseconds; the sum of both calls where there are two."""
+    """A table in microseconds. Where there are two calls, it has their sum."""
     table = Table(title=f"{regime}, us", title_justify="left")
     for head in ("", "", *PERCENTILES):
         table.add_column(head, justify="right" if head else "left")
@@ -236,7 +237,7 @@ def regime_table(regime: str, cells: dict[str, Any]) -> Table:
 
 
 def measures(row: dict[str, Any]) -> list[tuple[str, dict[str, float], str]]:
-    """What a contender's row has, for the table: kind, times, and a remark."""
+    """The table entries of a contender's row: kind, times, and a remark."""
     found: list[tuple[str, dict[str, float], str]] = []
     remark = ""
     if row.get("pinned_bytes") is not None:
@@ -254,7 +255,7 @@ def measures(row: dict[str, Any]) -> list[tuple[str, dict[str, float], str]]:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """What is absent, what failed, and the targets."""
+    """Prints what is absent, what failed, and the targets."""
     for name, why in result["absent"].items():
         console.print(f"absent: {name}: {why}", markup=False)
     for where, text in result["errors"].items():
@@ -271,7 +272,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def plot(result: dict[str, Any], path: Path, console: Console) -> list[Path]:
-    """Plots beside the JSON, where matplotlib is installed."""
+    """Draws plots beside the JSON if matplotlib is installed."""
     try:
         from bench.plots import draw
     except ImportError as error:

@@ -1,10 +1,10 @@
-"""Host time of stage + resolve against another tree of pystage, in one run:
+"""Compares the host time of stage + resolve with that of another tree of pystage, in one run:
 
     python bench/against.py ../pystage-before
 
-Both trees are built in place. Each runs in a process of its own, a short block at a time and in
-turn, so that what the machine does meanwhile happens to both. Where objects come to lie in memory
-differs from process to process and stays for its life: hence several pairs of processes.
+Both trees must be built in place. Each runs in its own process, in short blocks that take turns, so
+that other activity of the machine affects both. The placement of objects in memory differs between
+processes and stays the same for a process's life, so several pairs of processes are measured.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def work(calls: int) -> None:
-    """A worker: for each name of a cell on standard input, a line of times in microseconds."""
+    """The worker. For each name of a cell on standard input, it prints a line of times in
+    microseconds."""
     import torch
     from common import collector_off, random_ids
 
@@ -98,7 +99,7 @@ class Worker:
 
 
 def interval(by_pair: list[np.ndarray[Any, Any]]) -> list[float]:
-    """95 % of the bootstrap of the ratio: pairs of processes are drawn, then their rounds."""
+    """The ratio's 95 % bootstrap interval. Draws pairs of processes first, then their rounds."""
     rng = np.random.default_rng(0)
     medians = []
     for _ in range(2000):

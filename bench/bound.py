@@ -1,8 +1,10 @@
-"""The lower bound: what is never beaten on a batch's way to the device, timed in C (bound.cu).
+"""The lower bound: the steps that no way of bringing a batch to the device can avoid, timed in C
+(bound.cu).
 
-Its parts are the ids of one array read and written as int32 into pinned memory, memory for the
-output from the same allocator, and the driver's launch of an empty kernel. What a Python call costs
-is not in it, nor what requests of their own add: each is an object to be asked for its memory.
+Its parts are reading the ids of one array and writing them as int32 into pinned memory, allocating
+the output from the same allocator, and the driver's launch of an empty kernel. It includes neither
+the cost of a Python call nor that of separate requests, which are objects that must each be asked
+for their memory.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ GET, RELEASE = (
 
 
 def build() -> Path:
-    """Compiles it with nvcc alone, if a source is newer than what was built. Needs a toolkit."""
+    """Compiles it with nvcc alone if a source is newer than the build. Needs a CUDA toolkit."""
     library = HERE.parent / "build" / "bound.so"
     newest = max(source.stat().st_mtime for source in SOURCES)
     if library.exists() and library.stat().st_mtime > newest:
@@ -52,7 +54,7 @@ class Bound:
     """Times the parts on torch's current stream, for batches of up to ``max_ids`` ids."""
 
     def __init__(self, max_ids: int) -> None:
-        torch.cuda.init()  # the allocator is there from then on
+        torch.cuda.init()  # makes the allocator available
         path = str(build())
         self._library = ctypes.CDLL(path)
         double, pointer, size = ctypes.POINTER(ctypes.c_double), ctypes.c_void_p, ctypes.c_size_t
@@ -60,7 +62,7 @@ class Bound:
             getattr(self._library, name).argtypes = [pointer, pointer, size, double]
         self._library.bound_issue.argtypes = [size, pointer, double]
         self._us, self._issued = (ctypes.c_double * 1)(), (ctypes.c_double * 3)()
-        self._buffers = ctypes.PyDLL(path).bound_buffers  # with the interpreter's lock
+        self._buffers = ctypes.PyDLL(path).bound_buffers  # PyDLL keeps the GIL
         self._buffers.argtypes = [pointer, size, pointer, pointer, double]
         self._library.bound_open.argtypes = [size]
         if not self._library.bound_open(8 * max_ids):
@@ -75,27 +77,27 @@ class Bound:
         return self._us[0]
 
     def write(self, arrays: Sequence[array[int]]) -> float:
-        """Microseconds of writing ``array('q')`` as int32 into pinned memory, one after another."""
+        """Microseconds to write ``array('q')`` as int32 into pinned memory, one after another."""
         return self._through(self._library.bound_write, arrays)
 
     def memcpy(self, arrays: Sequence[array[int]]) -> float:
-        """Microseconds of copying them as they are."""
+        """Microseconds to copy the arrays without narrowing."""
         return self._through(self._library.bound_memcpy, arrays)
 
     def buffers(self, arrays: Sequence[array[int]]) -> float:
-        """Microseconds of asking each for its memory, as any reader of them must."""
-        objects = (ctypes.c_void_p * len(arrays))(*map(id, arrays))  # which touches none of them
+        """Microseconds to ask each array for its memory, as any reader must."""
+        objects = (ctypes.c_void_p * len(arrays))(*map(id, arrays))  # does not touch the arrays
         if not self._buffers(objects, len(arrays), GET, RELEASE, self._us):
             raise RuntimeError("an array gave no buffer")
         return self._us[0]
 
     def issue(self, count: int) -> Sequence[float]:
-        """Microseconds of memory for so many int64 ids, a launch, and an event."""
+        """Microseconds to allocate ``count`` int64 ids, to launch, and to record an event."""
         stream = torch.cuda.current_stream().cuda_stream
         if not self._library.bound_issue(8 * count, stream, self._issued):
             raise RuntimeError("a CUDA call of the lower bound failed")
         return tuple(self._issued)
 
     def close(self) -> None:
-        """Gives the pinned memory back."""
+        """Releases the pinned memory."""
         self._library.bound_close()

@@ -1,5 +1,5 @@
-"""What every benchmark needs: samples, contenders in turn, and results that say where they come
-from."""
+"""Helpers of all benchmarks: taking samples of contenders in turn, summaries, and result files with
+their provenance."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ import pystage
 from pystage.trace import Batch, Request, prefill_batches
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BUILD = RESULTS.parents[1] / "build/bench"  # of looks and rehearsals, which no page shows
+BUILD = RESULTS.parents[1] / "build/bench"  # results of partial and trial runs, not for the pages
 VOCAB = 128_256
 
 
 def random_ids(count: int, rng: random.Random) -> array[int]:
-    """``count`` ids of the vocabulary; distinct int objects once made a list, as in a server."""
+    """``count`` random ids of the vocabulary. In a list they are distinct int objects, as in a
+    server."""
     return array("q", np.random.default_rng(rng.getrandbits(64)).integers(0, VOCAB, count).tolist())
 
 
 class Summary(dict[str, Any]):
-    """Percentiles of samples, in JSON, and the samples, which are not."""
+    """Percentiles of samples. The samples themselves are kept as well, but not written to JSON."""
 
     def __init__(self, samples_us: Sequence[float]) -> None:
         p50, p90, p99, p999 = np.percentile(samples_us, [50, 90, 99, 99.9])
@@ -56,13 +57,14 @@ class Summary(dict[str, Any]):
 
 
 def summary(samples_us: Sequence[float]) -> Summary:
-    """Microseconds."""
+    """Percentiles of samples in microseconds."""
     return Summary(samples_us)
 
 
 def merged(passes: Sequence[Any]) -> Any:
-    """The same result measured in several passes, as one: times over all samples, with the median
-    of each pass in ``passes``; of everything else the last. Who failed once has failed."""
+    """Combines the results of several passes. Times are summarised over all samples, and ``passes``
+    has the median of each pass. Other values are those of the last pass. A contender that failed in
+    one pass counts as failed."""
     last = passes[-1]
     if len(passes) == 1 or not isinstance(last, dict):
         return last
@@ -77,13 +79,13 @@ def merged(passes: Sequence[Any]) -> Any:
 
 
 def amount(row: dict[str, Any], key: str = "value") -> str:
-    """A figure of a row of targets, with its unit; empty if there is none."""
+    """A figure from a row of targets, with its unit. Empty if the row has none."""
     return "" if row.get(key) is None else f"{row[key]:,.2f} {row['unit']}".strip()
 
 
 @contextmanager
 def collector_off() -> Iterator[None]:
-    """No pauses of Python's garbage collector within."""
+    """Disables Python's garbage collector within the block, so that it causes no pauses."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -104,14 +106,14 @@ def two_calls_time(
     settle: Callable[[], None],
     inside: dict[str, Callable[[], Sequence[float]]] | None = None,
 ) -> dict[str, Any]:
-    """Microseconds of host time of two calls, ``second(first(input))``: each, and both together.
+    """Host time in microseconds of two calls, ``second(first(input))``: each, and both together.
 
-    Contenders take turns, in an order drawn each round. ``inputs`` gives the input of the n-th
-    call; no two in a row share one, so nobody reads what another has brought into the caches.
-    ``settle`` runs between calls, untimed, and drains the device: no call pays for the backlog of
-    another. ``inside`` take turns with the others, and time their own parts, in microseconds: their
-    result is the list of the parts' summaries. Who raises is out of the turn from then on, and its
-    result is ``{"error": traceback}``.
+    Contenders take turns, in a new random order each round. ``inputs`` gives the input of the n-th
+    call. Consecutive calls never share an input, so no contender reads ids that another one has
+    brought into the caches. ``settle`` runs between calls, untimed, and drains the device, so no
+    call pays for the backlog of another. ``inside`` take turns with the others and time their own
+    parts, in microseconds; their result is the list of the parts' summaries. A contender that
+    raises is not called again, and its result is ``{"error": traceback}``.
     """
     inside = inside or {}
     times: dict[str, list[tuple[float, ...]]] = {name: [] for name in [*contenders, *inside]}
@@ -119,7 +121,7 @@ def two_calls_time(
     names, call, order = list(times), 0, random.Random(5)
     with collector_off():
         for i in range(-warmup, samples):
-            for name in order.sample(names, len(names)):  # nobody always runs behind the same one
+            for name in order.sample(names, len(names)):  # avoids a fixed predecessor
                 try:
                     if name in inside:
                         row = tuple(inside[name]())
@@ -153,7 +155,7 @@ def two_calls_time(
 
 
 def cpu_cache_bytes() -> int:
-    """The largest cache of the CPU, as the kernel tells it; 64 MiB where it does not."""
+    """Size of the CPU's largest cache, as reported by the kernel; 64 MiB if it reports none."""
     sizes = [64 << 20]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()
@@ -163,7 +165,7 @@ def cpu_cache_bytes() -> int:
 
 
 def arriving(requests: list[Request]) -> Iterator[Batch]:
-    """Batches of the one to four requests that are there at a time, so of all sizes."""
+    """Groups the requests into batches of one to four, so that batches of all sizes occur."""
     first = 0
     for count in cycle((1, 2, 3, 4)):
         group = [requests[(first + i) % len(requests)] for i in range(count)]
@@ -180,7 +182,7 @@ def _output(*command: str) -> str:
 
 
 def _command() -> str:
-    """What was run, without where its results went and where its inputs lay."""
+    """The command line, without the paths of its results and inputs."""
     script = os.path.relpath(sys.argv[0])
     package, file = os.path.split(script)
     program = ["-m", package.replace(os.sep, ".")] if file == "__main__.py" else [script]
@@ -194,7 +196,7 @@ def _command() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Where a result comes from. The commit may be given as PYSTAGE_COMMIT, where git is not."""
+    """The origin of a result. PYSTAGE_COMMIT gives the commit where git is not available."""
     cuda = torch.cuda.is_available()
     cpu = next(
         (
@@ -225,7 +227,7 @@ def provenance() -> dict[str, Any]:
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
-    """Writes JSON; a reader sees the old file or the new one, never a part."""
+    """Writes JSON atomically: a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
@@ -233,20 +235,20 @@ def save(path: Path, result: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result that was saved."""
+    """Reads a result that ``save`` wrote."""
     result: dict[str, Any] = json.loads(path.read_text())
     return result
 
 
 def newest_on_gpu(folder: Path, benchmark: str) -> Path | None:
-    """The newest result of ``benchmark`` that a GPU gave, if there is one."""
+    """The newest result of ``benchmark`` from a GPU, or None."""
     runs = {path: load(path) for path in folder.glob(f"{benchmark}*.json")}
     on_gpu = [path for path, run in runs.items() if run["devices"]]
     return max(on_gpu, key=lambda path: str(runs[path]["date"]), default=None)
 
 
 def write_result(name: str, result: dict[str, Any], out: str | Path | None) -> Path:
-    """Writes ``result`` with its provenance as JSON; returns the file."""
+    """Writes ``result`` and its provenance as JSON. Returns the file's path."""
     path = Path(out) if out else RESULTS / f"{name}.json"
     save(path, {"benchmark": name, **provenance(), **result})
     return path

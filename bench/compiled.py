@@ -1,4 +1,4 @@
-"""Small C files beside the benchmarks, compiled when they are needed."""
+"""Compiles the small C files of the benchmarks when they are needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def compiled(source: str, folder: Path, *flags: str) -> Path:
 
     Raises:
         FileNotFoundError: there is no C compiler.
-        subprocess.CalledProcessError: it refuses the file, and has printed why.
+        subprocess.CalledProcessError: the compiler rejects the file, and has printed why.
     """
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if compiler is None:
@@ -36,8 +36,8 @@ def compiled(source: str, folder: Path, *flags: str) -> Path:
 
 @cache
 def binder() -> Bind:
-    """``bind(address, *arguments)`` of calls.c: the C function there as a callable that takes
-    nothing, and raises RuntimeError where the function does not return 0."""
+    """``bind(address, *arguments)`` of calls.c. It makes the C function at ``address`` a callable
+    without parameters, which raises RuntimeError if the function does not return 0."""
     with tempfile.TemporaryDirectory() as folder:
         include = f"-I{sysconfig.get_paths()['include']}"
         library = compiled("calls.c", Path(folder), include)

@@ -1,7 +1,10 @@
-"""Who is measured: each takes a batch of ragged ids to an int64 tensor on the device, in two calls.
+"""The contenders: each takes a batch of ragged ids to an int64 tensor on the device, in two calls.
 
 ``stage`` runs where the batch is made, ``resolve`` where its forward starts. References do less:
-they show what a part of it costs.
+they show the cost of one part.
+
+This is one file because every contender has the same two calls and gathers with the same helpers,
+so that they can be compared side by side.
 """
 
 from __future__ import annotations
@@ -50,18 +53,18 @@ BUFFERS, RAGGED = "arrays asked for their memory", "write, one by one"
 
 @dataclass(frozen=True)
 class Contender:
-    """One way from ids to the device.
+    """One way to bring ids to the device.
 
     Attributes:
-        role: ``"ours"``, ``"peer"`` (the whole way) or ``"reference"`` (a part of it).
-        stage: from a batch to whatever ``resolve`` takes.
-        resolve: to an int64 tensor on the device, ordered on the current stream.
-        takes: which kinds of requests.
-        most: ids it has room for.
+        role: ``"ours"``, ``"peer"`` (does the same job) or ``"reference"`` (does a part of it).
+        stage: takes a batch and returns whatever ``resolve`` takes.
+        resolve: returns an int64 tensor on the device, ordered on the current stream.
+        takes: the kinds of requests it accepts.
+        most: the largest number of ids it has room for.
         note: what a reader must know to judge its figures.
-        pinned: bytes of pinned memory held, and allocations so far; None: those of torch's own
-            allocator.
-        close: gives back what it holds.
+        pinned: returns the bytes of pinned memory held and the number of allocations so far. None:
+            it uses torch's own allocator.
+        close: releases the memory it holds.
     """
 
     name: str
@@ -76,7 +79,7 @@ class Contender:
 
 
 def ids_of(request: Any) -> Any:
-    """A request as an int64 NumPy array, without a copy where there need not be one."""
+    """A request as an int64 NumPy array, copied only if necessary."""
     if isinstance(request, array):
         return np.frombuffer(request, np.int64)
     if isinstance(request, list):  # a third quicker than np.asarray
@@ -85,7 +88,7 @@ def ids_of(request: Any) -> Any:
 
 
 def gather(batch: Batch, into: Any) -> None:
-    """The fastest way that NumPy and torch have."""
+    """Gathers a batch in the fastest way that NumPy and torch offer."""
     if isinstance(batch[0], torch.Tensor):
         torch.cat([*batch], out=torch.from_numpy(into))
     elif len(batch) == 1:
@@ -137,7 +140,7 @@ def ours_checked(device: Host) -> Contender:
 
 
 def torch_array(device: Host) -> Contender:
-    """The fewest copies that torch allows: gathered straight into a block of its allocator."""
+    """As few copies as torch allows: gathers directly into a block of its pinned allocator."""
 
     def stage(batch: Batch) -> torch.Tensor:
         pinned = device.pinned(count_of(batch))
@@ -169,7 +172,7 @@ def torch_list(device: Host) -> Contender:
 
 
 class NoSpeculation:
-    """Its ``spec_algorithm``."""
+    """The ``spec_algorithm`` of a batch without speculation."""
 
     def is_none(self) -> bool:
         return True
@@ -177,7 +180,7 @@ class NoSpeculation:
 
 @dataclass
 class ForwardBatch:
-    """The fields of a SGLang batch that its function reads, for a batch without speculation."""
+    """The fields of an SGLang batch that SGLang's function reads, without speculation."""
 
     prefill_input_ids_cpu: Any
     device: torch.device
@@ -189,7 +192,7 @@ class ForwardBatch:
 
 @dataclass
 class SglangCode:
-    """Its functions, as they stand in the wheel."""
+    """SGLang's functions, unchanged from the wheel."""
 
     flatten: Callable[[Any, bool], torch.Tensor]
     resolve_forward_inputs: Callable[[Any, Any], None]
@@ -284,10 +287,10 @@ def vllm_uva(device: Host, sources: Sources, room: int) -> Contender:
 
 
 class VllmRunner:
-    """vLLM's newest model runner: a request's ids are written once, by a kernel, into rows of the
-    host's memory that the device can read; each step a kernel gathers the step's ids from there.
+    """vLLM's newest model runner. A kernel writes a request's ids once into a row of host memory
+    that the device can read. At each step, a kernel gathers the ids of that step from the rows.
 
-    Rows are as long, and as many, as the batches seen so far need.
+    The number and length of the rows are what the batches seen so far need.
     """
 
     def __init__(self, device: Host, sources: Sources) -> None:
@@ -329,7 +332,7 @@ class VllmRunner:
         self._made = None
 
     def stage(self, batch: Batch) -> tuple[int, ...]:
-        """Once for each request: its ids into a row, by ``stage_write`` and ``apply_write``."""
+        """Writes each request's ids to a row with ``stage_write`` and ``apply_write``, once."""
         lengths = tuple(map(len, batch))
         rows, longest = (1 << (n - 1).bit_length() for n in (len(lengths), max(lengths)))
         if rows > self._rows[0] or longest > self._rows[1]:
@@ -344,7 +347,7 @@ class VllmRunner:
         return lengths
 
     def resolve(self, lengths: tuple[int, ...], computed: int = 0) -> torch.Tensor:
-        """Each step: the ids of the rows behind the first ``computed``, gathered by a kernel."""
+        """At each step, gathers the rows' ids after the first ``computed`` with a kernel."""
         shape = self._shapes.get((lengths, computed))
         if shape is None:
             shape = self._shapes[lengths, computed] = self._shape(lengths, computed)
@@ -352,7 +355,8 @@ class VllmRunner:
         return shape[0]
 
     def _shape(self, lengths: tuple[int, ...], computed: int) -> tuple[torch.Tensor, ...]:
-        """Its arguments; vLLM makes them for more than the ids, so they are made beforehand."""
+        """The kernel's arguments. They are made beforehand, since vLLM uses them for more than the
+        ids."""
         count, where = len(lengths), self.device.torch
         new = [length - computed for length in lengths]
         starts = torch.tensor([0, *accumulate(new)], dtype=torch.int32, device=where)
@@ -365,7 +369,7 @@ class VllmRunner:
 
 
 class UnpinnedTorch:
-    """torch on a machine that pins no memory: rehearsals."""
+    """torch for trial runs on a machine that cannot pin memory."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -397,7 +401,7 @@ def cupy_pool(device: Host) -> Contender:
         raise Absent(f"CuPy is not installed ({error})") from error
     held = [0, 0]
 
-    def allocate(size: int) -> Any:  # as CuPy's own, and counted
+    def allocate(size: int) -> Any:  # like CuPy's own allocator, but counts
         held[0] += size
         held[1] += 1
         return cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(size), 0)
@@ -430,7 +434,7 @@ def cupy_pool(device: Host) -> Contender:
 
 
 def memcpy_batch(device: Host) -> Contender:
-    device.batch([], [], [], DURING_CALL)  # raises where there is none
+    device.batch([], [], [], DURING_CALL)  # raises if there is no such call
 
     def resolve(batch: Batch) -> torch.Tensor:
         out = torch.empty(count_of(batch), dtype=torch.int64, device=device.torch)
@@ -458,7 +462,7 @@ def memcpy_batch(device: Host) -> Contender:
 
 
 def ready(device: Host, name: str, count: int, out: torch.Tensor | None = None) -> Contender:
-    """A copy alone, from a pinned buffer that holds the ids already."""
+    """Only the copy, from a pinned buffer that already holds the ids."""
     pinned = device.pinned(count)
     pinned.random_(0, VOCAB)
     out = torch.empty(count, dtype=torch.int64, device=device.torch) if out is None else out
@@ -478,7 +482,7 @@ def ready(device: Host, name: str, count: int, out: torch.Tensor | None = None) 
 
 
 class PythonBound:
-    """The lower bound where there is no CUDA, each part with the cost of its call from Python."""
+    """The lower bound without CUDA. Each part includes the cost of its call from Python."""
 
     parts = (*BOUND, TOTAL, MEMCPY, RAGGED)
 
@@ -499,7 +503,7 @@ class PythonBound:
         return (time.perf_counter_ns() - start) / 1e3
 
     def once(self, whole: array[int], ragged: Sequence[array[int]]) -> Sequence[float]:
-        """Microseconds of each part: ``whole`` is read as one, ``ragged`` array by array."""
+        """Microseconds of each part. Reads ``whole`` as one array, ``ragged`` array by array."""
         copied, one_by_one, written = self._memcpy(whole), self._write(ragged), self._write([whole])
         start = time.perf_counter_ns()
         out = torch.empty(count_of(ragged), dtype=torch.int64, device=self.device.torch)
@@ -511,11 +515,11 @@ class PythonBound:
         return *parts, sum(parts), copied, one_by_one
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Does nothing: there is nothing to release."""
 
 
 class CompiledBound:
-    """The same, timed in C, and an event with it."""
+    """The lower bound timed in C, with an event as one more part."""
 
     parts = (*BOUND, TOTAL, EVENT, MEMCPY, BUFFERS, RAGGED)
 
@@ -540,7 +544,7 @@ def empty_kernel(device: Host) -> Contender:
 
 
 class Contenders:
-    """Makes contenders, and remembers who could not be had and why, and who failed."""
+    """Makes contenders. Remembers which ones are absent and why, and which ones failed."""
 
     def __init__(self, device: Host, sources: Sources) -> None:
         self.device, self.sources = device, sources
@@ -550,7 +554,7 @@ class Contenders:
         self.roles: dict[str, str] = {}
 
     def make(self, name: str, room: int = 1 << 20) -> Contender | None:
-        """A fresh one of that name, with room for so many ids; None if it cannot be had."""
+        """Makes a new contender of that name with room for ``room`` ids. None if it is absent."""
         device, sources = self.device, self.sources
         makers: dict[str, Callable[[], Contender]] = {
             CHECKED: lambda: ours_checked(device),
@@ -580,9 +584,9 @@ class Contenders:
         return contender
 
     def bound(self, count: int) -> PythonBound | CompiledBound:
-        """Of up to ``count`` ids; from Python where it cannot be compiled."""
+        """The lower bound for up to ``count`` ids. Timed from Python where C cannot be compiled."""
         failed = "making the lower bound in C"
-        if self.device.cuda and failed not in self.errors:  # no second long compilation
+        if self.device.cuda and failed not in self.errors:  # does not try a long compilation twice
             try:
                 return CompiledBound(count)
             except Exception:
@@ -590,11 +594,11 @@ class Contenders:
         return PythonBound(self.device, count)
 
     def why_not(self, name: str) -> str:
-        """After :meth:`make` gave None."""
+        """The reason why :meth:`make` returned None."""
         return self.absent.get(name) or f"failed: see the error of making {name}"
 
     def all(self, names: Sequence[str], room: int = 1 << 20) -> list[Contender]:
-        """Those of them that can be had."""
+        """Makes the contenders of these names, without those that are absent."""
         return [c for c in (self.make(name, room) for name in names) if c is not None]
 
 

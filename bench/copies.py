@@ -1,4 +1,4 @@
-"""Host-to-device copies beside other work, from a C loop (copies.c) that holds no GIL."""
+"""Host-to-device copies beside other work, from a C loop (copies.c) that does not hold the GIL."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from bench.device import cuda_runtime
 
-CALLS = (  # in the order of copies.c
+CALLS = (  # in the order that copies.c expects
     "cudaSetDevice",
     "cudaStreamCreateWithFlags",
     "cudaStreamDestroy",
@@ -26,7 +26,7 @@ CALLS = (  # in the order of copies.c
 
 
 def loop_of(library: Path) -> Any:
-    """The function of a compiled ``library``."""
+    """The copy loop of a compiled ``library``."""
     loop = ctypes.CDLL(str(library)).copies
     pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     loop.argtypes = [pointer, number, pointer, pointer, size, number, number, pointer, pointer]
@@ -34,7 +34,7 @@ def loop_of(library: Path) -> Any:
 
 
 class Copies:
-    """Copies from pinned memory to a GPU (``device`` >= 0), or within the host's memory (-1)."""
+    """Copies from pinned memory to a GPU (``device`` >= 0) or within host memory (-1)."""
 
     def __init__(self, device: int, library: Path) -> None:
         self._device, self._loop = device, loop_of(library)
@@ -47,7 +47,7 @@ class Copies:
             self._runtime = (ctypes.c_void_p * len(calls))(*calls)
 
     def start(self, mib: float, depth: int, pause_ms: float = 0.0) -> None:
-        """``depth`` copies of ``mib`` MiB stay queued; with a pause, they end before it."""
+        """Keeps ``depth`` copies of ``mib`` MiB queued. Before a pause, waits for all of them."""
         if self._thread is not None:
             raise RuntimeError("copies are running already")
         size = int(mib * 2**20)
@@ -82,17 +82,17 @@ class Copies:
 
     @property
     def count(self) -> int:
-        """Copies done since the start."""
+        """Number of copies done since the start."""
         return int(self._count.value)
 
     def stop(self) -> float | None:
-        """Ends them, and waits for those that are queued.
+        """Stops the copies, and waits for those that are queued.
 
         Returns:
-            GB/s; None if none were running.
+            The rate in GB/s. None if no copies were running.
 
         Raises:
-            RuntimeError: a call of the CUDA runtime failed; with its number.
+            RuntimeError: a call of the CUDA runtime failed. The message has the error number.
         """
         if self._thread is None:
             return None

@@ -1,7 +1,7 @@
-"""What the regimes need of a device: a CUDA one, and the host standing in for it.
+"""The device operations that the regimes need, for CUDA and for the host device.
 
-Stand-ins do the same copies at once, on the host. They let every line of the regimes run without a
-GPU; of their figures only host times mean anything.
+The host versions do the same copies immediately, on the host. With them every line of the regimes
+runs without a GPU. Of the resulting figures only host times have a meaning.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ IN_STREAM_ORDER, DURING_CALL = 1, 2  # cudaMemcpySrcAccessOrder*
 
 
 class Absent(Exception):
-    """Something cannot be measured here; the message says why."""
+    """Something cannot be measured here. The message says why."""
 
 
 class HostEvent:
-    """An event that has happened once it is recorded."""
+    """An event that is complete as soon as it is recorded."""
 
     def __init__(self) -> None:
         self.at = 0
@@ -41,11 +41,11 @@ class HostEvent:
         """Nothing is pending."""
 
     def elapsed_time(self, end: HostEvent) -> float:
-        return (end.at - self.at) / 1e6  # ms, as torch's
+        return (end.at - self.at) / 1e6  # ms, as in torch
 
 
 class Host:
-    """The host device. ``gpu_regimes``: run those too, on stand-ins, to see that they run."""
+    """The host device. ``gpu_regimes``: also runs those regimes, to check that they run."""
 
     cuda = False
 
@@ -64,16 +64,16 @@ class Host:
         return nullcontext()
 
     def wait(self, stream: Any, event: Any) -> None:
-        """The stream waits for the event."""
+        """Makes the stream wait for the event."""
 
     def event(self, timing: bool = False) -> Any:
         return HostEvent()
 
     def spin(self, us: float) -> None:
-        """Nothing runs beside the host."""
+        """Does nothing: no work runs beside the host."""
 
     def launch(self) -> None:
-        """No kernels here."""
+        """Does nothing: there are no kernels here."""
 
     def pinned(self, count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.int64)
@@ -84,7 +84,7 @@ class Host:
     def batch(
         self, dsts: Sequence[int], srcs: Sequence[int], sizes: Sequence[int], order: int
     ) -> Callable[[], None]:
-        """A call of all these copies, prepared."""
+        """A prepared call that does all these copies."""
 
         def copy() -> None:
             for dst, src, size in zip(dsts, srcs, sizes, strict=True):
@@ -93,13 +93,13 @@ class Host:
         return copy
 
     def memcpy_here(self, dst: int, src: int, size: int) -> Callable[[], None]:
-        """That copy, prepared, on the stream that is current now."""
+        """A prepared call that does that copy on the stream that is current now."""
         return partial(self.memcpy, dst, src, size)
 
     def batch_here(
         self, dsts: Sequence[int], srcs: Sequence[int], sizes: Sequence[int], order: int
     ) -> Callable[[], None]:
-        """As :meth:`batch`, on the stream that is current now."""
+        """Like :meth:`batch`, but on the stream that is current now."""
         return self.batch(dsts, srcs, sizes, order)
 
     def move(self, dst: torch.Tensor, src: torch.Tensor) -> None:
@@ -111,14 +111,14 @@ class Host:
         return pinned
 
     def pinned_bytes(self) -> tuple[int, int]:
-        """What torch's host allocator holds, and how often it allocated."""
+        """The bytes that torch's host allocator holds, and how often it allocated."""
         return 0, 0
 
     def forget_pinned(self) -> None:
-        """Makes torch's host allocator give back what nobody uses."""
+        """Makes torch's host allocator release its unused memory."""
 
     def kernels(self, call: Callable[[], Any]) -> dict[str, int]:
-        """How many kernels and copies a call puts on the device."""
+        """The kernels and copies that a call launches on the device, with their counts."""
         call()
         return {"kernels": 0, "copies": 0}
 
@@ -145,7 +145,7 @@ def cuda_runtime() -> ctypes.CDLL:
 
 
 class _ArrayInterface:
-    """Memory that torch takes as a tensor of the device, where the device can reach it."""
+    """Memory that torch takes as a tensor of the device. The device must be able to access it."""
 
     def __init__(self, pinned: torch.Tensor) -> None:
         self.owner = pinned
@@ -181,7 +181,7 @@ class Cuda(Host):
             ctypes.c_int,
             ctypes.c_void_p,
         ]
-        self._kept: list[Any] = []  # what bound calls point to
+        self._kept: list[Any] = []  # keeps alive what the bound calls point to
         self._cycles_per_us = self._spin_rate()
 
     def _check(self, name: str, *args: Any) -> None:
@@ -223,7 +223,7 @@ class Cuda(Host):
         return torch.empty(count, dtype=torch.int64, pin_memory=True)
 
     def memcpy(self, dst: int, src: int, size: int) -> None:
-        # cudaMemcpyDefault: by the pointers
+        # cudaMemcpyDefault: the pointers give the direction
         code = self._memcpy(dst, src, size, 4, torch.cuda.current_stream().cuda_stream)
         if code:
             raise RuntimeError(f"cudaMemcpyAsync failed with CUDA error {code}")
@@ -231,7 +231,8 @@ class Cuda(Host):
     def _batch_arguments(
         self, dsts: Sequence[int], srcs: Sequence[int], sizes: Sequence[int], order: int
     ) -> tuple[Any, ...]:
-        """All but the stream. The first three are arrays of C, the fifth and the sixth one item."""
+        """All arguments except the stream. The first three are C arrays; the fifth and the sixth
+        point to one item."""
         if self.runtime < 13000:
             raise Absent(f"cudaMemcpyBatchAsync is called as in CUDA 13, this is {self.runtime}")
         count = len(sizes)
@@ -301,7 +302,7 @@ class Cuda(Host):
 
 
 def find(name: str | None, rehearse: bool) -> Host:
-    """The device of that name; None: the GPU there is, or the host."""
+    """The device of that name. None: the GPU, or the host if there is none."""
     if rehearse:
         return Host(gpu_regimes=True)
     if name is None:
@@ -314,7 +315,7 @@ def find(name: str | None, rehearse: bool) -> Host:
 
 @contextmanager
 def own_stream(device: Host) -> Iterator[None]:
-    """A stream of our own is current: cudaMemcpyBatchAsync refuses the default one."""
+    """Makes a new stream current, because cudaMemcpyBatchAsync refuses the default stream."""
     stream = device.new_stream()
     with device.on(stream):
         yield

@@ -1,5 +1,5 @@
-"""Tables and plots of the plugin in SGLang (sglang_plugin.py), of the pipeline (pp_prefill.py) and
-of the long run (sustained.py), from their results. Those of the suite are in pages.py."""
+"""Tables and plots for the results of the SGLang plugin (sglang_plugin.py), the pipeline
+(pp_prefill.py) and the long run (sustained.py). The tables of the suite are in pages.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.common import amount, load, newest_on_gpu
 from bench.engine import page as engine
 from bench.pages import indented, source, tabulate
 
-RESULTS = Path("bench/results")  # below the repository's root, as all that follow
+RESULTS = Path("bench/results")  # this and the following paths are relative to the root
 PIPELINE = RESULTS / "pp_prefill-8b-2xnvidia-h100-80gb-hbm3.json"
 OURS_FIRST = RESULTS / "pp_prefill-8b-2xnvidia-h200-ours-first.json"
 PIPELINE_PLOT = Path("docs/pp-profile.svg")
@@ -26,7 +26,7 @@ EVENER = "equal time, base x 2"
 
 
 def sections(root: Path) -> dict[str, str]:
-    """The text between the marks of the pages, by the mark's name."""
+    """The text to put between the marks of the pages, by the name of the mark."""
     pipeline, ours_first = load(root / PIPELINE), load(root / OURS_FIRST)
     plugin = newest_on_gpu(root / RESULTS, "sglang")
     assert plugin is not None
@@ -51,7 +51,7 @@ def sections(root: Path) -> dict[str, str]:
 
 
 def draw(root: Path) -> list[Path]:
-    """Draws the plots; returns their files."""
+    """Draws the plots. Returns their files."""
     plots = [root / PIPELINE_PLOT]
     draw_pipeline(load(root / PIPELINE), plots[0])
     if (root / SURFACES).exists():
@@ -70,7 +70,7 @@ def pair(cell: dict[str, float]) -> str:
     return f"{cell['p50']:,.1f} / {cell['p99']:,.1f}"
 
 
-SIDES = {"without": "baseline", "with pystage": "pystage"}  # as the results call them; the heads
+SIDES = {"without": "baseline", "with pystage": "pystage"}  # names in the results: column heads
 
 
 def target_table(result: dict[str, Any]) -> str:
@@ -91,7 +91,7 @@ def target_table(result: dict[str, Any]) -> str:
 
 
 def logits_text(path: Path | None) -> str:
-    """What a model made of the same batches."""
+    """The comparison of a model's logits on the same batches."""
     if path is None:
         return "Not compared on a GPU yet: `python bench/sglang_logits.py`."
     result = load(path)
@@ -108,7 +108,7 @@ def logits_text(path: Path | None) -> str:
 
 
 def sglang_tables(path: Path) -> str:
-    """The plugin in SGLang, with and without."""
+    """Tables of SGLang with and without the plugin."""
     result = load(path)
     parts = {"flatten + resolve": "staging and resolving", "prepare + resolve": "the whole batch"}
     cells = [
@@ -130,7 +130,7 @@ def sglang_tables(path: Path) -> str:
 
 
 def when_it_helps(run: engine.Run | None, plugin: dict[str, Any]) -> str:
-    """What somebody who has SGLang wants to know first."""
+    """What SGLang users want to know first: when the plugin helps."""
     if run is None:
         return "Not measured yet."
     row = run.rows["prompt-4096+stream"]
@@ -161,7 +161,7 @@ def when_it_helps(run: engine.Run | None, plugin: dict[str, Any]) -> str:
 
 
 def in_place_table(path: Path) -> str:
-    """Where the time of a batch of 8,192 ids goes, in SGLang."""
+    """How the time of a batch of 8,192 ids in SGLang is spent."""
     result = load(path)
     parts = {
         "flatten_arrays_to_pinned_cpu": "flatten_arrays_to_pinned_cpu",
@@ -181,7 +181,7 @@ def in_place_table(path: Path) -> str:
 
 
 def faults_text(path: Path) -> str:
-    """At how many places a driver call was made to fail."""
+    """The number of places at which a driver call was made to fail."""
     result = load(path)
     return (
         f"Last run: {result['places']} places, on an {result['device']}, driver "
@@ -193,7 +193,7 @@ def faults_text(path: Path) -> str:
 
 
 def sustained_table(path: Path | None) -> str:
-    """What a sustained run was to show, and its first and last minutes."""
+    """The targets of a sustained run, and its first and last minutes."""
     if path is None:
         return "Not measured yet."
     result = load(path)
@@ -233,12 +233,13 @@ PREDICTORS = {
 }
 
 
-# Whose sizes the time to first token in the table of errors is of.
+# The planner whose chunk sizes give the time to first token in the table of errors.
 SIZED_BY = {"ours": "fastest", "sglang warm": "sglang warm", "sglang cold": "sglang cold"}
 
 
 def pipeline_errors(sglang_first: dict[str, Any], ours_first: dict[str, Any]) -> str:
-    """Both orders, since a process is cold once; and what the sizes do, beside the errors."""
+    """The prediction errors and what the chunk sizes achieve. Shows runs in both orders, since only
+    the first profile in a process runs cold."""
     rows = []
     for name, profile in PREDICTORS.items():
         row = [name.replace("sglang", "SGLang's sweep,").replace("ours", "pystage")]
@@ -282,7 +283,7 @@ def pipeline_plans(measured: dict[str, Any]) -> str:
 
 
 def pipeline_targets(measured: dict[str, Any], ours_first: dict[str, Any]) -> str:
-    """The worse of both runs, where both have it."""
+    """The targets, each with the worse value of the two runs if both have it."""
     runs = (measured, ours_first)
     median, p95 = (max(run["heldout"]["ours"][q] for run in runs) for q in ("median", "p95"))
     ours = measured["profile ours"]
@@ -323,7 +324,7 @@ def pipeline_targets(measured: dict[str, Any], ours_first: dict[str, Any]) -> st
 
 
 def draw_pipeline(result: dict[str, Any], path: Path) -> None:
-    """The profile's samples, its fit and the plan, from the figures of the run."""
+    """Draws the profile's samples, its fit and the plan, from the figures of the run."""
     import numpy as np
 
     from pystage.pp import ChunkSizer, LatencyModel
@@ -353,7 +354,7 @@ def draw_pipeline(result: dict[str, Any], path: Path) -> None:
 
 
 def draw_sustained(result: dict[str, Any], path: Path) -> None:
-    """Times and holdings of every minute."""
+    """Draws the times and the memory held in every minute."""
     plt = svg.pyplot()
     rows = result["rows"]
     minutes = [row["minute"] for row in rows]

@@ -44,7 +44,7 @@ TINY_LLAMA: dict[str, Any] = {
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> str:
-    """Makes ``folder`` a model without weights; they are made up when it is loaded."""
+    """Makes ``folder`` a model without weights. Loading it generates random weights."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)

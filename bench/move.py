@@ -1,5 +1,5 @@
-"""A kernel that moves KV-cache pages between pinned and device memory, as engines with kernel
-backends do: a few blocks, so that most of the GPU stays with the model."""
+"""A kernel that moves KV-cache pages between pinned and device memory, as engines with a kernel
+backend do. It uses a few blocks, so that most of the GPU stays free for the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _move(src, dst, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 def move(dst: torch.Tensor, src: torch.Tensor) -> None:
-    """``dst[:] = src``, int64, contiguous, by a kernel on the current stream."""
+    """``dst[:] = src`` by a kernel on the current stream. Both are int64 and contiguous."""
     count = src.numel()
     programs = min(PROGRAMS, triton.cdiv(count, 4096))
     _move[(programs,)](src, dst, count, BLOCK=4096, num_warps=16)

@@ -1,5 +1,5 @@
-"""The tables of docs/benchmarks.md, from a run of the suite: one for each question of a reader. The
-JSON has every cell and every contender."""
+"""Makes the tables of docs/benchmarks.md from a run of the suite. Each table answers one question
+of a reader. The JSON has every cell and every contender."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HOST = (
     *(f"1 x 8192 {kind}" for kind in ("list", "numpy", "tensor")),
 )
 BASELINES = (SGLANG, BUFFER, UVA, RUNNER)
-HEADS = {DEFERRED: "pystage", SGLANG: "baseline: SGLang"}  # where a contender heads a column
+HEADS = {DEFERRED: "pystage", SGLANG: "baseline: SGLang"}  # contenders as column heads
 
 
 def tabulate(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -55,12 +55,12 @@ def tabulate(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def indented(measure: str) -> str:
-    """Markdown drops spaces in front."""
+    """Keeps the indentation of a name, since Markdown drops leading spaces."""
     return measure.replace("  ", "&nbsp;&nbsp;")
 
 
 def sections(result: dict[str, Any] | None) -> dict[str, str]:
-    """What stands at each mark, by its name. None: there is no run yet."""
+    """The text for each mark, by the name of the mark. None: there is no run yet."""
     makers = {
         "suite-source": source,
         "suite-notes": _notes,
@@ -81,7 +81,7 @@ def sections(result: dict[str, Any] | None) -> dict[str, str]:
 
 
 def source(result: dict[str, Any], file: str = "") -> str:
-    """Where figures come from. ``file``: that of the result, where it is to be named."""
+    """The origin of the figures. ``file``: the result's file, if it is to be named."""
     gpus = f"{result['devices']} x " if result["devices"] > 1 else ""
     when = result["date"][:16].replace("T", " ")
     at = f", `bench/results/{file}`" if file else ""
@@ -111,14 +111,14 @@ def _number(value: float | None, form: str = ",.1f") -> str:
 
 
 def _label(cell: str) -> str:
-    """A cell's name for people: numbers with commas, no plural of one."""
+    """A readable name of a cell: numbers with commas, and a singular after one."""
     words = [f"{int(w):,}" if w.isdigit() else w for w in cell.split(" ")]
     text = " ".join(words).replace("Python thread beside", "beside a Python thread")
     return re.sub(r"^1 (thread|process)(?:es|s)", r"1 \1", text)
 
 
 def _host_summary(result: dict[str, Any]) -> str:
-    """Both calls together, each alone, and the best peer."""
+    """Host times: both calls together, each call alone, and the best peer."""
     look, rows = Cells(result), []
     for name in HOST:
         cell = result["regimes"].get("host", {}).get(name, {})
@@ -154,7 +154,7 @@ def _host_summary(result: dict[str, Any]) -> str:
 def _by_contender(
     result: dict[str, Any], regime: str, kind: str, show: Any, title: str, only: Sequence[str]
 ) -> str:
-    """A row for each cell, a column for each contender of ``only`` that is there."""
+    """A row for each cell, and a column for each contender of ``only`` that was measured."""
     cells = _cells(result, regime)
     names = [n for n in only if any(kind in c["contenders"].get(n, {}) for c in cells.values())]
     rows = [
@@ -177,7 +177,7 @@ def _totals(result: dict[str, Any], regime: str) -> str:
 
 
 def _latency(result: dict[str, Any]) -> str:
-    """Contenders by cells."""
+    """Latency: a row for each contender, a column for each cell."""
     cells = {n: cell for n, cell in _cells(result, "latency").items() if n in ("alone", BULK)}
     names: dict[str, None] = {}
     for cell in cells.values():
@@ -190,7 +190,7 @@ def _latency(result: dict[str, Any]) -> str:
 
 
 def _unpaused(result: dict[str, Any]) -> str:
-    """Copies that are always queued, by contender; the table says who starved."""
+    """Latency beside copies without a pause, by contender. The table says which ones starved."""
     cells, rows = _cells(result, "latency"), []
     only = (DEFERRED, *BASELINES, READY)
     names: dict[str, None] = {}
@@ -240,7 +240,7 @@ def _processes(result: dict[str, Any]) -> str:
 
 
 def _mixed(result: dict[str, Any]) -> str:
-    """One kernel of pystage against SGLang's copy, gather and ``torch.cat``."""
+    """Compares one kernel of pystage with SGLang's copy, gather and ``torch.cat``."""
     rows, cells = [], _cells(result, "mixed")
     cells.pop(KERNELS, None)
     for cell, measured in cells.items():
@@ -263,7 +263,7 @@ RATIO = re.compile(
 
 
 def _measure(name: str) -> str:
-    """A target's recorded name in the words of the page."""
+    """A target's recorded name, with the words that the page uses."""
     name = re.sub(r"\bours\b", "pystage's", name).replace(" over ", " / ")
     return indented(RATIO.sub(r" / \1", name).replace("ids ready", "ids on the GPU"))
 

@@ -1,8 +1,8 @@
-"""Other projects' own code, taken at run time from where it is installed or carried.
+"""Runs code of other projects, taken at run time from an installed package or a wheel.
 
-Their packages import most of an engine before they give a function. So only the definitions wanted
-are taken from their source, as they stand, and run with the names they need. Nothing of theirs is
-in this project.
+Importing one of their functions would import most of an engine. Instead, only the definitions that
+are needed are taken from their source, unchanged, and run with the names they use. This project
+contains none of their code.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from bench.device import Absent
 
 
 def installed(package: str) -> list[Path]:
-    """Where Python would import it from, without importing it."""
+    """The folders that Python would import the package from, without importing it."""
     spec = importlib.util.find_spec(package)
     return [] if spec is None else [Path(root) for root in spec.submodule_search_locations or ()]
 
 
 class Sources:
-    """Looks for packages in a folder of wheels or unpacked packages (or in one wheel), then where
-    Python looks."""
+    """Finds packages in a folder of wheels or unpacked packages (or in one wheel), and then on
+    Python's own path."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         if folder is not None and folder.suffix != ".whl":
             if not folder.is_dir():
                 raise SystemExit(f"--peers {folder}: no such folder")
-            sys.path.append(str(folder))  # for those that are imported: CuPy
+            sys.path.append(str(folder))  # for packages that are imported, such as CuPy
 
     def _wheel(self, package: str) -> Path | None:
         if self.folder is not None and self.folder.suffix == ".whl":
@@ -53,7 +53,7 @@ class Sources:
         """The text of a package's file, ``path`` as in ``v1/utils.py``.
 
         Raises:
-            Absent: no such package or file here.
+            Absent: there is no such package or file here.
         """
         wheel = self._wheel(package)
         if wheel is not None:
@@ -71,7 +71,7 @@ class Sources:
         raise Absent(f"{package} is there, but without {path}")
 
     def version(self, package: str) -> str:
-        """As its wheel or its metadata says; ``"unknown"`` without any."""
+        """The version from its wheel or its metadata. ``"unknown"`` if there is neither."""
         wheel = self._wheel(package)
         if wheel is None and self.folder is not None:
             wheel = next(self.folder.glob(f"{package}-*.dist-info"), None)
@@ -85,23 +85,23 @@ class Sources:
     def take(
         self, package: str, path: str, names: Sequence[str], given: dict[str, Any]
     ) -> dict[str, Any]:
-        """Runs the definitions called ``names`` of a file; a method as ``"Class.method"``.
+        """Runs the definitions ``names`` of a file. A method is named ``"Class.method"``.
 
         Args:
-            given: what these definitions use of the rest of their package.
+            given: the names that these definitions use from the rest of their package.
 
         Raises:
-            Absent: no such file, or it has no such definition.
+            Absent: there is no such file, or it has no such definition.
         """
         namespace = {"__name__": f"{package}.{path.removesuffix('.py').replace('/', '.')}", **given}
         exec(self._compiled(package, path, tuple(names)), namespace)
         return {name: namespace[name.rpartition(".")[2]] for name in names}
 
-    @cache  # noqa: B019  (one object a run)
+    @cache  # noqa: B019  (one object per run)
     def _compiled(self, package: str, path: str, names: tuple[str, ...]) -> CodeType:
         text = self.read(package, path)
         file = f"{package}/{path}"
-        # Where Triton, which compiles a function from its source, will look for it.
+        # Triton compiles a function from its source, and looks for it here.
         linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
         tree = ast.parse(text)
         found: list[ast.stmt] = []
@@ -114,7 +114,7 @@ class Sources:
                     raise Absent(f"{package} {version} has no {name} in {path}")
                 body = getattr(match[0], "body", [])
             found.append(match[0])
-        # Annotations stay text: their names are not needed.
+        # Annotations stay text, so that the names in them are not needed.
         future = ast.parse("from __future__ import annotations").body
         module = ast.Module(body=[*future, *found], type_ignores=[])
         return compile(module, file, "exec")

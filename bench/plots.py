@@ -1,4 +1,4 @@
-"""Plots of a run of the suite, beside its JSON. Each title says what the run found."""
+"""Draws the plots of a run of the suite beside its JSON. Each title states what the run found."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ COLORS = {
     EMPTY: "#999999",
 }
 POINTS = "o^v<>sDPX*ph"
-OPEN = {"ms": 7, "mfc": "none", "mew": 1.5}  # points that coincide show through each other
+OPEN = {"ms": 7, "mfc": "none", "mew": 1.5}  # hollow, so that points that coincide stay visible
 
 
 def draw(result: dict[str, Any], path: Path) -> list[Path]:
@@ -76,7 +76,7 @@ def _p50(cells: dict[str, Any], cell: str, name: str, kind: str) -> float:
 
 
 def _span(values: Any) -> str:
-    """``2.1 to 10.6``; one number where both ends look the same."""
+    """A range such as ``2.1 to 10.6``, or one number if both ends round to the same."""
     least, most = f"{np.nanmin(values):.1f}", f"{np.nanmax(values):.1f}"
     return least if least == most else f"{least} to {most}"
 
@@ -86,8 +86,8 @@ def _comma(shape: str) -> str:
 
 
 def _host(plt: Any, cells: dict[str, Any]) -> tuple[Any, str, str]:
-    """Each peer's host time over pystage's, on a linear axis."""
-    shapes = [s for s in SHAPES if f"{s} array" in cells]  # a run before a shape was added lacks it
+    """Each peer's host time divided by pystage's, on a linear axis."""
+    shapes = [s for s in SHAPES if f"{s} array" in cells]  # older runs lack newer shapes
     ours = {s: _p50(cells, f"{s} array", DEFERRED, "total") for s in shapes}
     peers = (SGLANG, TORCH, BUFFER, UVA, CUPY, BATCH)
     figure, axis = plt.subplots(figsize=(svg.WIDTH, 0.42 * len(shapes) + 1.9), layout="constrained")
@@ -117,7 +117,7 @@ def _host(plt: Any, cells: dict[str, Any]) -> tuple[Any, str, str]:
 
 
 def _stream(plt: Any, cells: dict[str, Any]) -> tuple[Any, str, str]:
-    """Microseconds; below 1 the axis is linear, so that nothing has to be left out at zero."""
+    """Time on the stream in microseconds. Below 1 the axis is linear, so that it can show zero."""
     figure, axis = plt.subplots(figsize=(svg.WIDTH, 4.6), layout="constrained")
     names: dict[str, None] = {}
     for cell in cells.values():
@@ -153,7 +153,7 @@ def _stream(plt: Any, cells: dict[str, Any]) -> tuple[Any, str, str]:
 
 
 def _latency(plt: Any, cells: dict[str, Any]) -> tuple[Any, str, str]:
-    """A panel for each way to move data; who waits for whom differs by orders of magnitude."""
+    """A panel for each way to move data, since waiting times differ by orders of magnitude."""
     figure, axes = plt.subplots(
         1, len(MOVERS), figsize=(svg.WIDTH, 4.4), layout="constrained", sharey=True
     )
@@ -190,7 +190,7 @@ def _latency(plt: Any, cells: dict[str, Any]) -> tuple[Any, str, str]:
 
 
 def _drift(plt: Any, cells: dict[str, Any]) -> tuple[Any, str, str]:
-    """What each held at the start and at the end: most lines over time would cover each other."""
+    """Memory held at the start and at the end. Lines over time would mostly cover each other."""
     held, without = {}, []
     for name in DRIFTERS:
         row = cells.get(f"trace, {name}", {}).get("contenders", {}).get(name)

@@ -1,4 +1,4 @@
-"""Tables and the plot of the study of simulated models (pp_surfaces.py), from its result."""
+"""Tables and plots of the study of simulated models, made from the result of pp_surfaces.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench import svg
 from bench.common import amount, load
 from bench.pages import tabulate
 
-# Keys of the result, and how the pages call them.
+# Keys of the result, and their names on the pages.
 NAMES = {
     "fixed 1024": "fixed 1,024",
     "sglang": "SGLang",
@@ -29,7 +29,7 @@ COLORS = {
 
 
 def sections(path: Path) -> dict[str, str]:
-    """What stands in docs/pp.md between marks, by the mark's name."""
+    """The text to put between the marks of docs/pp.md, by the name of the mark."""
     if not path.exists():
         text = "Not run yet: `make pp-surfaces`, then `make report`."
         return dict.fromkeys(("pp-surfaces", "pp-surfaces-budget", "pp-surfaces-targets"), text)
@@ -43,7 +43,7 @@ def sections(path: Path) -> dict[str, str]:
 
 
 def spread(result: dict[str, Any]) -> str:
-    """What means and totals do not show."""
+    """The spread of the results, which means and totals do not show."""
     found, gate, blas = result["accuracy"], result["gate"], result["blas"]
     broken = [row for row in gate if row["broken"]]
     far = sum(row["accepted"] and row["error"] > 0.25 for row in gate)
@@ -59,7 +59,7 @@ def spread(result: dict[str, Any]) -> str:
 
 
 def origin(result: dict[str, Any], file: str) -> str:
-    """Where the figures come from: no device measured anything."""
+    """The origin of the figures. It says that nothing was measured on a device."""
     quick = (
         "This is the quick run: 4 ranks, prompts of 32,768 and 131,072. " if result["quick"] else ""
     )
@@ -79,7 +79,7 @@ def target_table(result: dict[str, Any]) -> str:
 
 
 def families_table(result: dict[str, Any]) -> str:
-    """Time to first token by kind of model: the mean of its cells, and the worst."""
+    """Time to first token by kind of model: the mean of its cells, and the worst cell."""
     rows = []
     every = result["by_family"]
     for family in [*(name for name in every if name != "all"), "all"]:
@@ -90,7 +90,7 @@ def families_table(result: dict[str, Any]) -> str:
 
 
 def budget_table(result: dict[str, Any]) -> str:
-    """Throughput with a cap on the time of a chunk: over prompts and noise."""
+    """Throughput with a cap on the time of a chunk, over all prompts and kinds of noise."""
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in result["budget"]:
         groups.setdefault((row["family"], row["cap_ms"]), []).append(row)
@@ -118,7 +118,8 @@ def budget_table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Each cell against the tuned fixed size, by kind of model; and by ranks against 8,192."""
+    """Draws each cell relative to the tuned fixed size by kind of model, and relative to 8,192 by
+    number of ranks."""
     plt = svg.pyplot()
     every, rows = result["by_family"], result["cells"]
     names = [name for name in COLORS if name in every["all"]]

@@ -1,6 +1,7 @@
-"""The parts of the study of simulated models (pp_surfaces.py): one item of each at a time.
+"""The parts of the study of simulated models (pp_surfaces.py). Each function runs one item.
 
-As a script it is the child of the BLAS part: models in JSON on stdin, their decisions on stdout.
+Run as a script, it is the child process of the BLAS part: it reads models as JSON from stdin and
+writes their decisions to stdout.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for running from any folder
 
 from bench.peers import Sources
 from bench.pp_truth import (
@@ -68,13 +69,14 @@ def sizer_of(model: LatencyModel, context: int, base: int = BASE, least: int = 5
 
 
 def choose(sizer: ChunkSizer, prompt_len: int, ranks: int, engine: Engine | None) -> list[int]:
-    """What `ChunkSizer.choose` would run: by predictions alone, or with its finalists timed."""
+    """The chunks that `ChunkSizer.choose` would run. With an `engine` it times its finalists,
+    otherwise it uses predictions alone."""
     time = None if engine is None else lambda points: [engine.ms(*point) for point in points]
     return list(sizer.choose(prompt_len, ranks, time=time).chunks)
 
 
 def within(model: LatencyModel, prompt_len: int, cap_ms: float) -> list[int]:
-    """Chunks of `BudgetSizer`: each the largest predicted to stay within the cap."""
+    """The chunks of `BudgetSizer`: each is the largest that is predicted to stay within the cap."""
     sizer = BudgetSizer(model, budget_ms=cap_ms, page_size=PAGE, min_chunk=PAGE, max_tokens=BASE)
     chunks: list[int] = []
     done = 0
@@ -86,8 +88,8 @@ def within(model: LatencyModel, prompt_len: int, cap_ms: float) -> list[int]:
 
 @cache
 def sglang_class(folder: Path) -> Callable[[], Any]:
-    """SGLang's `ChunkSizePredictor` from its package; nothing else of it is run."""
-    smooth = SimpleNamespace(get=lambda: 0.75)  # its default
+    """SGLang's `ChunkSizePredictor` from its package. Nothing else of the package is run."""
+    smooth = SimpleNamespace(get=lambda: 0.75)  # SGLang's default
     logger = logging.getLogger("sglang")
     logger.setLevel(logging.CRITICAL)
     given = {"np": np, "math": math, "logger": logger}
@@ -98,8 +100,8 @@ def sglang_class(folder: Path) -> Callable[[], Any]:
 
 
 def sglang_plan(predictor: Any, engine: Engine, prompt_len: int) -> tuple[list[int], str]:
-    """Sizes of SGLang's predictor, fed by its own sweep: 128 falling lengths, once each, without
-    history; and why its fit refused, if it did, which keeps the static size."""
+    """Chunk sizes of SGLang's predictor, fitted to its own sweep: 128 falling lengths, once each,
+    without history. Also the reason if its fit refused, in which case the static size is used."""
     top = BASE * 5 // 4
     lengths = [top - i * (top // 128) for i in range(128)]
     try:
@@ -110,7 +112,7 @@ def sglang_plan(predictor: Any, engine: Engine, prompt_len: int) -> tuple[list[i
     predictor.is_ready = True
     chunks: list[int] = []
     done = 0
-    while done < prompt_len:  # the context is longer than the prompt: its margin cuts nothing off
+    while done < prompt_len:  # the context is longer than the prompt, so its margin has no effect
         size = predictor.predict_next_chunk_size(done, BASE, PAGE, 2 * prompt_len, LARGEST)
         chunks.append(min(size or BASE, prompt_len - done))
         done += chunks[-1]
@@ -152,7 +154,7 @@ def profiled(engine: Engine, context: int, base: int = BASE, least: int = 512) -
 
 
 def accuracy(model: LatencyModel, surface: Surface, context: int, seed: int) -> list[float]:
-    """Relative errors on 200 random points of 1,024 to 10,240 tokens."""
+    """Relative prediction errors on 200 random points of 1,024 to 10,240 tokens."""
     rng = np.random.default_rng(seed)
     chunk = np.exp(rng.uniform(math.log(1024), math.log(10240), 200)).astype(int) // PAGE * PAGE
     history = (rng.random(200) * (context - chunk)).astype(int) // PAGE * PAGE
@@ -161,7 +163,8 @@ def accuracy(model: LatencyModel, surface: Surface, context: int, seed: int) -> 
 
 
 def run_cells(item: Item, sglang: Path | None) -> dict[str, Any]:
-    """One profile; by prompt, the time to first token of each plan under the truth."""
+    """Makes one profile. For each prompt, gives every plan's time to first token under the true
+    surface."""
     began = time.perf_counter()
     surface = FAMILIES[item.family].stage(item.ranks)
     context = max(item.prompts)
@@ -184,7 +187,7 @@ def run_cells(item: Item, sglang: Path | None) -> dict[str, Any]:
         best, bound = optimum(surface, prompt, item.ranks)
         plans["optimum"] = best
         ms = {name: makespan(surface, chunks, item.ranks) for name, chunks in plans.items()}
-        ms["optimum"] = min(ms.values())  # the search stops within 0.1 % of the bound
+        ms["optimum"] = min(ms.values())  # the search stops within 0.1 % of the lower bound
         cells.append(
             {
                 "prompt": prompt,
@@ -211,21 +214,22 @@ def run_cells(item: Item, sglang: Path | None) -> dict[str, Any]:
 
 
 def wrong(*, accepted: bool, gain: float) -> str:
-    """Which way a verdict was wrong, if it was: a plan was run that takes over 1 % more time than
-    8,192, or one was left out that takes over 1 % less. `gain` is its time over that, less 1."""
+    """How a verdict was wrong, if it was. Either it accepted a plan that takes over 1 % more time
+    than 8,192, or it rejected one that takes over 1 % less. `gain` is the time of the plan divided
+    by that of 8,192, minus 1."""
     harm = gain > 0.01 if accepted else gain < -0.01
     return ("accept" if accepted else "reject") if harm else ""
 
 
 def run_gate(item: Item) -> dict[str, Any]:
-    """What the verdict on one profile does: the plan where it accepts, 8,192 where it does not."""
+    """The effect of the verdict on one profile: the plan if it accepts the model, else 8,192."""
     surface = FAMILIES[item.family].stage(item.ranks)
     prompt = max(item.prompts)
     engine = item.engine("profile")
     model = profiled(engine, prompt)
     errors = accuracy(model, surface, prompt, seed_of(item.family, "held out"))
     usable = model.report.usable
-    if not usable:  # what it would have done
+    if not usable:  # the plan that it would have run
         model.report = replace(model.report, usable=True)
     plan = choose(sizer_of(model, prompt), prompt, item.ranks, engine)
     static = makespan(surface, fixed(BASE, prompt), item.ranks)
@@ -241,16 +245,16 @@ def run_gate(item: Item) -> dict[str, Any]:
 
 
 def run_budget(item: Item) -> list[dict[str, Any]]:
-    """One profile; by cap, what `capped` says."""
+    """Makes one profile, and returns the result of `capped` for each cap."""
     model = profiled(item.engine("budget"), max(item.prompts), base=2048, least=128)
     return [capped(item, model, cap_ms) for cap_ms in CAPS_MS]
 
 
 def capped(item: Item, model: LatencyModel, cap_ms: float) -> dict[str, Any]:
-    """Tokens per second of one stage with no chunk over the cap, by fixed and by predicted size.
+    """Tokens per second of one stage with no chunk over the cap, with fixed and predicted sizes.
 
-    A model that is not usable keeps the fixed size. There is no gain to speak of where not even a
-    page at a time stays within the cap.
+    If the model is not usable, the fixed size is kept. No gain is given where not even chunks of
+    one page stay within the cap.
     """
     surface, prompt = FAMILIES[item.family].stage(item.ranks), max(item.prompts)
     keeps: dict[int, float] = {}
@@ -280,8 +284,8 @@ def capped(item: Item, model: LatencyModel, cap_ms: float) -> dict[str, Any]:
 
 
 def run_design(number: int, noisy: bool) -> dict[str, Any]:
-    """A fit of 40 points, all behind some history: is the time of a base chunk without history
-    right, or refused?"""
+    """Fits 40 points that all have some history. Checks whether the predicted time of a base chunk
+    without history is right, or the fit is refused."""
     rng = np.random.default_rng(seed_of("design", number, noisy))
     history = rng.integers(1, 131_072 // PAGE, 40) * PAGE
     chunk = np.exp(rng.uniform(math.log(512), math.log(10_240), 40)).astype(int) // PAGE * PAGE
@@ -312,7 +316,7 @@ def run_design(number: int, noisy: bool) -> dict[str, Any]:
 
 
 def decisions(data: dict[str, Any]) -> dict[str, Any]:
-    """The plans of a fitted model that was sent, and of a fit of its samples made here."""
+    """The plans of a fitted model that was received, and of a fit of its samples made here."""
     context, ranks = data["context"], data["ranks"]
 
     def plans(model: LatencyModel) -> list[list[int]]:
@@ -326,15 +330,16 @@ def decisions(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_model(item: Item) -> dict[str, Any]:
-    """A model as rank 0 sends it."""
+    """A fitted model in the form in which rank 0 sends it."""
     context = max(item.prompts)
     model = profiled(item.engine("blas"), context)
     return {"model": model.to_json(), "context": context, "ranks": item.ranks}
 
 
 def compare_kernels(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the same models decide in a process of each core type; and what fits of their samples
-    made there would, which is why the model is sent and not the samples."""
+    """The decisions of the same models in a process for each core type, and those of fits that each
+    process makes from the samples. Such fits can differ, which is why ranks are sent the model and
+    not the samples."""
     found: dict[str, list[dict[str, Any]]] = {}
     for core in CORE_TYPES:
         child = subprocess.run(
@@ -345,7 +350,7 @@ def compare_kernels(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
             text=True,
             check=False,
         )
-        if child.returncode:  # a CPU that lacks these instructions ends it
+        if child.returncode:  # as on a CPU that lacks these instructions
             return {"absent": f"{core}: {child.stderr[-500:] or child.returncode}"}
         found[core] = json.loads(child.stdout)
     pairs = list(zip(*found.values(), strict=True))

@@ -1,24 +1,27 @@
-"""Chunked prefill through a real pipeline: how well chunk times are predicted, and what that buys.
+"""Chunked prefill through a real pipeline: accuracy and benefit of predicted chunk times.
 
     torchrun --nproc-per-node 2 bench/pp_prefill.py --model 8b
-    python bench/pp_prefill.py --model tiny            # one rank, a CPU will do
+    python bench/pp_prefill.py --model tiny            # one rank, a CPU is enough
 
-A Llama of random weights (modules of transformers), its layers split evenly over the ranks, KV
-cache preallocated, attention by `scaled_dot_product_attention` with a lower-right causal bias. Ids
-are staged by pystage on rank 0 and resolved at forward entry; hidden states go from rank to rank
-with torch.distributed (NCCL between GPUs, gloo on a CPU). Writes one JSON file to bench/results.
+The model is a Llama with random weights, built of modules of transformers. Its layers are split
+evenly over the ranks. The KV cache is preallocated. Attention is `scaled_dot_product_attention`
+with a lower-right causal bias. pystage stages the ids on rank 0 and resolves them at forward entry.
+Hidden states go from rank to rank with torch.distributed (NCCL between GPUs, gloo on a CPU). Writes
+one JSON file to bench/results.
 
 Parts (`--parts`, default all):
   profile   our profile and, with --sglang-wheel, SGLang's 128-length sweep, cold and warm: forwards
-            and wall time. A process is cold once: --first says who goes first.
+            and wall time. Only the first one in a process runs cold: --first chooses it.
   heldout   prediction error on random (history, chunk) points
   ttft      for prompts of a quarter, half and all of the context (--prompts): chunk times alone on
-            each stage, their spread, time to first token through the pipeline (plans in an order
-            drawn anew each round), and the simulation against it
+            each stage, their spread, time to first token through the pipeline (plans in a new
+            random order each round), and a comparison with the simulation
   trace     makespan of a batch of prompts with the lengths of a conversation trace
 
-On 2 x H100 `--model 8b` with all parts takes some ten minutes; `--prompts 65536 --reps 2` a third
-of that, `--model 1b` about a quarter. PYSTAGE_COMMIT names the commit where there is no git.
+On 2 x H100, `--model 8b` with all parts takes about ten minutes; `--prompts 65536 --reps 2` takes a
+third of that, `--model 1b` about a quarter. PYSTAGE_COMMIT names the commit where there is no git.
+
+This is one file because every part runs the same model, pipeline and planners.
 """
 
 from __future__ import annotations
@@ -59,19 +62,19 @@ from pystage.pp import (
 )
 from pystage.pp.profile import cuda_timer, host_timer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for running from any folder
 from bench.llama import SHAPES as MODELS
 from bench.peers import Sources
 
 logger = logging.getLogger("pp_prefill")
 
 PARTS = ("profile", "heldout", "ttft", "trace")
-IN_FLIGHT = 2  # chunks enqueued ahead of the device, as an engine's overlap would
+IN_FLIGHT = 2  # chunks enqueued ahead of the device, as in an engine with overlap
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens start..stop of one prompt, whose KV rows begin at `row`."""
+    """Tokens start..stop of one prompt. The prompt's KV rows begin at `row`."""
 
     prompt: int
     row: int
@@ -102,7 +105,7 @@ def attend(
     scaling: float,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface over a preallocated cache, one SDPA call a prompt."""
+    """transformers' attention interface over a preallocated cache, one SDPA call per prompt."""
     keys, values = kv[int(module.layer_idx)]
     outputs, at = [], 0
     for piece, mask in zip(batch, masks, strict=True):
@@ -153,8 +156,8 @@ class Stage(nn.Module):
         self.device = device
 
     def forward(self, inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Ids [n] on the first rank, else hidden states [1, n, hidden]. Gives hidden states, on the
-        last rank the next token of the last piece, [1]."""
+        """Takes ids [n] on the first rank, else hidden states [1, n, hidden]. Returns hidden
+        states, or on the last rank the next token of the last piece, [1]."""
         hidden = self.embed(inputs)[None] if self.embed is not None else inputs
         spans = [torch.arange(p.start, p.stop, device=self.device) for p in batch]
         positions = self.rotary(hidden, torch.cat(spans)[None])
@@ -188,9 +191,10 @@ def build_stage(
 
 
 class ChunkClock:
-    """Times of consecutive chunks in ms: events on a GPU, read at the end; the host clock on a CPU.
+    """Times of consecutive chunks in ms, from events on a GPU (read at the end) or the host clock
+    on a CPU.
 
-    `finish` also holds the host back so that no more than IN_FLIGHT chunks are enqueued."""
+    `finish` also makes the host wait, so that no more than IN_FLIGHT chunks are enqueued."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -229,7 +233,7 @@ class Pipeline:
         self.dtype = next(stage.layers.parameters()).dtype
 
     def ids(self, batch: Batch, prompts: Sequence[array[int]]) -> torch.Tensor:
-        """Staged on the host, brought to the device on the current stream."""
+        """The batch's ids, staged on the host and resolved on the current stream."""
         assert self.pool is not None
         staged = self.pool.stage(
             [prompts[p.prompt] for p in batch],
@@ -240,7 +244,7 @@ class Pipeline:
         return self._resolve(staged)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """Random hidden states: constant ones would run at a higher clock."""
+        """Random hidden states. With constant ones the GPU would run at a higher clock."""
         shape = (1, sum(p.count for p in batch), self.stage.hidden)
         return torch.randn(shape, dtype=self.dtype, device=self.device)
 
@@ -257,7 +261,8 @@ class Pipeline:
 
     @torch.inference_mode()
     def run(self, batches: Sequence[Batch], prompts: Sequence[array[int]]) -> float:
-        """ms from the first id staged on rank 0 until rank 0 has the last batch's token."""
+        """Time in ms from staging the first id on rank 0 until rank 0 has the last batch's
+        token."""
         dist.barrier()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -289,7 +294,7 @@ class Pipeline:
             dist.recv(token, self.ranks - 1)
         if not (self.stage.first or self.stage.last) and self.device.type == "cuda":
             torch.cuda.synchronize()
-        assert int(token[0]) >= 0  # waits for it
+        assert int(token[0]) >= 0  # waits for the token
         return (time.perf_counter() - began) * 1e3
 
     def _receive(self, batch: Batch) -> tuple[Any, torch.Tensor]:
@@ -298,7 +303,7 @@ class Pipeline:
         return dist.irecv(buffer, self.rank - 1), buffer
 
     def transfer_ms_per_token(self, tokens: int) -> float:
-        """One hop of hidden states between ranks 0 and 1, median of seven."""
+        """Time of one hop of hidden states from rank 0 to rank 1, median of seven."""
         if self.ranks == 1:
             return 0.0
         piece = [Piece(0, 0, 0, tokens)]
@@ -323,8 +328,8 @@ class Pipeline:
 
 
 def sglang_predictor(wheel: Path) -> Any:
-    """`ChunkSizePredictor` itself, taken out of the wheel's source; nothing else of it is run."""
-    smooth = SimpleNamespace(get=lambda: 0.75)  # its default
+    """SGLang's own `ChunkSizePredictor`, taken from the wheel. Nothing else of it is run."""
+    smooth = SimpleNamespace(get=lambda: 0.75)  # SGLang's default
     given = {"np": np, "math": math, "logger": logging.getLogger("sglang")}
     given["envs"] = SimpleNamespace(SGLANG_DYNAMIC_CHUNKING_SMOOTH_FACTOR=smooth)
     path, name = "srt/managers/scheduler_components/dynamic_chunk_sizer.py", "ChunkSizePredictor"
@@ -332,7 +337,7 @@ def sglang_predictor(wheel: Path) -> Any:
 
 
 def sglang_sweep(step: Callable[[int, int], object], base: int, timer: Any) -> dict[str, Any]:
-    """SGLang's sampling: 128 falling lengths up to 1.25 base chunks, once each, at history 0."""
+    """SGLang's sweep: 128 falling lengths up to 1.25 base chunks, once each, without history."""
     top = base * 5 // 4
     lengths = [n for n in (top - i * max(1, top // 128) for i in range(128)) if n > 0]
     began = time.perf_counter()
@@ -342,7 +347,7 @@ def sglang_sweep(step: Callable[[int, int], object], base: int, timer: Any) -> d
 
 
 class SglangSizes:
-    """A fitted predictor, or static chunks where its own fit refuses, as in SGLang."""
+    """A fitted predictor. If its own fit refuses, static chunks, as in SGLang."""
 
     def __init__(self, wheel: Path, sweep: dict[str, Any], args: argparse.Namespace) -> None:
         self.args = args
@@ -362,7 +367,7 @@ class SglangSizes:
         return size or self.args.base
 
     def ms(self, history: int, chunk: int) -> float:
-        """The time its sizes rest on: f(history + chunk) - f(history)."""
+        """The time that its sizes are based on: f(history + chunk) - f(history)."""
         p = self.predictor
         a, b = p.quadratic_coeff_a, p.linear_coeff_b
         return a * (chunk * chunk + 2 * history * chunk) + b * chunk
@@ -389,7 +394,7 @@ def batches_of_one(chunks: Sequence[int]) -> list[Batch]:
 
 
 def batches_of_many(lengths: Sequence[int], next_size: Callable[[int], int]) -> list[Batch]:
-    """First come first served; what a prompt leaves of a chunk goes to the next ones."""
+    """Batches in order of arrival. The next prompts fill what a prompt leaves of a chunk."""
     rows = np.cumsum([0, *lengths])
     batches: list[Batch] = []
     prompt = done = 0
@@ -427,12 +432,13 @@ class Bench:
 
     @torch.inference_mode()
     def step(self, history: int, chunk: int) -> object:
-        """What the profilers run: staging, resolve and one forward of this rank's stage."""
+        """The work that profilers time: staging, resolve and one forward of this rank's stage."""
         batch = [Piece(0, 0, history, history + chunk)]
         return self.pipeline.stage(self.pipeline.ids(batch, [self.prompt]), batch)
 
     def on_rank0(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Rank 0's result on every rank; its failure too."""
+        """Runs `work` on rank 0 and returns its result on every rank. Its failure is raised on
+        every rank too."""
         box: list[Any] = [None]
         error: Exception | None = None
         if self.rank == 0:
@@ -475,7 +481,7 @@ class Bench:
         self.next_sizes["equal time"] = lambda history: sizer.next_chunk(history) or args.base
 
     def _choose(self, prompt_len: int) -> list[int]:
-        """Rank 0 chooses, and times the finalists on its stage."""
+        """Rank 0 chooses the chunks. It times the finalists on its own stage."""
 
         def choose() -> dict[str, Any]:
             assert self.sizer is not None
@@ -551,7 +557,7 @@ class Bench:
         def measure() -> dict[str, Any]:
             for point in points[:3]:
                 self.step(*point)
-            # The faster of two: what a quiet device takes.
+            # The faster of two runs, which is closer to the time on a quiet device.
             ms = [
                 min(self.timer(lambda p=p: self.step(*p)).latency_ms for _ in range(2))
                 for p in points
@@ -587,8 +593,8 @@ class Bench:
             plans = {name: policy(prompt_len) for name, policy in self.policies.items()}
             stages = {}
             for name, chunks in plans.items():
-                # The first forward of a size loads kernels (tens of ms): not in a server's steady
-                # state, and in nobody's plan.
+                # The first forward of a size loads kernels, which takes tens of ms. This is not
+                # part of a server's steady state, and no plan accounts for it.
                 fresh = [[Piece(0, 0, 0, size)] for size in sorted(set(chunks) - warm)]
                 self.pipeline.alone(fresh, [self.prompt])
                 warm.update(chunks)
@@ -639,15 +645,15 @@ class Bench:
         self.results["trace"] = {"lengths": lengths}
         for name, next_size in self.next_sizes.items():
             batches = batches_of_many(lengths, next_size)
-            self.pipeline.run(batches, prompts)  # warms up
+            self.pipeline.run(batches, prompts)  # warm-up
             runs = [self.pipeline.run(batches, prompts) for _ in range(args.reps)]
             self.results["trace"][name] = {"ms": float(np.median(runs)), "forwards": len(batches)}
 
 
 def trace_lengths(path: Path | None, seed: int, longest: int) -> Iterator[int]:
-    """Prompt lengths in tokens: the column input_length or ContextTokens of a CSV, or without one a
-    log-normal with the median and mean of Mooncake's FAST'25 conversation trace (6,909 and 12,035),
-    scaled down where the context is short."""
+    """Prompt lengths in tokens, from the column input_length or ContextTokens of a CSV. Without a
+    CSV they are log-normal with the median and mean of Mooncake's FAST'25 conversation trace (6,909
+    and 12,035), scaled down if the context is short."""
     if path is not None:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
@@ -664,7 +670,8 @@ def trace_lengths(path: Path | None, seed: int, longest: int) -> Iterator[int]:
 
 
 def start_group() -> tuple[int, int, torch.device]:
-    """This rank, the number of ranks, its device. With fewer GPUs than ranks one rank stays."""
+    """This rank, the number of ranks, and its device. With fewer GPUs than ranks only one rank goes
+    on."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     gpus = torch.cuda.device_count()
     if 0 < gpus < ranks:
@@ -753,7 +760,7 @@ def main() -> None:
         stage = build_stage(MODELS[args.model], rank, ranks, args.context, device)
         bench = Bench(args, Pipeline(stage, rank, ranks))
         seconds = {}
-        # The others rest on the profile, so it runs in any case, and first.
+        # The other parts need the profile, so it always runs, and runs first.
         for part in ("profile", *(p for p in args.parts if p != "profile")):
             began = time.perf_counter()
             getattr(bench, part)()

@@ -1,28 +1,28 @@
-"""Chunk plans on simulated models whose latency is known: what the planners gain, and where not.
+"""Chunk plans on simulated models with known latency: where the planners gain, and where they lose.
 
     python bench/pp_surfaces.py [--quick] [--sglang DIR]
 
-Ten kinds of model, 2 to 16 ranks, prompts of 32k, 128k and 1M tokens. Each model is profiled the
-way an engine is (`profile_prefill`, at most 48 noisy forwards), the plans are made from the fit,
-and their time to first token is that of the true surface (bench/pp_truth.py). Nothing here is a
-measurement of a GPU: device work is a roofline, stages are equal, transfers between them are free.
+Ten kinds of model, 2 to 16 ranks, prompts of 32k, 128k and 1M tokens. Each model is profiled as an
+engine would be (`profile_prefill`, at most 48 noisy forwards). The plans are made from the fit, and
+their time to first token is computed from the true surface (bench/pp_truth.py). Nothing here is
+measured on a GPU: device work is a roofline, stages are equal, transfers between them are free.
 
 Parts (`--parts`, default all):
-  cells    time to first token of each plan, against the best fixed size and the true optimum; the
-           error of the fit on points it has not seen
-  gate     profiles that are good, noisy and broken: does the model's own verdict do harm?
-  budget   throughput with a cap on the time of a chunk, against the best fixed size within it
-  designs  samples without history 0, with outliers: a right target or a refusal?
+  cells    time to first token of each plan, compared with the best fixed size and the true
+           optimum; the error of the fit on points it has not seen
+  gate     good, noisy and broken profiles: does the model's own verdict do harm?
+  budget   throughput with a cap on the time of a chunk, compared with the best fixed size within it
+  designs  samples without history 0, with outliers: is the target right, or is the fit refused?
   blas     decisions of one model under two sets of BLAS kernels
 
-A whole run writes bench/results/pp_surfaces.json, --quick and single parts go to build/bench.
+A whole run writes bench/results/pp_surfaces.json. --quick and single parts write to build/bench.
 """
 
 from __future__ import annotations
 
 import os
 
-if __name__ == "__main__":  # before NumPy: two processes on two cores, and no more threads
+if __name__ == "__main__":  # set before importing NumPy: one thread in each of two processes
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for running from any folder
 
 from bench.common import BUILD, amount, write_result
 from bench.device import Absent
@@ -62,7 +62,7 @@ from bench.pp_truth import FAMILIES, HARSH, NOISES
 
 PARTS = ("cells", "gate", "budget", "designs", "blas")
 RANKS = (2, 4, 8, 16)
-PROMPTS = ((32_768, 131_072), (1_048_576,))  # of one profile each
+PROMPTS = ((32_768, 131_072), (1_048_576,))  # each group shares one profile
 DESIGNS = 60
 PLANS = ("equal time", "fastest", "choose", "choose timed")
 
@@ -71,7 +71,8 @@ PLANS = ("equal time", "fastest", "choose", "choose timed")
 
 
 def cell_items(quick: bool) -> list[Item]:
-    """Noise goes round, so that each family and each number of ranks sees all kinds of it."""
+    """The items of the part `cells`. The kinds of noise rotate, so that each family and each number
+    of ranks gets all of them."""
     noises, items = list(NOISES), []
     for i, family in enumerate(FAMILIES):
         for j, ranks in enumerate((4,) if quick else RANKS):
@@ -106,7 +107,7 @@ def _call(job: tuple[str, Callable[..., Any], tuple[Any, ...]]) -> tuple[str, An
 
 
 def jobs_of(parts: Iterable[str], quick: bool, sglang: Path | None) -> list[Any]:
-    """(part, function, arguments), the longest first: nothing long is left to the end."""
+    """Jobs as (part, function, arguments), the longest first, so that none is left to the end."""
     jobs: list[Any] = []
     if "cells" in parts:
         items = sorted(cell_items(quick), key=lambda item: -max(item.prompts))
@@ -129,7 +130,7 @@ def jobs_of(parts: Iterable[str], quick: bool, sglang: Path | None) -> list[Any]
 def run(
     parts: Sequence[str], quick: bool, sglang: Path | None, workers: int, progress: Any = None
 ) -> dict[str, Any]:
-    """All parts; the same figures whatever the number of workers."""
+    """Runs all parts. The figures do not depend on the number of workers."""
     began = time.perf_counter()
     jobs = jobs_of(parts, quick, sglang)
     tick = progress(len(jobs)) if progress else lambda: None
@@ -148,12 +149,12 @@ def run(
 
 
 def _quiet() -> None:
-    logging.disable(logging.WARNING)  # one line a profile
+    logging.disable(logging.WARNING)  # hides one line per profile
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """By family and over all: mean and worst of each plan against the tuned fixed size and 8,192;
-    and the errors of the fits, pooled."""
+    """For each family and overall: mean and worst of each plan relative to the tuned fixed size and
+    to 8,192, and the pooled errors of the fits."""
     names = ("fixed 1024", "sglang", *PLANS, "optimum")
     ratios: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
@@ -198,7 +199,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the planner is to reach, and whether it does; only of the parts that ran."""
+    """The planner's targets and whether it meets them, for the parts that ran."""
     rows: list[dict[str, Any]] = []
 
     def row(measure: str, sign: str, limit: float, unit: str, value: float) -> None:
@@ -251,7 +252,7 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def losers(rows: Sequence[dict[str, Any]], plan: str) -> list[str]:
-    """The five cells where a plan does worst against the best fixed size, worst first."""
+    """The five cells where a plan is worst relative to the best fixed size, worst first."""
     found = []
     for row in rows:
         for cell in row["cells"]:

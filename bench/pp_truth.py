@@ -1,8 +1,9 @@
-"""Latency surfaces whose truth is known, noise as timings have it, and the best plan there can be.
+"""Known latency surfaces, noise like that of real timings, and the best possible plan.
 
-For bench/pp_surfaces.py. A surface gives the time of a chunk on one stage, in ms, from arrays of
-history and chunk (tokens). They are rooflines of an H100-like device (rates as measured with a real
-decoder: 550 TFLOP/s in matrix products, 345 in attention), not of the forms that pystage.pp fits.
+Used by bench/pp_surfaces.py. A surface gives the time of a chunk on one stage in ms, from arrays of
+history and chunk (tokens). The surfaces are rooflines of an H100-like device, and do not have the
+form that pystage.pp fits. The rates were measured with a real decoder: 550 TFLOP/s in matrix
+products, 345 in attention.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Surface = Callable[[Any, Any], Floats]
 PAGE = 64
 LARGEST = 16_384
 
-# A millisecond's worth: of FLOP in matrix products (bf16, fp8) and attention, of bytes of memory
+# Amounts per millisecond: FLOP in matrix products (bf16, fp8) and in attention, bytes from memory
 # and over NVLink.
 _GEMM, _GEMM_FP8, _ATTENTION, _MEMORY, _LINK = 550e9, 950e9, 345e9, 2.8e9, 0.3e9
 _CHUNK_MS = 1.5  # an engine's own work around a forward: schedule, receive, send
@@ -38,7 +39,7 @@ def _up(x: Floats, tile: float) -> Floats:
 
 
 def _pairs(history: Floats, chunk: Floats) -> Floats:
-    """(query, key) pairs of causal attention."""
+    """Number of (query, key) pairs of causal attention."""
     return history * chunk + 0.5 * chunk * chunk
 
 
@@ -48,10 +49,11 @@ def _products(chunk: Floats, weights: float, byte: float = 2.0, rate: float = _G
 
 
 def _experts(chunk: Floats, count: int, active: float, weights: float, byte: float) -> Floats:
-    """Experts of one layer on one device, `active` of them a token on average, `weights` each.
+    """Time of one layer's experts on one device. Each token uses `active` of them on average, and
+    each has `weights` weights.
 
-    Memory reads only the distinct experts touched; each one's rows are padded to tiles of 64, half
-    a tile on average.
+    Only the distinct experts that are used are read from memory. The rows of each are padded to
+    tiles of 64, by half a tile on average.
     """
     touched = count * (1.0 - (1.0 - active / count) ** chunk)
     rows = chunk * active + 32.0 * touched
@@ -60,7 +62,7 @@ def _experts(chunk: Floats, count: int, active: float, weights: float, byte: flo
 
 
 def _all_reduce(chunk: Floats, hidden: int, devices: int) -> Floats:
-    """Two all-reduces of one layer, bf16, each with 20 us of latency."""
+    """Time of the two all-reduces of one layer in bf16, each with 20 us of latency."""
     volume = 2.0 * hidden * 2.0 * (devices - 1) / devices
     return 2.0 * (0.02 + volume / _LINK * 1e-3 * chunk)
 
@@ -90,7 +92,8 @@ _8B, _70B_OF_4 = 218e6, 856e6 / 4  # weights of one layer on one device
 
 
 def _dense(history: Floats, chunk: Floats, rows: float = 128.0) -> Floats:
-    """Of 8B: 32 heads of 128, 8 for keys and values; attention sees rows of `rows` queries."""
+    """A dense 8B model: 32 heads of 128, 8 for keys and values. Attention works in tiles of `rows`
+    queries."""
     new = _up(chunk, rows)
     attention = 4 * 4096 / _ATTENTION * (history * new + 0.5 * chunk * new)
     return _products(chunk, _8B) + attention + 4096 / _MEMORY * history
@@ -113,14 +116,14 @@ def _fp8(history: Floats, chunk: Floats) -> Floats:
 
 
 def _moe(history: Floats, chunk: Floats) -> Floats:
-    """Of 30B: 128 experts, 8 a token."""
+    """A 30B model with 128 experts, 8 per token."""
     attention = 4 * 4096 / _ATTENTION * _pairs(history, chunk) + 2048 / _MEMORY * history
     return _products(chunk, 19e6) + attention + _experts(chunk, 128, 8, 4.7e6, 2.0)
 
 
 def _mla(history: Floats, chunk: Floats) -> Floats:
-    """Of 671B on eight devices, fp8: keys and values of the whole history are made again from their
-    latents for each chunk; 256 experts, 8 a token."""
+    """A 671B model on eight devices in fp8, with 256 experts, 8 per token. Each chunk recomputes
+    the keys and values of the whole history from their latents."""
     expand = 2 * 512 * 16 * 256 / _GEMM * (history + chunk)
     attention = 2 * 16 * (192 + 128) / _ATTENTION * _pairs(history, chunk)
     mixed = _products(chunk, 12e6) + _experts(chunk, 32, 1, 44e6, 1.0)
@@ -128,14 +131,14 @@ def _mla(history: Floats, chunk: Floats) -> Floats:
 
 
 def _window(history: Floats, chunk: Floats) -> Floats:
-    """Five layers of six see 1,024 tokens."""
+    """A model in which five of six layers attend to a window of 1,024 tokens."""
     pairs = _pairs(history, chunk)
     seen = pairs / 6 + 5 / 6 * np.minimum(pairs, 1024 * chunk)
     return _products(chunk, _8B) + 4 * 4096 / _ATTENTION * seen
 
 
 def _linear(history: Floats, chunk: Floats) -> Floats:
-    """State spaces: a scan in blocks of 256, whatever the history."""
+    """A state-space model: a scan in blocks of 256, independent of the history."""
     scan = 4 * 4096 * 256 / _ATTENTION * _up(chunk, 256)
     return _products(chunk, 120e6) + scan + 0.0 * history
 
@@ -171,7 +174,7 @@ def _plain(sigma: float) -> Callable[[np.random.Generator, int], float]:
 
 
 def _drift(rng: np.random.Generator, index: int) -> float:
-    """Clocks fall by 4 % while the device warms up."""
+    """A drift of the times: clocks fall by 4 % while the device warms up."""
     return float(np.exp(0.02 * rng.standard_normal())) * (1.0 + 0.04 * min(index / 40, 1.0))
 
 
@@ -181,7 +184,7 @@ def _spikes(rng: np.random.Generator, _: int) -> float:
 
 
 def _slow_start(rng: np.random.Generator, index: int) -> float:
-    """A cold process, as one was seen: 1,390 and 1,101 ms, then 207."""
+    """The start of a cold process, as observed once: 1,390 and 1,101 ms, then 207."""
     return (6.7, 5.3, 1.3)[index] if index < 3 else float(np.exp(0.03 * rng.standard_normal()))
 
 
@@ -204,7 +207,7 @@ HARSH = {"20 %": _plain(0.20), "30 %": _plain(0.30)}
 
 @dataclass
 class Engine:
-    """Something to profile: `step` runs a forward, `timer` times it, with noise."""
+    """A simulated engine to profile. `step` runs a forward and `timer` times it, with noise."""
 
     surface: Surface
     noise: str
@@ -232,7 +235,7 @@ class Engine:
 
 
 def seed_of(*words: object) -> int:
-    """The same for the same words, in every process."""
+    """A seed that is the same for the same words in every process."""
     return zlib.crc32("/".join(map(str, words)).encode())
 
 
@@ -245,7 +248,7 @@ def chunk_times(surface: Surface, chunks: Sequence[int]) -> Floats:
 
 
 def makespan(surface: Surface, chunks: Sequence[int], ranks: int) -> float:
-    """Time to first token in ms, over equal stages."""
+    """Time to first token in ms over equal stages."""
     return simulate_pipeline([list(chunk_times(surface, chunks))] * ranks)
 
 
@@ -256,7 +259,8 @@ def fixed(size: int, prompt_len: int) -> list[int]:
 
 @cache
 def _lattice(cells: int, sizes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """History and chunk by (end of chunk, size), in pages; what cannot be has negative history."""
+    """History and chunk by (end of chunk, size), in pages. Impossible ones have negative
+    history."""
     chunk = np.arange(1, sizes + 1)[None, :]
     return np.arange(1, cells + 1)[:, None] - chunk, chunk
 
@@ -266,10 +270,10 @@ def optimum(
 ) -> tuple[list[int], float]:
     """The best plan of chunks of whole pages up to `largest`, and a lower bound of all such plans.
 
-    On equal stages a plan takes sum(t) + (ranks - 1) * max(t). For a cap on the slowest chunk the
-    cheapest cover is a shortest path over pages. What lies between two caps cannot beat the cost
-    of the higher one with the bubbles of the lower one, so intervals are split until the best plan
-    found is within `gap` of all of them.
+    On equal stages a plan takes sum(t) + (ranks - 1) * max(t). With a cap on the slowest chunk, the
+    cheapest cover is a shortest path over pages. No plan whose slowest chunk is between two caps
+    can take less than the cost of the higher cap plus the bubbles of the lower one. So intervals
+    are split until the best plan found is within `gap` of all these bounds.
     """
     if prompt_len % PAGE:
         raise ValueError(f"prompt_len={prompt_len} must be a multiple of {PAGE}")
@@ -300,10 +304,11 @@ def optimum(
 
 
 def _covers(ms: Floats, caps: Floats, best: float) -> tuple[Floats, list[list[int]]]:
-    """By cap: cost of the cheapest cover with no chunk over it; and the plans worth a look."""
+    """For each cap, the cost of the cheapest cover with no chunk over it; and the plans that may
+    beat `best`."""
     cells, sizes = ms.shape
     cost = np.full((caps.size, sizes + cells + 1), np.inf)
-    cost[:, sizes] = 0.0  # column `sizes` is the start of the prompt: all windows are whole
+    cost[:, sizes] = 0.0  # column `sizes` is the start of the prompt, so all windows are complete
     taken = np.zeros((cells + 1, caps.size), dtype=np.int64)
     limit = caps[:, None] * (1.0 + 1e-12)
     rows = np.arange(caps.size)

@@ -1,7 +1,7 @@
-"""Puts the figures of bench/results into the README and the docs, and draws them.
+"""Writes the figures of bench/results into the README and the docs, and draws the plots.
 
 python bench/report.py          writes the tables of the pages, and the plots
-python bench/report.py --check  fails if these tables are not those of the results
+python bench/report.py --check  fails if the tables do not match the results
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
+sys.path.insert(0, str(ROOT))  # so that the script runs from any folder
 
 from bench import figures, pages  # noqa: E402
 from bench.suite import REGIMES  # noqa: E402
@@ -30,9 +30,9 @@ MARK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL
 
 
 def fill(text: str, parts: dict[str, str], name: str) -> str:
-    """Replaces what stands between <!-- figures: NAME --> and <!-- end -->; ``name``: the file's.
+    """Replaces the text between <!-- figures: NAME --> and <!-- end -->. ``name``: of the file.
 
-    Exits if there is a mark without figures, or one twice.
+    Exits if a mark has no figures, or occurs twice.
     """
     marks = [match[2] for match in MARK.finditer(text)]
     for mark in marks:
@@ -42,8 +42,8 @@ def fill(text: str, parts: dict[str, str], name: str) -> str:
 
 
 def suite_of(folder: Path) -> dict[str, Any] | None:
-    """The last whole run of ``python -m bench`` on a GPU, if there is one. A run that lacks regimes
-    is not whole."""
+    """The last complete run of ``python -m bench`` on a GPU, or None. A run is complete if it has
+    all regimes."""
     runs = [figures.load(path) for path in folder.glob("suite-*.json")]
     whole = [
         run
@@ -54,7 +54,7 @@ def suite_of(folder: Path) -> dict[str, Any] | None:
 
 
 def pages_with_figures(root: Path, parts: dict[str, str]) -> dict[Path, tuple[str, str]]:
-    """Each page, as it is and as it is to be."""
+    """For each page, its present text and the text that it should have."""
     found = {}
     for page in (root / name for name in PAGES):
         before = page.read_text()

@@ -1,10 +1,11 @@
 """Logits of a model in the real SGLang, with and without the plugin: python bench/sglang_logits.py
 
-Batches of a trace, prompts shortened, through a tiny Llama of random weights: SGLang's own
-prepare_for_extend, resolve_forward_inputs, ForwardBatch.init_new, forward and sampling. Each batch
-runs with the plugin and without, on equal requests with rows and KV memory of their own. The
-model's logits, the logits that are sampled from (with logit bias, penalties and a grammar's mask)
-and the sampled ids have to be equal, bit by bit. Also what init_new gives the device, counted.
+Runs batches of a trace, with shortened prompts, through a tiny Llama with random weights. It uses
+SGLang's own prepare_for_extend, resolve_forward_inputs, ForwardBatch.init_new, forward and
+sampling. Each batch runs with and without the plugin, on equal requests with separate rows and KV
+memory. The model's logits, the logits used for sampling (with logit bias, penalties and a grammar's
+mask) and the sampled ids must be equal, bit by bit. It also counts the kernels and copies that
+init_new launches.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from sglang_plugin import SIDES, WITH, WITHOUT, Streams, Switch, sampling_of
 
 from pystage.trace import Request, draw_ids, prefill_batches, sample_trace
 
-CHUNK, LONGEST, MOST = 512, 1500, 12  # tokens of a batch and of a prompt; requests of a batch
+CHUNK, LONGEST, MOST = 512, 1500, 12  # tokens per batch and per prompt, requests per batch
 VOCAB = sglang_rig.TINY_LLAMA["vocab_size"]
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 
 
 class Grammars:
-    """Requests of a JSON schema, by SGLang's own backend over a vocabulary of bytes."""
+    """Grammars for requests with a JSON schema, from SGLang's own backend over a vocabulary of
+    bytes."""
 
     def __init__(self) -> None:
         import xgrammar
@@ -84,7 +86,7 @@ class Comparison:
                 for k, (a, b) in enumerate(zip(out[WITH], out[WITHOUT], strict=True)):
                     wrong[k] += (a != b).any()
             tokens += shape.tokens
-            self.streams.settle()  # rows and KV memory are free once all have read them
+            self.streams.settle()  # rows and KV memory are free only after all reads
             for r, stop in zip(shape.requests, shape.stops, strict=True):
                 if stop == requests[r % len(requests)].length:
                     self.rig.release(*(self.live.pop((side, r)) for side in SIDES))
@@ -109,7 +111,7 @@ class Comparison:
         batch.prepare_for_extend()
         with self.streams.on_forward():
             self.rig.resolve(batch)
-            torch.manual_seed(7)  # sampling draws
+            torch.manual_seed(7)  # sampling is random
             return self._forward(batch)
 
     def _forward(self, batch: Any) -> list[torch.Tensor]:
@@ -141,14 +143,14 @@ class Comparison:
         return self.live[side, r]
 
     def launches(self) -> dict[str, list[str]]:
-        """Kernels and copies of ForwardBatch.init_new for 8 requests, in order."""
+        """The kernels and copies that ForwardBatch.init_new launches for 8 requests, in order."""
         from sglang.srt.model_executor.forward_batch_info import ForwardBatch
         from torch.profiler import ProfilerActivity, profile
 
         told: dict[str, list[str]] = {}
         for side in SIDES:
             self.switch(side)
-            for _ in range(2):  # the second time all kernels are loaded
+            for _ in range(2):  # in the second round all kernels are loaded
                 reqs = [self.rig.request(draw_ids(60, VOCAB, r)) for r in range(8)]
                 batch = self.rig.batch(reqs)
                 batch.prepare_for_extend()

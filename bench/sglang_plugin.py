@@ -1,10 +1,13 @@
-"""The plugin in the real SGLang, with and without it in one run: python bench/sglang_plugin.py
+"""Compares the real SGLang with and without the plugin in one run: python bench/sglang_plugin.py
 
-Real requests, ScheduleBatch, pools, radix cache and FutureMap; a schedule and a forward stream, as
-in overlap mode. No model: what a forward would read is compared on the forward stream. "Without"
-puts SGLang's own functions back in place for a call, "with" the hooked ones; they take turns, call
-by call, on equal requests, in an order drawn anew. Below both is the lower bound, timed in C in the
-same places: the ids written as int32, memory for them on the device, a launch.
+It uses real requests, ScheduleBatch, pools, radix cache and FutureMap, with a schedule stream and a
+forward stream as in overlap mode. There is no model: what a forward would read is compared on the
+forward stream. For a call "without", SGLang's own functions are put back in place; for a call
+"with", the hooked ones. They take turns, call by call, on equal requests, in a new random order
+each time. The lower bound is timed in C in the same places: writing the ids as int32, allocating
+memory for them on the device, and a launch.
+
+This is one file because all measurements share one rig and the switch between the two sides.
 """
 
 from __future__ import annotations
@@ -48,14 +51,14 @@ from rich.table import Table
 from pystage.trace import Request, draw_ids, sample_trace
 
 CHUNK, HISTORY = 8192, 122_880
-PAGED = (64, 128, 64)  # requests, ids of each, tokens a page of KV memory
+PAGED = (64, 128, 64)  # requests, ids per request, tokens per page of KV memory
 WITH, WITHOUT, BELOW = "with pystage", "without", "the lower bound"
 SIDES = (WITH, WITHOUT)
 TIMED = ("host", "history", "latency")
 
 
 class Switch:
-    """Puts SGLang's own functions back, and the hooked ones, wherever they are bound."""
+    """Switches between SGLang's own functions and the hooked ones, wherever they are bound."""
 
     def __init__(self) -> None:
         from pystage.integrations import sglang as plugin
@@ -82,18 +85,18 @@ class Switch:
 
 
 class Streams:
-    """The scheduler's two streams; on a CPU none."""
+    """The scheduler's two streams. On a CPU there are none."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device.startswith("cuda")
         if self.cuda:
-            torch.cuda.synchronize()  # what was made so far, was made on the default stream
+            torch.cuda.synchronize()  # waits for earlier work on the default stream
             self.schedule, self.forward = torch.cuda.Stream(), torch.cuda.Stream()
             torch.cuda.set_stream(self.schedule)
 
     @contextlib.contextmanager
     def on_forward(self) -> Iterator[None]:
-        """As ``run_batch`` enters its forward."""
+        """Enters the forward stream in the same way as ``run_batch``."""
         if not self.cuda:
             yield
             return
@@ -135,7 +138,8 @@ class Bench:
         self.order = random.Random(5)
 
     def track(self, count: int, what: str) -> Iterator[int]:
-        """A progress bar, refreshed by hand: rich's thread would take the GIL in timed calls."""
+        """A progress bar that is refreshed explicitly, since rich's thread would take the GIL
+        during timed calls."""
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         progress = Progress(*columns, console=self.console, auto_refresh=False, transient=True)
         with progress:
@@ -148,9 +152,10 @@ class Bench:
     # --- ids are equal
 
     def equal_ids(self, batches: int, mixed: bool) -> dict[str, Any]:
-        """Trace batches through both, ids and small tensors compared on the forward stream, which
-        is kept busy so that it lags behind: slots and host memory are used again while transfers
-        are pending. Some requests have a logit bias, penalties or want logprobs."""
+        """Runs trace batches through both sides, and compares ids and small tensors on the forward
+        stream. That stream is kept busy so that it lags behind, and slots and host memory are used
+        again while transfers are pending. Some requests have a logit bias or penalties, or want
+        logprobs."""
         sides = (WITH, WITHOUT)
         live: dict[tuple[str, int], Any] = {}
         running = {side: self._running(side) for side in sides} if mixed else {}
@@ -221,7 +226,7 @@ class Bench:
         return live[side, r]
 
     def _running(self, side: str) -> Any:
-        """Eight running requests, whose last ids stand in the relay."""
+        """Eight running requests. Their last ids are in the relay."""
         self.switch(side)
         reqs = [self.rig.request(draw_ids(16 + i, VOCAB, i), 1 << 16) for i in range(8)]
         batch = self.rig.batch(reqs)
@@ -238,7 +243,8 @@ class Bench:
     # --- host time
 
     def host_times(self, samples: int) -> dict[str, Any]:
-        """Calls of a batch in turn, with and without; each part in its place, microseconds."""
+        """Times the calls of a batch with and without the plugin, in turn. Each part is timed where
+        it runs, in microseconds."""
         result: dict[str, Any] = {}
         rng = random.Random(1)
         shapes = ((1, 128, 1), (1, CHUNK, 1), (8, 1024, 1), (64, 128, 1), (1, 16384, 1), PAGED)
@@ -246,7 +252,7 @@ class Bench:
             rig = self.rig if page == 1 else self.rig.paged(page)
             inputs = [[random_ids(length, rng) for _ in range(count)] for _ in range(16)]
             times: dict[str, dict[str, list[float]]] = {WITH: {}, WITHOUT: {}}
-            rounds = samples if count == 1 else max(samples // 4, 20)  # their set-up takes longest
+            rounds = samples if count == 1 else max(samples // 4, 20)  # their setup takes longest
             shape = shape_name(count, length, page)
             for i in self.track(rounds + 50, shape):
                 one_chunk = (count, length) == (1, CHUNK)
@@ -270,7 +276,7 @@ class Bench:
 
     @contextlib.contextmanager
     def _batch(self, side: str, lists: list[array[int]], rig: Any = None) -> Iterator[Any]:
-        """A batch of one request for each list, not prepared yet; released behind."""
+        """A batch with one request for each list, not prepared yet. Releases it afterwards."""
         rig = rig or self.rig
         self.switch(side)
         reqs = [rig.request(ids, max_new_tokens=1) for ids in lists]
@@ -303,8 +309,9 @@ class Bench:
         return took
 
     def _timed_bound(self, bound: Bound, lists: list[array[int]]) -> dict[str, float]:
-        """Its parts where flatten and resolve would be: the write within prepare_for_extend, the
-        others as the first on the forward stream. No Python call is in them."""
+        """Times the lower bound's parts where flatten and resolve would run: the write within
+        prepare_for_extend, the others as the first work on the forward stream. The times include no
+        Python call."""
         unused = torch.empty(sum(map(len, lists)), dtype=torch.int64)
         written: list[float] = []
 
@@ -312,7 +319,7 @@ class Bench:
             written.append(bound.write(lists))
             return unused
 
-        # With the plugin, which reads no ids on the way to where they are flattened.
+        # With the plugin on, because it reads no ids before they are flattened.
         with (
             self._batch(WITH, lists) as batch,
             mock.patch.object(self.schedule_batch, "flatten_arrays_to_pinned_cpu", write),
@@ -324,8 +331,8 @@ class Bench:
         return dict(zip(PARTS, parts, strict=True)) | {"total": sum(parts)}
 
     def _idle_resolve(self, side: str, lists: list[array[int]]) -> float:
-        """Microseconds of resolve_forward_inputs, in its place, of a batch that has its ids: what
-        is left of the call when nothing is transferred."""
+        """Microseconds of resolve_forward_inputs, where it runs, for a batch that already has its
+        ids. This is the cost of the call when nothing is transferred."""
         with self._batch(side, lists) as batch:
             batch.prepare_for_extend()
             batch.prefill_input_ids_cpu, batch.input_ids = None, batch.req_pool_indices
@@ -335,13 +342,13 @@ class Bench:
                 return (time.perf_counter_ns() - start) / 1e3
 
     def history_times(self, samples: int) -> dict[str, Any]:
-        """The ids of a chunk behind a long history: what prepare_for_extend does with them."""
+        """Times what prepare_for_extend does with the ids of a chunk after a long history."""
         rng = random.Random(2)
         reqs = [self.rig.request(random_ids(HISTORY + CHUNK, rng)) for _ in range(8)]
         for req in reqs:
             req.prefix_len = HISTORY
         module, hook = self.schedule_batch, self.plugin.staging.prepare_for_extend
-        # The lower bound: a chunk written as int32, and SGLang's wrappers round hooks without work.
+        # The lower bound: writing a chunk as int32, and SGLang's wrappers around empty hooks.
         from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
 
         chunks = [req.origin_input_ids[HISTORY:] for req in reqs]
@@ -383,7 +390,7 @@ class Bench:
         return {f"{CHUNK} behind {HISTORY}": _summaries(times)}
 
     def what_remains(self) -> dict[str, int]:
-        """Operators that one prepare_for_extend + resolve of 8,192 ids runs, with the plugin."""
+        """The operators that one prepare_for_extend + resolve of 8,192 ids runs with the plugin."""
         self.switch(WITH)
         req = self.rig.request(random_ids(CHUNK, random.Random(3)))
         batch = self.rig.batch([req])
@@ -398,7 +405,7 @@ class Bench:
         return dict(sorted(counts.items(), key=lambda item: -item[1])[:16])
 
     def launches(self) -> dict[str, Any]:
-        """What one prepare_for_extend gives the device, in order: kernels and copies."""
+        """The kernels and copies that one prepare_for_extend launches, in order."""
         rng = random.Random(4)
         kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         result: dict[str, Any] = {}
@@ -407,7 +414,7 @@ class Bench:
             lists = [random_ids(length, rng) for _ in range(count)]
             told = result[shape_name(count, length, page)] = {}
             for side in (WITH, WITHOUT):
-                for _ in range(2):  # the second time all kernels are loaded
+                for _ in range(2):  # in the second round all kernels are loaded
                     with (
                         self._batch(side, lists, rig) as batch,
                         torch.profiler.profile(activities=kinds) as profile,
@@ -424,7 +431,7 @@ class Bench:
     # --- until the ids are there
 
     def behind_copies(self, samples: int) -> dict[str, Any]:
-        """Microseconds from entering resolve_forward_inputs to ids on the device."""
+        """Microseconds from entering resolve_forward_inputs until the ids are on the device."""
         host = torch.empty(256 << 20, dtype=torch.uint8).pin_memory()
         gpu = torch.empty(256 << 20, dtype=torch.uint8, device=self.rig.device)
         side_stream, ready = torch.cuda.Stream(), torch.cuda.Event()
@@ -455,8 +462,8 @@ class Bench:
 
 
 def _recorder(console: Console) -> Callable[[Any, Any], None]:
-    """The scheduler's ``record_batch_in_overlap``; the same done here, where its module takes
-    more kernels than can be stood in for."""
+    """The scheduler's ``record_batch_in_overlap``. Where its module needs more kernels than there
+    are stubs for, a function here that does the same."""
     try:
         from sglang.srt.managers.scheduler import Scheduler
     except Exception as error:
@@ -475,7 +482,7 @@ def _recorder(console: Console) -> Callable[[Any, Any], None]:
 
 
 def sampling_of(r: int) -> dict[str, Any]:
-    """Parameters of a trace's request: most are plain."""
+    """Sampling parameters of the r-th request of the trace. Most requests have none."""
     if r % 10 == 1:
         return {"logit_bias": {str(r % 500): 2.5, "7": -1.0}}
     if r % 10 == 4:
@@ -486,8 +493,9 @@ def sampling_of(r: int) -> dict[str, Any]:
 
 
 def small_tensors_of(batch: Any) -> list[torch.Tensor]:
-    """What prepare_for_extend makes beside ids, copied on the schedule stream: the same with and
-    without. KV indices are not: whether its row has those of each request is."""
+    """The tensors that prepare_for_extend makes besides the ids, copied on the schedule stream.
+    They are the same with and without the plugin. KV indices are not, so the last tensor only tells
+    whether each request's row has the indices of its batch."""
     info = batch.sampling_info
     made = [batch.seq_lens, batch.orig_seq_lens, info.temperatures, info.top_ps, info.top_ks]
     made += [info.min_ps, *([] if info.logit_bias is None else [info.logit_bias])]
@@ -519,7 +527,7 @@ def _timed(function: Callable[..., Any], name: str, took: dict[str, float]) -> C
 
 
 def _summaries(times: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """Of each part, both sides, and pair by pair what the plugin takes off."""
+    """Summaries of each part for both sides, and of the time that the plugin saves in each pair."""
     result: dict[str, Any] = {}
     for name, ours in times[WITH].items():
         theirs = times[WITHOUT][name]
@@ -535,7 +543,8 @@ def _summaries(times: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
 
 
 def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was promised, what was measured, and what none could exceed; of the parts that ran."""
+    """The targets, the measured values, and the limits that the lower bound sets, for the parts
+    that ran."""
     rows: list[dict[str, Any]] = []
     bounds = result["bound"]
 
@@ -548,7 +557,7 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     if "host" in result:
         cell = result["host"][f"1 x {CHUNK}"]
         both = cell["flatten + resolve"]
-        # SGLang's own call stays, with nothing to do.
+        # SGLang's own call remains, but has nothing to do.
         least = bounds["8,192"]["total"]["p50"] + cell["resolve, nothing to do"][WITHOUT]["p50"]
         ratio, limit = both["ratio"]["p50"], both[WITHOUT]["p50"] / least
         row("flatten + resolve, 8,192: host time", ">= 6 x less", ratio, ratio >= 6, "x", limit)
@@ -604,7 +613,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def install_wheels(folder: Path) -> str:
-    """Puts the wheels on this process's path only."""
+    """Adds the wheels to the path of this process only."""
     site = tempfile.mkdtemp(prefix="sglang-wheels-")
     wheels = sorted(map(str, folder.glob("*.whl")))
     if not wheels:

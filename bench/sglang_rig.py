@@ -1,8 +1,8 @@
-"""The real SGLang around prefill batches, without its kernels: requests, batches, pools, radix
-cache, relay; on a CPU also a model with random weights. For tests/test_sglang.py and
-bench/sglang_plugin.py.
+"""The parts of the real SGLang around prefill batches, without its kernels: requests, batches,
+pools, radix cache, relay; on a CPU also a model with random weights. Used by tests/test_sglang.py
+and bench/sglang_plugin.py.
 
-Packages that are not installed (kernels, on most machines) are stood in for, by stand_ins.py.
+stand_ins.py provides stubs for packages that are not installed (on most machines, kernels).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["CUDA_KERNELS", "KERNELS", "Rig", "let_configs_be_replaced", "model_f
 
 
 def let_configs_be_replaced() -> None:
-    """Older releases register configurations that newer transformers has itself."""
+    """Lets older releases register configurations that newer transformers already has."""
     from transformers.models.auto.auto_factory import _LazyAutoMapping
     from transformers.models.auto.configuration_auto import _LazyConfigMapping
 
@@ -43,7 +43,7 @@ def let_configs_be_replaced() -> None:
 
 
 def model_folder(**changes: Any) -> str:
-    """A folder with the configuration of a tiny Llama; weights are made up when it is loaded."""
+    """A folder with the configuration of a tiny Llama. Loading it generates random weights."""
     return write_config(Path(tempfile.mkdtemp(prefix="tiny-llama-")), {**TINY_LLAMA, **changes})
 
 
@@ -51,8 +51,8 @@ def model_folder(**changes: Any) -> str:
 
 
 class Rig:
-    """Real requests and batches on a device. Without a model: pools of ``kv_tokens`` and
-    ``row_tokens``; with one (CPU): the model runner's."""
+    """Makes real requests and batches on a device. Without a model, the pools have ``kv_tokens``
+    and ``row_tokens``. With one (CPU), they are those of the model runner."""
 
     def __init__(
         self,
@@ -147,7 +147,8 @@ class Rig:
         )
 
     def paged(self, page_size: int) -> Rig:
-        """The same with KV memory of its own, in pages of so many tokens. No model."""
+        """A rig like this one with separate KV memory in pages of ``page_size`` tokens, without a
+        model."""
         from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 
         rig = copy.copy(self)
@@ -159,7 +160,7 @@ class Rig:
         return rig
 
     def request(self, ids: Iterable[int], max_new_tokens: int = 4, **sampling: Any) -> Any:
-        """A request as the scheduler makes it, matched and locked in the radix cache."""
+        """Makes a request as the scheduler does, matched and locked in the radix cache."""
         from sglang.srt.managers.schedule_batch import Req
         from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -179,7 +180,7 @@ class Rig:
         return req
 
     def batch(self, reqs: list[Any]) -> Any:
-        """A batch of them, not prepared yet."""
+        """A batch of these requests, not prepared yet."""
         from sglang.srt.managers.schedule_batch import ScheduleBatch
 
         return ScheduleBatch.init_new(
@@ -187,24 +188,24 @@ class Rig:
         )
 
     def next_chunk(self, req: Any, end: int | None = None) -> None:
-        """The request goes on where its last chunk ended."""
+        """Moves the request to its next chunk, which starts where the last one ended."""
         req.prefix_len = req.extend_end
         req.extend_end = len(req.full_untruncated_fill_ids) if end is None else end
 
     def resolve(self, batch: Any) -> None:
-        """By the function that the scheduler would call, hooked or not."""
+        """Resolves with the function that the scheduler would call, hooked or not."""
         self._resolver.resolve_forward_inputs(batch, self.future_map)
 
     @functools.cached_property
     def _resolver(self) -> Any:
-        """The scheduler's module; where it cannot be imported without its kernels, the one that it
-        would take the function from."""
+        """The scheduler's module. If it cannot be imported without its kernels, the module that it
+        would import the function from."""
         from sglang.srt.managers import overlap_utils
 
         return sys.modules.get("sglang.srt.managers.scheduler", overlap_utils)
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and sampled ids, stored in the relay as the scheduler does it."""
+        """Logits and sampled ids. Stores the ids in the relay as the scheduler does."""
         from sglang.srt.managers.overlap_utils import RelayPayload
         from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -220,7 +221,7 @@ class Rig:
         return logits, sampled
 
     def release(self, *reqs: Any) -> None:
-        """Their KV cache and rows go back, nothing of them stays in the radix cache."""
+        """Releases the KV cache and rows of the requests. Leaves nothing in the radix cache."""
         from sglang.srt.mem_cache.common import release_kv_cache
 
         for req in reqs:

@@ -1,5 +1,5 @@
-"""Stands in for packages that are not installed: kernels, on most machines. They can be imported,
-and calling anything in them raises. So nothing passes on a fake."""
+"""Provides stubs for packages that are not installed, which on most machines are kernels. The stubs
+can be imported, but calling anything in them raises. So nothing can pass because of a fake."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from types import ModuleType
 from typing import Any
 
 KERNELS = ("sgl_kernel", "vllm", "torchvision", "flashinfer", "deep_gemm")
-CUDA_KERNELS = ("sgl_kernel", "vllm", "torchvision")  # SGLang looks itself for the others there
-STOOD_IN: list[str] = []  # in this process
+CUDA_KERNELS = ("sgl_kernel", "vllm", "torchvision")  # SGLang itself checks for the others there
+STOOD_IN: list[str] = []  # the packages with stubs in this process
 
 
 class StandIn:
-    """Any attribute of a module that is not there."""
+    """Any attribute of a module that is not installed."""
 
     def __init__(self, name: str) -> None:
         self.__name__ = self.__qualname__ = name
@@ -34,7 +34,7 @@ class StandIn:
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
         return (object,)
 
-    # What annotations ask of a class: `X | None`, `X[int]`, a field of a pydantic model.
+    # Operations that annotations need: `X | None`, `X[int]`, a field of a pydantic model.
 
     def __or__(self, other: Any) -> Any:
         return self
@@ -80,8 +80,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def stand_in(packages: Sequence[str] = KERNELS) -> list[str]:
-    """Stands in for those of ``packages`` that are not installed, or broken; returns which. For
-    ``a.b``, of the package ``a`` only the module ``b`` can be imported then."""
+    """Provides stubs for those of ``packages`` that are not installed or are broken. Returns their
+    names. After a stub for ``a.b``, only the module ``b`` of the package ``a`` can be imported."""
     missing = [name for name in packages if not _imports(name)]
     sys.meta_path.insert(0, _Finder(missing))
     STOOD_IN.extend(missing)
@@ -92,9 +92,9 @@ def _imports(name: str) -> bool:
     try:
         if importlib.util.find_spec(name) is None:
             return False
-    except ModuleNotFoundError:  # not even its parent
+    except ModuleNotFoundError:  # its parent package is missing too
         return False
-    if name != "torchvision":  # a build for another torch is found, and fails when imported
+    if name != "torchvision":  # a build for another torch is found but fails on import
         return True
     try:
         importlib.import_module(name)

@@ -1,8 +1,8 @@
-"""Minutes of a trace through two pools, on several streams, beside copies that keep the link busy.
-Every id is compared on the device, and every minute says what it took and what the process holds.
+"""Runs a trace for minutes through two pools, on several streams, beside copies that keep the link
+busy. Compares every id on the device. Records times and the memory held for every minute.
 
-python bench/sustained.py --minutes 20                         in one go
-python bench/sustained.py --minutes 20 --at-most 8 --resume    in parts: again, until all are there
+python bench/sustained.py --minutes 20                         in one run
+python bench/sustained.py --minutes 20 --at-most 8 --resume    in parts: repeat until complete
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-if __name__ == "__main__":  # run as a script, from anywhere
+if __name__ == "__main__":  # so that the script runs from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pystage
@@ -34,14 +34,14 @@ from pystage.testing import host_stream
 from pystage.trace import prefill_batches, sample_trace
 
 STREAMS = 4
-PIECES, PIECE = 16, 1 << 17  # what the ids of requests are cut from
-DRAIN = 64  # batches, at most, that wait on a stream
-READY = 8  # of so many batches, one is waited for
+PIECES, PIECE = 16, 1 << 17  # the arrays that the ids of requests are cut from
+DRAIN = 64  # maximum number of batches that wait on a stream
+READY = 8  # the host waits for one batch in this many
 MIB = 1 << 20
 
 
 class Traffic:
-    """Two copies to the device kept queued, by a thread of their own, on a stream of their own."""
+    """Keeps two copies to the device queued, from a separate thread, on a separate stream."""
 
     def __init__(self, device: Host, size: int) -> None:
         self.copies = 0
@@ -62,7 +62,7 @@ class Traffic:
                 )
                 while not self._stop.is_set():
                     event, target = next(turns)
-                    event.synchronize()  # the one before the last: another is queued behind it
+                    event.synchronize()  # the last but one: another is queued behind it
                     target.copy_(self._source, non_blocking=True)
                     event.record()
                     self.copies += 1
@@ -83,7 +83,7 @@ class Traffic:
 
 
 class Work:
-    """Batches of the trace's lengths, and the same ids on the device to compare with."""
+    """Makes batches with the trace's lengths, and the same ids on the device to compare with."""
 
     def __init__(self, device: Host, seed: int) -> None:
         self._rng = random.Random(seed)
@@ -93,7 +93,7 @@ class Work:
         self._batches = prefill_batches(cycle(sample_trace()))
 
     def next(self) -> tuple[list[array[int]], list[int], list[int], list[torch.Tensor]]:
-        """Whole requests, where their parts begin and end, and these parts on the device."""
+        """Whole requests, the starts and ends of their parts, and these parts on the device."""
         requests, starts, stops, parts = [], [], [], []
         batch = next(self._batches)
         for start, stop in zip(batch.starts, batch.stops, strict=True):
@@ -123,7 +123,7 @@ def pools_of(device: Host) -> Iterator[list[pystage.StagingPool]]:
 
 
 class Replay:
-    """Sends batches through the pools, in turn, and keeps the times of a minute."""
+    """Sends batches through the pools in turn, and keeps the times of the current minute."""
 
     def __init__(self, device: Host, pools: list[pystage.StagingPool], work: Work) -> None:
         self._device, self._pools, self._work = device, pools, work
@@ -139,13 +139,13 @@ class Replay:
         self.forget()
 
     def forget(self) -> None:
-        """Begins another minute."""
+        """Clears the times to begin a new minute."""
         self.host_us: list[float] = []
         self.ready_us: list[float] = []
         self.tokens = 0
 
     def once(self) -> None:
-        """One batch: staged, resolved in one of three ways, and compared."""
+        """Stages one batch, resolves it in one of three ways, and compares the ids."""
         number = self._count
         self._count += 1
         stream = number % STREAMS
@@ -157,7 +157,7 @@ class Replay:
             out = self._static[stream][:count] if number % 7 == 5 else None
             waits = number % READY == 0
             event = self._device.event()
-            if waits:  # nothing of ours is ahead of it
+            if waits:  # so that no earlier batch is ahead of it
                 event.record()
                 event.synchronize()
             begin = time.perf_counter_ns()
@@ -178,13 +178,13 @@ class Replay:
         self.tokens += count
 
     def wrong(self) -> int:
-        """Ids that differed, so far."""
+        """Number of ids that differed so far."""
         self._device.synchronize()
         return sum(int(w) for w in self._wrong)
 
 
 def contexts() -> int | None:
-    """Compute contexts on all GPUs, as nvidia-smi lists them; None where it does not."""
+    """Number of compute contexts on all GPUs, from nvidia-smi. None if it does not list them."""
     command = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
@@ -194,7 +194,7 @@ def contexts() -> int | None:
 
 
 def held(device: Host, pools: list[pystage.StagingPool]) -> dict[str, int | None]:
-    """What the process holds now, in bytes and counts."""
+    """Memory and other resources that the process holds now, in bytes and counts."""
     stats = [pool.stats() for pool in pools]
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     figures: dict[str, int | None] = {
@@ -214,9 +214,9 @@ def held(device: Host, pools: list[pystage.StagingPool]) -> dict[str, int | None
 
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a sustained run is to show: nothing wrong, nothing that grows, no minute unlike others.
+    """The targets of a sustained run: no wrong ids, no growth, no minute unlike the others.
 
-    What is held is compared within each run, from its second row on: the first one warms up.
+    Memory is compared within each run, from its second row on. The first row is the warm-up.
     """
 
     def growth(name: str) -> int:
@@ -309,7 +309,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             done, wrong_before = done + seconds, wrong
             replay.forget()
             rows.append(row)
-            # Written every time: a run that is cut has its minutes.
+            # Written every minute, so that an interrupted run keeps its results.
             result = {
                 "benchmark": "sustained",
                 **source,

@@ -1,7 +1,7 @@
-"""What all plots of the pages share. Matplotlib is imported when the first one is drawn.
+"""Helpers that all plots of the pages share. Matplotlib is imported when the first one is drawn.
 
-A page shows a plot some 900 pixels wide. At 9 inches that is 100 pixels an inch, so text of 9
-points stays readable. The background is white, for pages in dark mode.
+A page shows a plot about 900 pixels wide. At 9 inches that is 100 pixels per inch, so text of 9
+points stays readable. The background is white, so that plots are readable in dark mode.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 WIDTH = 9.0  # inches
-SMALL = 9  # points, and the smallest text that any plot has
+SMALL = 9  # points: the smallest text in any plot
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, set up so that the same figures give the same file."""
+    """Returns matplotlib.pyplot, set up so that the same figures give the same file."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -39,12 +39,12 @@ def pyplot() -> Any:
 
 
 def plain(axis: Any) -> None:
-    """No frame."""
+    """Removes the frame."""
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def fit(figure: Any, height: float) -> None:
-    """Makes a figure that was drawn elsewhere as wide as the others, with text of the same size."""
+    """Gives a figure that was drawn elsewhere the width and text size of the others."""
     from matplotlib.text import Text
 
     figure.set_size_inches(WIDTH, height)
@@ -56,7 +56,7 @@ def fit(figure: Any, height: float) -> None:
 
 
 def tell(figure: Any, finding: str, note: str) -> None:
-    """Above the plot what it shows, below it on what it was measured."""
+    """Writes what the plot shows above it, and what it was measured on below it."""
     figure.suptitle(textwrap.fill(finding, 84), fontsize=12, x=0.01, ha="left", fontweight="bold")
     text = textwrap.fill(note, 130)
     figure.supxlabel(text, fontsize=SMALL, x=0.01, ha="left", color="#444444")

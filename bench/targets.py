@@ -1,4 +1,5 @@
-"""What pystage promises on an H100 or H200, against what a run measured: ratios of one run."""
+"""The targets of pystage on an H100 or H200, compared with what a run measured. All are ratios
+within one run."""
 
 from __future__ import annotations
 
@@ -22,15 +23,15 @@ from bench.suite.latency import BULK, WAITED
 from bench.suite.mixed import FUSED, KERNELS, PLAIN_MIXED
 
 LINK = "bytes over the link"
-Found = tuple[float, str]  # a value, and where it was
+Found = tuple[float, str]  # a value, and the cell it is from
 
 
 class Missing(Exception):
-    """The run has no such cell; the message says which."""
+    """The run lacks a cell. The message says which."""
 
 
 def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each promise.
+    """One row for each target.
 
     Returns:
         Dicts of ``measure``, ``target``, ``value`` (None if not measured), ``unit``, ``where`` (the
@@ -221,19 +222,19 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def ratio(ours: float, theirs: float) -> float:
-    """Of two times."""
+    """The ratio of two times."""
     if theirs <= 0:
         raise Missing(f"the other one took {theirs:g} us: no ratio")
     return ours / theirs
 
 
 def worst(values: Iterable[Found]) -> Found:
-    """The largest."""
+    """The largest value."""
     return max([*values] or _none())
 
 
 def least(values: Iterable[Found]) -> Found:
-    """The smallest."""
+    """The smallest value."""
     return min([*values] or _none())
 
 
@@ -242,7 +243,7 @@ def _none() -> list[Found]:
 
 
 class Cells:
-    """Looks into a result."""
+    """Looks up cells in a result."""
 
     def __init__(self, result: dict[str, Any]) -> None:
         self.regimes = result["regimes"]
@@ -274,14 +275,15 @@ class Cells:
     def above_bound(self, cell: str) -> Found:
         ours, below = self.time("host", cell, DEFERRED, "total"), self.bound(cell)
         where = cell
-        if BUFFERS in below:  # what the arrays of the cell add to one array
+        if BUFFERS in below:  # the cost that the cell's arrays add to that of one array
             parts = (BUFFERS, RAGGED, "memory", "launch")
             ragged = sum(below[part]["p50"] for part in parts)
             where += f"; {ours / ragged:.2f} x with its arrays asked and read one by one"
         return ours / below[TOTAL]["p50"], where
 
     def tail(self, cell: str) -> Found:
-        """The 99th percentile of the median; beside it those of the bound and of the best peer."""
+        """The 99th percentile divided by the median, with the same ratio of the lower bound and of
+        the best peer."""
         below, peer = self.bound(cell)[TOTAL], self.peers(cell)[0]
         time = partial(self.time, "host", cell)
         theirs = time(peer, "total", "p99") / time(peer, "total")
@@ -290,7 +292,7 @@ class Cells:
         return time(DEFERRED, "total", "p99") / time(DEFERRED, "total"), where
 
     def peers(self, cell: str) -> list[str]:
-        """Those measured in a cell of the host regime, the fastest first."""
+        """The peers measured in a cell of the host regime, the fastest first."""
         rows = self.regimes["host"][cell].get("contenders", {})
         peers = [n for n, row in rows.items() if self.roles.get(n) == "peer" and "total" in row]
         if not peers:
@@ -308,8 +310,8 @@ class Cells:
         return ratio(ours, self.time("stream", cell, other, "added")), cell
 
     def ready_behind(self, cell: str, part: str) -> Found:
-        """Beside it what of that the call took, and what without copies, where it was measured;
-        then the others."""
+        """The time until ids are ready behind copies. The text has the part that the call took, the
+        time without copies if it was measured, and the other contenders."""
         ready = self.time("latency", cell, DEFERRED, "ready", part)
         rows = self.regimes["latency"][cell]["contenders"]
         where = ", ".join(

@@ -1,9 +1,10 @@
-"""Pools on a machine with two GPUs: which contexts they make, and whose current device they change.
+"""Checks which contexts and current devices pools leave behind on a machine with two GPUs.
 
     python bench/two_gpus.py [--out two_gpus.json] ['only GPU 1' ...]
 
-Every scenario runs in a process of its own, for a context once made stays. Prints JSON; the exit
-code is 1 if a scenario failed. The same over a stub: csrc/tests/test_cuda_device.cpp.
+Every scenario runs in its own process, because a context stays once it is made. Prints JSON. The
+exit code is 1 if a scenario failed. csrc/tests/test_cuda_device.cpp has the same checks with a stub
+of the driver.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ DEVICE_ORDINAL = 9
 
 
 class Driver:
-    """The driver itself: asking the runtime would make a context."""
+    """Calls the driver directly, since a call of the runtime would make a context."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL("libcuda.so.1")
@@ -49,7 +50,7 @@ class Driver:
         return bool(active.value)
 
     def current(self) -> int | None:
-        """The device whose context the calling thread has current, None without a context."""
+        """The device of the calling thread's current context. None if it has none."""
         context, device = ctypes.c_void_p(), ctypes.c_int()
         self._call("cuCtxGetCurrent", ctypes.byref(context))
         if not context.value:
@@ -61,7 +62,7 @@ class Driver:
         self._call("cuCtxSetCurrent", None)
 
     def device_of(self, tensor: torch.Tensor) -> int:
-        """Where the memory is, whatever torch says."""
+        """The device that holds the memory, according to the driver and not to torch."""
         ordinal = ctypes.c_int()
         pointer = ctypes.c_uint64(tensor.data_ptr())
         self._call("cuPointerGetAttribute", ctypes.byref(ordinal), DEVICE_ORDINAL, pointer)
@@ -92,7 +93,7 @@ def directly(work: Callable[[], Any]) -> Any:
 
 
 def in_thread(work: Callable[[], Any]) -> Any:
-    """Runs it in a new thread, which has no context."""
+    """Runs ``work`` in a new thread, which has no context."""
     results: list[Any] = []
     errors: list[BaseException] = []
 
@@ -111,7 +112,7 @@ def in_thread(work: Callable[[], Any]) -> Any:
 
 
 def without_context(work: Callable[[], Any]) -> None:
-    """Calls of the pool alone: the thread has no context afterwards either."""
+    """Runs only calls of the pool in a new thread. It must have no context afterwards either."""
 
     def checked() -> None:
         work()
@@ -140,7 +141,7 @@ class Life:
         self.out = pystage.resolve(self.staged)
 
     def figures_in_flight(self) -> None:
-        """A fence that is pending is asked, then one that is done."""
+        """Queries a fence that is pending, then one that is done."""
         with hold_transfers(self.pool):
             self.out = pystage.resolve(self.pool.stage([ids(0, 10)]))
             assert in_thread(self.pool.stats).in_flight_slots > 0
@@ -170,7 +171,7 @@ VARIANTS: list[dict[str, Any]] = [{}, {"issue": "eager"}, {"transfer": "copy_eng
 
 
 def only_one(device: int) -> dict[str, Any]:
-    """Nothing here needs the other GPU: no context on it, whatever thread calls."""
+    """Nothing here needs the other GPU, so no thread may make a context on it."""
     other = 1 - device
     done: list[str] = []
     for options in VARIANTS:
@@ -185,10 +186,11 @@ def only_one(device: int) -> dict[str, Any]:
 
 
 def other_is_current() -> dict[str, Any]:
-    """A pool of GPU 1 while GPU 0 is at work and current: it stays so, and its memory too."""
+    """A pool of GPU 1 while GPU 0 is busy and current. GPU 0 must stay current, and its memory must
+    not change."""
     work = torch.ones(1 << 20, device="cuda:0")
     torch.cuda.set_device(0)
-    for options in VARIANTS:  # torch's own first use of each device
+    for options in VARIANTS:  # torch uses each device for the first time
         for _, step in Life(1, options).steps(directly):
             step()
     work.add_(1)
@@ -208,7 +210,8 @@ def other_is_current() -> dict[str, Any]:
 
 
 def both() -> dict[str, Any]:
-    """Pools of both GPUs, fed by threads with either GPU current, or none at first."""
+    """Pools of both GPUs, used by threads that have one GPU or the other current, or none at
+    first."""
     pools = [pystage.StagingPool(f"cuda:{d}", 8 << 20, reserve_bytes=4096) for d in (0, 1)]
     batches = 500
 
@@ -247,7 +250,7 @@ def both() -> dict[str, Any]:
 
 
 def no_current() -> dict[str, Any]:
-    """Some library takes the thread's context away: a pool goes on, as torch does."""
+    """A library removes the thread's current context. The pool must go on, as torch does."""
     for device in (1, 0):
         pool = pystage.StagingPool(f"cuda:{device}")
         staged = pool.stage([ids(7, 1000)])
@@ -255,7 +258,7 @@ def no_current() -> dict[str, Any]:
         driver().drop_current()
         out = pystage.resolve(staged)
         assert driver().device_of(out) == device
-        del staged  # in flight, so that its fence is asked for
+        del staged  # puts it in flight, so that its fence is queried
         driver().drop_current()
         assert pool.stats().leased_slots == 0
         assert driver().current() is None
@@ -265,7 +268,8 @@ def no_current() -> dict[str, Any]:
 
 
 def lazy_current() -> dict[str, Any]:
-    """torch says GPU 0 is current, to CUDA it is GPU 1 still: that saves a context on GPU 0."""
+    """torch reports GPU 0 as current while CUDA still has GPU 1. torch does so to save a context on
+    GPU 0."""
     with torch.cuda.device(1):
         torch.zeros(1, device="cuda:1")
     told = {"torch": torch.cuda.current_device(), "cuda": driver().current()}

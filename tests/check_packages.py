@@ -2,10 +2,10 @@
 
     python tests/check_packages.py [--cuda] [--out build/packages]
 
-The sdist is made from the source folder; everything else from the unpacked sdist, so that a file
-that it lacks is noticed: the wheel for the CPU and, with --cuda, the one with CUDA code. Each wheel
-is installed into an environment of its own, which sees torch and numpy of the running one, and
-nothing of the source folder. Needs git, binutils, and an environment of `make build EXTRAS=dev`.
+The sdist is made from the source folder. The wheels (one for the CPU and, with --cuda, one with
+CUDA code) are built from the unpacked sdist, so that a missing file is detected. Each wheel is
+installed into a separate environment, which can use torch and numpy of the running one but nothing
+of the source folder. Needs git, binutils, and an environment of `make build EXTRAS=dev`.
 """
 
 from __future__ import annotations

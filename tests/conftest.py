@@ -20,9 +20,10 @@ settings.register_profile(
 settings.load_profile("pystage")
 
 HAVE_GPU = torch.cuda.is_available() and pystage.build_info().cuda
-# A sanitizer slows everything by an order of magnitude: PYSTAGE_TEST_SCALE=0.05 shortens stresses.
+# Sanitizers slow everything tenfold or more: PYSTAGE_TEST_SCALE=0.05 shortens stress tests.
 SCALE = float(os.environ.get("PYSTAGE_TEST_SCALE", "1"))
-# compute-sanitizer runs one thing at a time, so a held stream holds all: PYSTAGE_TEST_HOLDS=0.
+# compute-sanitizer runs one operation at a time, so a held stream blocks all other streams.
+# PYSTAGE_TEST_HOLDS=0 skips the tests that hold a stream.
 HOLDS = os.environ.get("PYSTAGE_TEST_HOLDS", "1") != "0"
 
 
@@ -63,7 +64,7 @@ cuda_streams: dict[int, torch.cuda.Stream] = {}
 
 
 def on_stream(device: str, number: int) -> AbstractContextManager[Any]:
-    """A stream of the device, the same for the same number."""
+    """A stream of the device. The same number always gives the same stream."""
     if device == "cpu":
         return host_stream(number)
     if number not in cuda_streams:

@@ -1,10 +1,14 @@
-"""Hostile input, made of bytes: requests for stage(), views of ids, tensors for the ops, keys and
-outs for staged ids. Each is either well-formed, and then its ids are known, or it is refused by an
-error of the kinds named here. Nothing else may happen: no crash, no slot left in use.
+"""Hostile input generated from bytes: requests for stage(), views of ids, tensors for the ops, keys
+and outs for staged ids. An input is either well-formed, and then the result must have the expected
+ids, or it must be refused with one of the errors named here. Nothing else may happen: no crash, and
+no slot that stays in use.
 
-    make fuzz                          libFuzzer drives it (atheris), with AddressSanitizer
-    python tests/fuzz.py --replay F..  runs files, or folders of them: a crash, or a corpus
-    tests/test_fuzz.py                 the corpus that is kept, and random bytes, in every test run
+    make fuzz                          runs it under libFuzzer (atheris) with AddressSanitizer
+    python tests/fuzz.py --replay F..  runs files or folders of them: a crash or a corpus
+    tests/test_fuzz.py                 the stored corpus and random bytes, in every test run
+
+This is one file because all targets draw their input from the same bytes, and share the list of
+allowed errors and the check that nothing stays in use.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Makes an environment with SGLang for the CPU: python tests/install_sglang.py FOLDER
 
-SGLang asks for CUDA packages of several GB. Here it goes without its dependencies; what its code
-needs on a CPU is in sglang-requirements.txt. Two older releases go to FOLDER/releases.
+SGLang requires CUDA packages of several GB. This script installs it without its dependencies. The
+packages that its code needs on a CPU are in sglang-requirements.txt. Two older releases are
+installed into FOLDER/releases.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Builds pystage for every pair of a Python and a torch, and runs a part of the tests in each.
+"""Builds pystage for every pair of Python and torch versions, and runs a part of the tests in each.
 
     python tests/matrix.py [--python 3.10 3.12] [--torch 2.11.0] [--cuda auto]
 
-Each pair gets an environment of its own, made by uv (`pip install uv`) and removed afterwards: the
-package is built there from the sdist, as a user builds it, and the tests run against the installed
-wheel. The default torch of the index is a CUDA build: 3 GB of downloads for each version, kept in
-uv's cache. Prints the rows of the table in docs/install.md, and exits with 1 if a pair failed.
+Each pair gets a separate environment, made by uv (`pip install uv`) and removed afterwards. The
+package is built there from the sdist, as a user would build it, and the tests run against the
+installed wheel. The default torch of the index is a CUDA build: it downloads 3 GB for each version,
+which uv's cache keeps. Prints the rows of the table in docs/install.md. Exits with 1 if a pair
+failed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Shows what `make coverage` counted: python tests/measure_coverage.py FOLDER [--without-sglang]
+"""Shows the results of `make coverage`: python tests/measure_coverage.py FOLDER [--without-sglang]
 
-Python: every file of pystage, over all environments and the processes that tests start. C++: what
-stands between Python and the pool. Exits with status 1 below the limits.
+Python: every file of pystage, over all environments and the processes that tests start. C++: the
+code between Python and the pool. Exits with status 1 if coverage is below the limits.
 """
 
 from __future__ import annotations

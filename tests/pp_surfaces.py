@@ -1,7 +1,7 @@
-"""Times of made-up devices: what a chunk takes on one pipeline stage, in ms, of kinds of models.
+"""Simulated chunk times on one pipeline stage, in ms, for several kinds of models and devices.
 
-Shapes of real ones (launch floors, tiles, waves, weight reads, rebuilt histories), none of them one
-of the model's own forms. Lengths in tokens; arrays broadcast.
+They have shapes of real ones (launch floors, tiles, waves, weight reads, rebuilt histories). None
+is a form that the latency model itself uses. Lengths are in tokens, and arrays broadcast.
 """
 
 from __future__ import annotations

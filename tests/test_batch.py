@@ -1,6 +1,7 @@
-"""Batches with deferred ids: the seeds' bug, then every path of a scheduler, right.
+"""Batches with deferred ids: the bug of the seeds, then the correct ids on every scheduler path.
 
-Above 500 lines: the paths of a scheduler build on each other and share what makes a batch.
+This is one file because the paths of a scheduler build on each other and share the helpers that
+make a batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The benchmark itself: it runs, leaves nobody out in silence, and its pages say what it found."""
+"""The benchmark itself: it runs, reports each absent contender, and its pages match its results.
+
+This is one file because its tests share the example package and the example result.
+"""
 
 from __future__ import annotations
 

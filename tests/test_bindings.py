@@ -1,4 +1,5 @@
-"""What the compiled part refuses: each error typed, said in words, with nothing left staged."""
+"""Input that the extension refuses: each error has a type and a clear message, and nothing stays
+staged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""setup.py: what it builds, and how it says that it cannot; and the gate of `make coverage`."""
+"""setup.py: what it builds, and its errors if it cannot build. The limits of `make coverage`."""
 
 from __future__ import annotations
 

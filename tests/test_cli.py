@@ -1,4 +1,7 @@
-"""The command line, run as its users run it, on the host device."""
+"""The command line on the host device, run in the same way as by a user.
+
+This is one file because the commands of one program share the helpers that run them.
+"""
 
 from __future__ import annotations
 

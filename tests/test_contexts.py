@@ -1,4 +1,4 @@
-"""Which CUDA contexts a pool makes, and what it leaves current in a thread."""
+"""Which CUDA contexts a pool makes, and which context it leaves current in a thread."""
 
 from __future__ import annotations
 

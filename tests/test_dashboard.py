@@ -1,4 +1,4 @@
-"""docs/grafana.json asks for figures that there are, and shows all of them."""
+"""docs/grafana.json uses only metrics that exist, and shows all of them."""
 
 from __future__ import annotations
 

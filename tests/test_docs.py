@@ -1,4 +1,4 @@
-"""README and docs: their code runs, their commands exist, their links lead somewhere."""
+"""README and docs: their code runs, their commands exist, and their links have a target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine benchmark: its copies, its figures, and a whole run of the real SGLang on a CPU."""
+"""The engine benchmark: its copies, its figures, and a complete run of the real SGLang on a CPU."""
 
 from __future__ import annotations
 

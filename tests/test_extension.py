@@ -1,4 +1,4 @@
-"""An extension that is not there or does not load: what the message says."""
+"""The error message if the extension is missing or does not load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pool tells of itself: its repr, its figures as a table, and its log."""
+"""What a pool reports about itself: its repr, its figures as a table, and its log."""
 
 from __future__ import annotations
 

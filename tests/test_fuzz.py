@@ -1,4 +1,4 @@
-"""The hostile input of fuzz.py that is kept, and random bytes. `make fuzz` looks for more."""
+"""Runs fuzz.py on its stored corpus and on random bytes. `make fuzz` searches for new failures."""
 
 from __future__ import annotations
 

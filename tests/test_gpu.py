@@ -1,4 +1,4 @@
-"""What only a GPU shows: captures, several devices, ranges in a profile."""
+"""Behaviour that needs a GPU: captures, several devices, ranges in a profile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/guarantees.md names tests and commands that exist."""
+"""The tests and commands that docs/guarantees.md names exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests and tensors that are not what they say, or that change while they are read."""
+"""Requests and tensors that report false properties, or that change while they are read."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The SGLang plugin where SGLang is not installed: what needs none of it, and its hooks in
-``small_sglang``, which has the symbols that it hooks. ``test_sglang.py`` has the real one.
+"""The SGLang plugin without SGLang: the parts that do not need it, and the hooks with
+``small_sglang``, which has the symbols that they replace. ``test_sglang.py`` uses the real SGLang.
 
-Above 500 lines: nearly all of it takes the small SGLang, which is edited, loaded and run here.
+This is one file because nearly all tests share the helpers that edit, load and run
+``small_sglang``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pools, processes, interpreters and graphs that come and go."""
+"""Pools, processes, interpreters and graphs that start and end."""
 
 from __future__ import annotations
 

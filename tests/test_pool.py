@@ -1,4 +1,4 @@
-"""Capacity, policies and the life of a pool."""
+"""Capacity, policies and the lifetime of a pool."""
 
 from __future__ import annotations
 

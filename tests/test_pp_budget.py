@@ -1,4 +1,4 @@
-"""Batches that are filled up to a time."""
+"""Batches that are filled up to a time limit."""
 
 from __future__ import annotations
 

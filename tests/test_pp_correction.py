@@ -1,4 +1,4 @@
-"""Correction in service: what counts, when it waits (never), and when the ranks change."""
+"""Correction while serving: which times count, that it never waits, and when the ranks change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The latency model: what it must find, survive, refuse and remember."""
+"""The latency model: what it must fit, which samples it must tolerate or refuse, and saving.
+
+This is one file because nearly all tests fit the same model to samples from the same helpers.
+"""
 
 from __future__ import annotations
 

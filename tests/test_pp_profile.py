@@ -1,4 +1,4 @@
-"""Sampling: where, how often, within which budget, and what is left behind on failure."""
+"""Sampling: which points, how often, within which budget, and the state after a failure."""
 
 from __future__ import annotations
 

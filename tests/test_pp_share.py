@@ -1,4 +1,4 @@
-"""Sharing a profile between ranks: real process groups, one process a rank."""
+"""Sharing a profile between ranks, in real process groups with one process per rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chunk sizes: equal times within the engine's limits, and plans without slivers."""
+"""Chunk sizes: equal times within the engine's limits, and plans without very small chunks."""
 
 from __future__ import annotations
 

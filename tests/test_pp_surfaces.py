@@ -1,4 +1,4 @@
-"""The study of simulated models: its truth, its optimum, and what it says of the planners."""
+"""The study of simulated models: its surfaces, its optimum, and its results for the planners."""
 
 from __future__ import annotations
 

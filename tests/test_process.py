@@ -1,4 +1,4 @@
-"""Imports, forks and exits: what happens around a process's life."""
+"""Imports, forks and exits of a process."""
 
 from __future__ import annotations
 

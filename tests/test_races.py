@@ -1,4 +1,4 @@
-"""Who may touch a slot, and when: work is held pending, slots are fought over."""
+"""Slots are not reused too early, with work held pending and with threads that compete."""
 
 from __future__ import annotations
 

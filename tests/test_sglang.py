@@ -1,9 +1,9 @@
-"""The plugin in the real SGLang, on a CPU: by its entry point, with a real model runner.
+"""The plugin in the real SGLang on a CPU, loaded by its entry point, with a real model runner.
 
-What runs without the plugin runs first; then it is loaded, and the same has to come out. Cases that
-need another environment, or break something, run in processes of their own.
+Work without the plugin runs first. Then the plugin is loaded, and the results must be the same.
+Cases that need another environment, or that break something, run in separate processes.
 
-Above 500 lines: one engine, whose start takes most of a minute, serves all of them.
+This is one file because all tests share one engine, whose start takes most of a minute.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Small tensors: values as a kernel's parameters, rows of a table, and known code's tensors.
+"""Small tensors: values as a kernel's parameters, rows of a table, and tensors of known code.
 
-Above 500 lines: lists, rows and parcels share their pools and what a kernel takes.
+This is one file because lists, rows and parcels share their pools and the limits of a kernel's
+parameters.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What stage() takes, what it refuses, and what it leaves behind.
+"""What stage() accepts, what it refuses, and the state that it leaves.
 
-Above 500 lines: one function, with every kind of request it takes.
+This is one file because it tests one function, with every kind of request that it accepts.
 """
 
 from __future__ import annotations

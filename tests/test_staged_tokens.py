@@ -1,4 +1,4 @@
-"""Staged tokens stand in for a 1-D int64 CPU tensor."""
+"""Staged tokens can be used in place of a 1-D int64 CPU tensor."""
 
 from __future__ import annotations
 

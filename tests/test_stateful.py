@@ -1,8 +1,12 @@
-"""The life of slots, against a model: hypothesis stages, slices, resolves, drops, holds and closes
-in any order. After every step the pools' figures, and the ids that arrived, are those of the model.
+"""Compares the life of slots with a model: hypothesis stages, slices, resolves, drops, holds and
+closes in any order. After every step the pools' figures and the ids that arrived must match the
+model.
 
-The model knows of each slot who holds it and which streams still read it, and of each stream
-whether it is held. All other streams are drained before a look, so there is no "perhaps".
+For each slot the model knows what holds it and which streams still read it. For each stream it
+knows whether the stream is held. All other streams are drained before the comparison, so the
+expected state is always certain.
+
+This is one file because the model and the steps that change it belong together.
 """
 
 from __future__ import annotations

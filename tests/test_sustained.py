@@ -1,4 +1,4 @@
-"""The sustained benchmark: its rows, what it notices, and its page."""
+"""The sustained benchmark: its rows, the errors that it detects, and its page."""
 
 from __future__ import annotations
 

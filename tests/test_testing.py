@@ -1,4 +1,4 @@
-"""pystage.testing: what a block leaves behind, also when it fails."""
+"""pystage.testing: the state after a block, also if the block fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torch's allocators, memory pools and errors do to the ids that ``resolve`` hands out."""
+"""The effect of torch's allocators, memory pools and errors on the ids that ``resolve`` returns."""
 
 from __future__ import annotations
 

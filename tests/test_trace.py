@@ -1,4 +1,4 @@
-"""Traces: reading them, cutting them into prefill batches, drawing their ids."""
+"""Traces: reading them, splitting them into prefill batches, and drawing their ids."""
 
 from __future__ import annotations
 

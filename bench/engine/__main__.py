@@ -2,7 +2,7 @@
 
 python -m bench.engine                            on a GPU, in SGLang's environment: all GPU plans
 python -m bench.engine --plan direct --scale 0.5  one plan, half the blocks
-python -m bench.engine --plan tiny                on a CPU, a rehearsal
+python -m bench.engine --plan tiny                a trial run on a CPU
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = args.plan.split(",") if args.plan else one_gpu
     if unknown := [name for name in names if name not in PLANS]:
         parser.error(f"no plan {', '.join(unknown)}; there are {', '.join(PLANS)}")
-    # The pages are made from whole plans on a GPU.
+    # The pages use only whole plans on a GPU.
     whole = "tiny" not in names and args.scale >= 1 and not args.layers
     out = args.out or (RESULTS if whole else BUILD) / "engine.json"
     begun = time.monotonic()

@@ -1,8 +1,9 @@
-"""Two engines at a time and what they are asked, in turn.
+"""Runs two engines at a time and sends requests to them in turn.
 
-"off" is an engine without the plugin (PYSTAGE_SGLANG=0), "on" one with it; "bypassed" is the second
-one again, with its pool taken away and other prompts of the same lengths. What differs between
-"off" and "bypassed" is due to the two processes; what differs between "bypassed" and "on" is not.
+"off" is an engine without the plugin (PYSTAGE_SGLANG=0), "on" is one with it. "bypassed" is the
+process of "on" with its pool disabled, and with other prompts of the same lengths. Differences
+between "off" and "bypassed" come from the two processes. Differences between "bypassed" and "on" do
+not.
 """
 
 from __future__ import annotations
@@ -29,24 +30,26 @@ from pystage.trace import sample_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = ("vllm._custom_ops", "torchvision", "xgrammar")  # imported, never called; vllm on a CPU
-ANSWER_S = 90.0  # beyond a block's own patience
-LEAD = 256  # ids of a request in front of each block, not counted: its process was idle
+ANSWER_S = 90.0  # in addition to a block's own patience
+LEAD = 256  # ids of an extra request before each block, not counted: its process was idle
 
 
 class EngineFailed(RuntimeError):
-    """An engine did not start, ended or gave no answer in time; the message has its log's end."""
+    """An engine did not start, ended, or did not answer in time. The message has the end of its
+    log."""
 
 
 class OutOfTime(Exception):
-    """The run's own time is over."""
+    """The run has used up its time limit."""
 
 
 # --- what both engines need -----------------------------------------------------------------------
 
 
 def prepare(folder: Path, plan: Plan) -> None:
-    """Into ``folder``: the model's configuration, the loop of the copies, and a package that makes
-    SGLang load ``inside`` as a plugin and stands in for kernels that are not installed."""
+    """Writes to ``folder`` the model's configuration, the copy loop, and a package. The package
+    makes SGLang load ``inside`` as a plugin and replaces kernels that are not installed with
+    stubs."""
     site = folder / "site"
     metadata = site / "pystage_engine_bench-0.dist-info"
     metadata.mkdir(parents=True)
@@ -65,7 +68,7 @@ def prepare(folder: Path, plan: Plan) -> None:
 
 
 def other_models() -> str:
-    """All of SGLang's models but the one used: importing them takes longer than all else."""
+    """All of SGLang's models except the one used. Importing them would take most of the start."""
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(
@@ -78,7 +81,7 @@ def other_models() -> str:
 
 
 class Side:
-    """An engine's process and the way to it."""
+    """An engine's process and the connection to it."""
 
     def __init__(self, name: str, plan: Plan, folder: Path, logs: Path, deadline: float) -> None:
         self.name, self._deadline = name, deadline
@@ -115,7 +118,7 @@ class Side:
                 self._channel = self._listener.accept()
             except TimeoutError:
                 self._alive()
-        self._setup["engine"]["nccl_port"] = port  # two that start at once would choose the same
+        self._setup["engine"]["nccl_port"] = port  # two started at once would choose the same
         self._channel.send(self._setup)
 
     def _alive(self) -> None:
@@ -135,7 +138,7 @@ class Side:
                 raise EngineFailed(f"{self.name}: no answer in {seconds:.0f} s\n{self.tail()}")
         try:
             answer: dict[str, Any] = self._channel.recv()
-        except EOFError:  # the other end is closed: it has ended, or is about to
+        except EOFError:  # the process has closed its end: it has ended or is about to
             self._process.wait()
             self._alive()
             raise
@@ -149,20 +152,21 @@ class Side:
         return self.receive(seconds)
 
     def pause(self, on: bool) -> None:
-        """An idle engine's processes poll all the time, on cores that the other one needs."""
+        """Stops or continues the engine's processes. When idle, they poll all the time, on cores
+        that the other engine needs."""
         os.killpg(self._process.pid, signal.SIGSTOP if on else signal.SIGCONT)
 
     def tell(self, **command: Any) -> dict[str, Any]:
         return self.ask("control", command=command)
 
     def tail(self, lines: int = 25) -> str:
-        """The end of its log."""
+        """The last lines of its log."""
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
 
     def close(self, gently: bool) -> None:
-        """Ends it and all processes that it started; one that failed is not waited for."""
+        """Ends it and all processes that it started. Does not wait for an engine that failed."""
         if self._channel is not None and gently:
-            with contextlib.suppress(OSError):  # it is gone already
+            with contextlib.suppress(OSError):  # it has ended already
                 self._channel.send(None)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(15)
@@ -178,7 +182,7 @@ class Side:
 
 
 class Experiment:
-    """One plan. ``scale`` multiplies the number of blocks; ``seconds`` are all it may take."""
+    """Runs one plan. ``scale`` multiplies the number of blocks. ``seconds`` is the time limit."""
 
     def __init__(
         self, plan: Plan, logs: Path, seconds: float, scale: float, say: Callable[[str], None]
@@ -193,7 +197,7 @@ class Experiment:
         self.result: dict[str, Any] = {"about": plan.about, "rows": [], "traces": {}, "cut": []}
 
     def run(self) -> None:
-        """Fills ``result``; what was measured before an engine failed or time ran out stays."""
+        """Fills ``result``. It keeps what was measured before an engine failed or time ran out."""
         with tempfile.TemporaryDirectory(prefix="pystage-engine-") as name:
             folder = Path(name)
             prepare(folder, self._plan)
@@ -220,7 +224,7 @@ class Experiment:
         self._histories = [self._ids(self._plan.history) for _ in range(self._plan.conversations)]
         sizes = sorted({w.new for w in self._plan.workloads if w.kind == "prompt"})
         warm = [[self._ids(n)] for n in (LEAD, *sizes) for _ in range(2)]
-        decoded = [self._ids(LEAD) for _ in range(3)]  # decode has kernels of its own
+        decoded = [self._ids(LEAD) for _ in range(3)]  # decode uses different kernels
         check = [self._ids(min(700, self._plan.engine["context_length"] // 2)) for _ in range(2)]
         found = []
         for side in (off, on):
@@ -258,7 +262,7 @@ class Experiment:
             turns = turns[block % 3 :] + turns[: block % 3]
             for variant, side, requests in turns if block % 2 == 0 else turns[::-1]:
                 if variant in starved:
-                    continue  # one has starved: the others would take as long
+                    continue  # one has starved, and the others would take as long
                 other = off if side is on else on
                 other.pause(True)
                 before = side.tell(op="bypass", on=variant == "bypassed") if side is on else {}
@@ -279,7 +283,7 @@ class Experiment:
     def _ask(
         self, side: Side, workload: Workload, requests: dict[str, Any]
     ) -> tuple[dict[str, Any], float | None]:
-        """What the requests took, and the rate of the copies beside them, in GB/s."""
+        """The times of the requests, and the rate of the copies beside them in GB/s."""
         patience = workload.patience_s
         with _traffic(side, workload) as ended:
             if workload.kind == "open":
@@ -313,8 +317,9 @@ class Experiment:
         return [self._dice.randrange(*self._span) for _ in range(count)]
 
     def _settle(self, workload: Workload, off: Side, on: Side) -> None:
-        """The conversations' first turns: cached, and with HiCache written to the host. Other
-        prompts may push them out, so it is done before each workload that has another kind."""
+        """Runs the first turns of the conversations, so that they are cached, and with HiCache
+        written to the host. Other prompts may evict them, so this runs before each workload of
+        another kind."""
         if workload.kind not in ("chat", "loadback", "beside"):
             self._settled = None
             return
@@ -323,7 +328,7 @@ class Experiment:
             return
         self._settled = kind
         turns = [[history] for history in self._histories]
-        if kind == "host":  # once round, so that the first one measured is loaded back
+        if kind == "host":  # one round, so that the first one measured is loaded back
             turns += [[self._next_turn(workload.new)] for _ in self._histories]
         for side in (off, on):
             side.ask("closed", 300, groups=turns, gap=self._plan.gap_s, patience=240.0)
@@ -358,7 +363,7 @@ class Experiment:
 
 @contextlib.contextmanager
 def _traffic(side: Side, workload: Workload) -> Iterator[dict[str, Any]]:
-    """Copies beside what is asked within; afterwards the yielded dict has their rate."""
+    """Runs copies during the block. Afterwards the yielded dict has their rate."""
     ended: dict[str, Any] = {}
     if workload.traffic is None:
         yield ended

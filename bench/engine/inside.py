@@ -1,11 +1,12 @@
-"""A plugin of SGLang that answers the experiment from inside the scheduler's process.
+"""An SGLang plugin that serves the experiment's commands inside the scheduler's process.
 
-While no trace is on, nothing of it is on the path of a request. A thread listens on the Unix socket
-``PYSTAGE_ENGINE_CONTROL`` with a dot and its GPU's number behind, one JSON object a line:
+While tracing is off, none of its code is on the path of a request. A thread listens on the Unix
+socket ``$PYSTAGE_ENGINE_CONTROL.N``, where N is the number of its GPU. It reads one JSON object per
+line:
 
-``traffic``   copies beside the forwards, from a C loop that holds no GIL    {"on", "mib", ...}
-``bypass``    pystage's pool is taken away from its hooks, or given back     {"on"}
-``trace``     events around the parts of a prefill                           {"on"}
+``traffic``   copies beside the forwards, from a C loop without the GIL      {"on", "mib", ...}
+``bypass``    takes pystage's pool away from its hooks, or gives it back     {"on"}
+``trace``     records events around the parts of a prefill                   {"on"}
 ``stats``     what runs here: versions, plugin, pools
 """
 
@@ -42,8 +43,9 @@ def plugin() -> None:
 
 
 def _weights(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> None:
-    """Normal weights, the same in each process. SGLang's own dummy weights are so small that the
-    output hardly depends on the prompt, and a wrong id would go unseen."""
+    """Draws weights from a normal distribution, the same in each process. SGLang's own dummy
+    weights are so small that the output hardly depends on the prompt, which would hide a wrong
+    id."""
     import torch
 
     for name, parameter in model.state_dict().items():
@@ -60,7 +62,7 @@ def _weights(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
 def _run_event_loop(
     original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any
 ) -> None:
-    gpu = getattr(scheduler.tp_worker.model_runner, "gpu_id", 0)  # a rank's own
+    gpu = getattr(scheduler.tp_worker.model_runner, "gpu_id", 0)  # of this rank
     control = Control(scheduler, f"{os.environ['PYSTAGE_ENGINE_CONTROL']}.{gpu}")
     threading.Thread(target=control.serve, daemon=True).start()
     original(scheduler, *args, **kwargs)
@@ -109,7 +111,8 @@ class Control:
         return self.stats()
 
     def bypass(self, on: bool) -> dict[str, Any]:
-        """Without a pool the hooks leave a batch to SGLang: the same process, without pystage."""
+        """Disables or enables the pool. Without a pool the hooks leave each batch to SGLang, so the
+        same process runs without pystage."""
         module = sys.modules["pystage.integrations.sglang"]
         if on:
             module.process.pools.of = lambda device: None  # type: ignore[method-assign]
@@ -149,7 +152,7 @@ class Control:
 
 
 class Trace:
-    """When a prefill's parts begin and end, on the host and on the stream that they run on:
+    """Times at which the parts of a prefill begin and end, on the host and on their stream:
 
     ``prepare``, ``prepared``  schedule stream, around ``prepare_for_extend``
     ``resolve``, ``ids``       forward stream, around ``resolve_forward_inputs``

@@ -16,7 +16,7 @@ COLORS = {"off": "#c2660c", "on": "#1f6fb4"}
 SIDES = {"off": "baseline: SGLang", "on": "pystage in SGLang"}
 PANELS = {"": "no other copies", "+stream": "two copies of 256 MiB always queued"}
 BESIDE = {"stream": "while copies are always queued", "bursts": "while LoRA adapters are loaded"}
-AS_LONG = 1.05  # of a time to first token, that is "as long as"
+AS_LONG = 1.05  # times to first token up to this ratio count as "as long as"
 
 
 def label(workload: str) -> str:
@@ -34,7 +34,7 @@ def label(workload: str) -> str:
 
 
 def measure(name: str) -> str:
-    """A target's name in the words of the table's heads."""
+    """A target's name, with the words of the table's column heads."""
     for short, words in (
         ("TTFT ", "time to first token, "),
         (", with / ", ", pystage / "),
@@ -57,9 +57,9 @@ class Run:
 
     @property
     def source(self) -> str:
-        """Without what the command discloses: the page has that by itself."""
+        """The run's source, without the parts that the page states itself."""
         command = self.result["command"].partition(" --disclose ")[0]
-        command = command.replace("-m bench/engine", "-m bench.engine")  # as runs recorded it once
+        command = command.replace("-m bench/engine", "-m bench.engine")  # in older runs
         return source({**self.result, "command": command}, self.file)
 
     @property
@@ -68,7 +68,7 @@ class Run:
 
 
 def newest_runs(folder: Path) -> dict[str, Run]:
-    """By plan, in their order; runs of plans that are no more are left out."""
+    """The newest run of each plan, in the order of the plans. Skips plans that no longer exist."""
     files = [(load(path), path.name) for path in folder.glob("engine*.json")]
     files = [(result, name) for result, name in files if result["devices"]]
     files.sort(key=lambda file: str(file[0]["date"]))
@@ -82,7 +82,7 @@ def newest_runs(folder: Path) -> dict[str, Run]:
 
 
 def table(runs: dict[str, Run]) -> str:
-    """Each workload's time to first token, by variant, and what the runs were to show."""
+    """Each workload's time to first token by variant, and the targets of the runs."""
     if not runs:
         return "Not measured yet."
     parts = []
@@ -109,7 +109,7 @@ def table(runs: dict[str, Run]) -> str:
 
 
 def first_table(runs: dict[str, Run]) -> str:
-    """Of the README: prompts without other copies, and the same prompts beside copies."""
+    """The README's table: prompts without other copies, and the same prompts beside copies."""
     if "copies" not in runs:
         return "Not measured yet."
     run = runs["copies"]
@@ -123,7 +123,7 @@ def first_table(runs: dict[str, Run]) -> str:
 
 
 def finding(rows: dict[str, dict[str, Any]], sizes: list[int]) -> str:
-    """What the plot shows, in a sentence, as far as these rows bear it out."""
+    """What the plot shows, in one sentence. It claims only what these rows support."""
     beside = {n: rows[f"prompt-{n}+stream"] for n in sizes}
     late = [f"{n:,}" for n, row in beside.items() if row["off"]["starved"]]
     calm = {n: rows.get(f"prompt-{n}", {}).get("on", {}).get("ttft_ms") for n in sizes}
@@ -141,7 +141,7 @@ def finding(rows: dict[str, dict[str, Any]], sizes: list[int]) -> str:
 
 
 def draw(run: Run, path: Path) -> None:
-    """Prompts without other copies, and the same beside copies: p50, with a line to p99."""
+    """Draws prompts without other copies and the same beside copies: p50, with a line to p99."""
     plt = svg.pyplot()
     rows = run.rows
     sizes = sorted(

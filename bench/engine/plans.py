@@ -11,8 +11,8 @@ from bench.llama import LLAMA_8B, TINY_LLAMA
 
 @dataclass(frozen=True)
 class Traffic:
-    """Host-to-device copies beside the engine: ``depth`` of ``mib`` MiB at a time, then a rest of
-    ``pause_ms`` (0: they are queued without a pause)."""
+    """Host-to-device copies beside the engine: ``depth`` copies of ``mib`` MiB at a time, then a
+    pause of ``pause_ms`` (0: they are queued without a pause)."""
 
     mib: int
     depth: int
@@ -20,8 +20,8 @@ class Traffic:
 
 
 NONE = None
-STREAM = Traffic(256, 2)  # weights that are streamed, an RL weight update, another tenant's offload
-BURSTS = Traffic(64, 8, 100.0)  # a LoRA adapter, every tenth of a second
+STREAM = Traffic(256, 2)  # streamed weights, an RL weight update, another tenant's offload
+BURSTS = Traffic(64, 8, 100.0)  # a LoRA adapter every 0.1 s
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,19 @@ class Workload:
     """Requests of one kind.
 
     ``prompt``    ``new`` random ids, nothing cached
-    ``chat``      ``new`` ids behind a conversation that is in the prefix cache
-    ``loadback``  ``new`` ids behind a conversation that HiCache loads back from the host
-    ``beside``    a load-back and, 2 ms later, a fresh prompt of ``fresh`` ids; the latter is timed
-    ``open``      ``rate`` requests a second (Poisson) with a trace's lengths and ``tokens`` outputs
+    ``chat``      ``new`` ids after a conversation that is in the prefix cache
+    ``loadback``  ``new`` ids after a conversation that HiCache loads back from the host
+    ``beside``    a load-back and, 2 ms later, a fresh prompt of ``fresh`` ids, which is timed
+    ``open``      ``rate`` requests per second (Poisson) with a trace's lengths and ``tokens``
+                  outputs
 
     In a closed loop (all but ``open``) one request runs at a time and asks for one token, so its
-    latency is its time to the first token. ``blocks`` rounds of ``count`` requests of each variant;
-    ``traced`` more of two variants are traced. After ``patience_s`` a request counts as starved.
+    latency is its time to the first token. Each variant gets ``blocks`` rounds of ``count``
+    requests, and two variants get ``traced`` more that are traced. A request that takes longer than
+    ``patience_s`` counts as starved.
 
-    A block is short: the host changes its pace every few seconds, by more than what is compared.
+    Blocks are short because the host's speed changes every few seconds, by more than the
+    differences that are measured.
     """
 
     kind: str
@@ -61,10 +64,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class Plan:
-    """One pair of engines and what they are asked. ``history``: ids of a conversation; there are
-    ``conversations`` of them.
+    """One pair of engines and their workloads. There are ``conversations`` conversations of
+    ``history`` ids each.
 
-    Workloads whose requests may starve stand last.
+    Workloads whose requests may starve come last.
     """
 
     about: str
@@ -78,7 +81,7 @@ class Plan:
 
     @property
     def gpus(self) -> int:
-        """That an engine of it uses."""
+        """Number of GPUs that one engine of the plan uses."""
         return int(self.engine.get("tp_size", 1) * self.engine.get("pp_size", 1))
 
 
@@ -91,11 +94,11 @@ GPU: dict[str, Any] = {
     "chunked_prefill_size": 8192,
     "context_length": 81920,
     "max_total_tokens": 98304,
-    # Of the memory that is free when an engine starts; two start at once. Its tokens bound what
-    # each takes.
+    # A fraction of the memory that is free when an engine starts. Two engines start at once, so the
+    # number of tokens limits what each takes.
     "mem_fraction_static": 0.8,
 }
-HICACHE = {  # the device holds fewer tokens than the conversations have: they go to the host
+HICACHE = {  # the device holds fewer tokens than the conversations have, so they go to the host
     **GPU,
     "context_length": 16384,
     "max_total_tokens": 36864,
@@ -120,7 +123,7 @@ def loadback(backend: str, how: str) -> Plan:
 
 
 def ranks(about: str, long: int, **sizes: int) -> Plan:
-    """Over several GPUs: alone, then with copies to the first one."""
+    """A plan over several GPUs: alone, then with copies to the first GPU."""
     return Plan(
         f"{about}: an 8B model, nothing else on the GPUs, then copies to the first of them",
         LLAMA_8B,
@@ -212,7 +215,7 @@ PLANS = {
 
 
 def poisson(rate: float, count: int, dice: random.Random) -> list[float]:
-    """Seconds after the start at which requests arrive."""
+    """Arrival times of the requests, in seconds after the start."""
     at, times = 0.0, []
     for _ in range(count):
         times.append(at)

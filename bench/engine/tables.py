@@ -1,4 +1,4 @@
-"""What the samples say: quantiles with intervals, targets, a table."""
+"""Evaluates the samples: quantiles with intervals, targets, a table."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 import numpy as np
 
 VARIANTS = ("off", "bypassed", "on")
-GATED_MS = 1.0  # ids that take longer to be on the device waited for somebody else's copy
-ROUNDS = 2000  # of the bootstrap
+GATED_MS = 1.0  # ids that take longer to reach the device have waited for another copy
+ROUNDS = 2000  # rounds of the bootstrap
 
 
-Blocks = Sequence[Sequence[float]]  # samples, as they were taken: so many in a row
+Blocks = Sequence[Sequence[float]]  # samples in blocks, in the order they were taken
 
 
 def _whole(blocks: Blocks) -> Any:
-    """As an array, without the last one where it ended early."""
+    """The blocks as an array, without the last block if it ended early."""
     ended_early = len({len(block) for block in blocks}) > 1
     return np.asarray(blocks[:-1] if ended_early else blocks)
 
 
 def interval(statistic: Callable[..., Any], *variants: Blocks) -> list[float]:
-    """95 % of ``statistic`` by bootstrap over blocks. It takes an array for each variant, a row for
-    each round.
+    """95 % interval of ``statistic`` by bootstrap over blocks. ``statistic`` takes an array for
+    each variant, with a row for each round.
 
-    Samples of a block share the pace that the machine had then, so a block is drawn as a whole, and
-    the same blocks for all variants where they have the same number of them.
+    The samples of a block share the speed that the machine had at that time, so blocks are drawn as
+    a whole. All variants use the same draw if they have the same number of blocks.
     """
     dice = np.random.default_rng(1)
     whole = [_whole(blocks) for blocks in variants]
@@ -41,7 +41,7 @@ def flat(blocks: Blocks) -> list[float]:
 
 
 def quantiles(blocks: Blocks) -> dict[str, Any]:
-    """Milliseconds, with 95 % intervals: of few samples a p99's is wide."""
+    """Quantiles in milliseconds with 95 % intervals. With few samples, that of a p99 is wide."""
     ms = flat(blocks)
     told: dict[str, Any] = {"samples": len(ms), "mean": round(float(np.mean(ms)), 3)}
     for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
@@ -51,7 +51,7 @@ def quantiles(blocks: Blocks) -> dict[str, Any]:
 
 
 def row_of(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    """A workload's row from the blocks of its variants (lists of what ``worker`` told)."""
+    """A workload's row, made from the blocks of its variants (lists of ``worker``'s answers)."""
     row: dict[str, Any] = {"workload": name, "traffic_gb_per_s": found.get("traffic_gb_per_s")}
     times: dict[str, list[list[float]]] = {}
     for variant in VARIANTS:
@@ -78,10 +78,10 @@ def row_of(name: str, found: dict[str, Any]) -> dict[str, Any]:
         row[variant]["staged_batches"] = found["stages"].get(variant)
     pairs = [
         [(a, b) for a, b in zip(*blocks, strict=False) if "starved_s" not in a | b]
-        for blocks in zip(found["off"], found["on"], strict=False)  # one may have ended early
+        for blocks in zip(found["off"], found["on"], strict=False)  # one side may have ended early
     ]
     pairs = [block for block in pairs if block]
-    if name.startswith("open"):  # batches form as they like, and other shapes round otherwise
+    if name.startswith("open"):  # batches vary, and other shapes round differently
         pairs = []
     row["compared"] = sum(map(len, pairs))
     row["different_outputs"] = sum(a["out"] != b["out"] for block in pairs for a, b in block)
@@ -102,7 +102,7 @@ def row_of(name: str, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def trace_row(batches: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Medians of the parts of traced prefills, and the batches whose ids waited."""
+    """Medians of the parts of traced prefills, and the number of batches whose ids waited."""
     if not batches:
         return None
     names = sorted({name for batch in batches for name in batch if name.endswith("_ms")})
@@ -117,11 +117,12 @@ def trace_row(batches: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def targets(rows: list[dict[str, Any]], traces: dict[str, Any]) -> list[dict[str, Any]]:
-    """Never slower; the same under copies as without; nothing starves, nothing waits behind a
-    load-back; equal outputs.
+    """The targets: never slower; as fast beside copies as without; nothing starves; nothing waits
+    behind a load-back; equal outputs.
 
-    A ratio is that of the workload where it is worst, which is named. It counts as missed where
-    its 95 % interval is above the limit as a whole; else, above the limit, as within the noise.
+    Each ratio is that of the worst workload, which the row names. A target is missed if the whole
+    95 % interval is above the limit. If only the ratio itself is above it, that counts as within
+    the noise.
     """
     calm = {row["workload"]: row for row in rows if "+" not in row["workload"]}
     told = []
@@ -165,7 +166,7 @@ def _ratio(q: float, where: str, on: dict[str, Any], other: dict[str, Any]) -> A
 
 
 def _worst(measure: str, limit: float, ratios: list[Any]) -> dict[str, Any]:
-    """Of a list from ``_ratio``: the one that is above the limit most surely."""
+    """From a list of ``_ratio`` results, the one that is most certainly above the limit."""
     told: dict[str, Any] = {"measure": measure, "target": f"<= {limit} x", "unit": "x"}
     ratios = [ratio for ratio in ratios if ratio is not None]
     if not ratios:
@@ -177,7 +178,7 @@ def _worst(measure: str, limit: float, ratios: list[Any]) -> dict[str, Any]:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A workload's row as text: each variant, then what pystage gains."""
+    """A workload's row as text: each variant, then the gain of pystage."""
     told = []
     for variant in VARIANTS:
         ms, starved = row[variant]["ttft_ms"], row[variant]["starved"]
@@ -194,7 +195,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """The same, padded, for a terminal."""
+    """A workload's row as padded text for a terminal."""
     padded = "  ".join(f"{cell:>26}" for cell in cells(row))
     return f"{row['workload']:20}  {padded}  {row['on']['answered']:4d}"
 

@@ -1,4 +1,7 @@
-"""The process that owns an engine: python -m bench.engine.worker SOCKET. It does as it is told."""
+"""The process that owns an engine: python -m bench.engine.worker SOCKET
+
+It carries out the commands that it reads from the socket.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ from multiprocessing.connection import Client
 from typing import Any
 
 ONE_TOKEN = {"temperature": 0.0, "max_new_tokens": 1, "ignore_eos": True}
-BESIDE_S = 0.002  # so long after a load-back the fresh prompt arrives
-FREED_S = 60.0  # once the copies have stopped, a starved request has to end
+BESIDE_S = 0.002  # delay from a load-back to the arrival of the fresh prompt
+FREED_S = 60.0  # a starved request must end this long after the copies have stopped
 
 
 def control(op: str, ranks: int = 1, **given: Any) -> dict[str, Any]:
-    """Asks ``inside`` in the schedulers' processes, one on each GPU.
+    """Sends a command to ``inside`` in each scheduler process. There is one on each GPU.
 
     Returns:
-        The first one's answer: copies and traces are of the first GPU alone. A pool is taken away
-        from all, and the batches that they staged are summed.
+        The answer of the first GPU's process. Copies and traces are of the first GPU alone. A
+        bypass applies to all of them, and the numbers of staged batches are summed.
     """
     answers = [_ask(rank, op, **given) for rank in range(ranks if op == "bypass" else 1)]
     if op == "bypass":
@@ -88,8 +91,8 @@ class Worker:
         }
 
     async def _patiently(self, requests: list[Any], patience: float) -> list[dict[str, Any]]:
-        """Their answers. Those that take longer have starved: the copies are stopped, so that the
-        engine can go on, and what they took in the end is told."""
+        """Waits for the answers. Requests that take longer than ``patience`` have starved: then the
+        copies are stopped, so that the engine can go on. Their answers say when they ended."""
         begun = time.perf_counter()
         tasks = [asyncio.ensure_future(request) for request in requests]
         _, late = await asyncio.wait(tasks, timeout=patience)
@@ -107,8 +110,8 @@ class Worker:
         ]
 
     def closed(self, groups: list[list[list[int]]], gap: float, patience: float) -> dict[str, Any]:
-        """A group of requests at a time; of each the last request is told. It ends when one has
-        starved."""
+        """Sends one group of requests at a time and reports the last request of each group. Stops
+        when a request has starved."""
         told, begun = [], time.perf_counter()
         for group in groups:
             time.sleep(gap)
@@ -122,14 +125,14 @@ class Worker:
     def open(
         self, prompts: list[list[int]], at: list[float], tokens: int, patience: float
     ) -> dict[str, Any]:
-        """Requests that arrive when they arrive, whatever the engine does."""
+        """Sends requests at their arrival times, independent of the engine's progress."""
         begun = time.perf_counter()
         requests = [self._one(ids, tokens, t) for ids, t in zip(prompts, at, strict=True)]
         told = self.engine.loop.run_until_complete(self._patiently(requests, at[-1] + patience))
         return {"samples": told, "seconds": time.perf_counter() - begun}
 
     def logprobs(self, prompts: list[list[int]]) -> dict[str, Any]:
-        """Of each id of the prompts, given the ids before it."""
+        """The log probability of each id of the prompts, given the ids before it."""
         told = []
         for ids in prompts:
             answer = self.engine.generate(
@@ -158,7 +161,7 @@ def main(address: str) -> None:
         gc.freeze()
         try:
             while (command := channel.recv()) is not None:
-                gc.disable()  # the same for all variants: it runs between blocks
+                gc.disable()  # for all variants alike: the collector runs between blocks
                 try:
                     answer = getattr(worker, command.pop("op"))(**command)
                 except Exception as error:

@@ -1,4 +1,4 @@
-"""What `python -m bench` measures: a file for each regime."""
+"""The regimes that `python -m bench` measures, one file for each."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""What all regimes share.
+"""Types and helpers that all regimes share.
 
-A regime is a dict of cells; a cell is a call that gives a result for JSON.
-
-Every cell stands alone: one that fails says why, and the next runs.
+A regime is a dict of cells. A cell is a callable that returns a result for JSON. Cells do not
+depend on each other: if one fails, its error is recorded and the next one runs.
 """
 
 from __future__ import annotations
@@ -33,22 +32,22 @@ Cell: TypeAlias = "Callable[[], dict[str, Any]]"
 
 
 class Once(partial[Any]):
-    """A cell that is measured in one pass, the last, with all its samples."""
+    """A cell that is measured with all its samples in a single pass, the last one."""
 
 
 CallsOf: TypeAlias = "Callable[[], Sequence[Callable[[], Any]]]"
 T = TypeVar("T")
 MIB = 1 << 20
-LIST_ID_BYTES = 40  # the pointer and the int
+LIST_ID_BYTES = 40  # the list's pointer and the int object
 
 
 @dataclass
 class Bench:
-    """What all regimes share."""
+    """The device, the contenders and the inputs that all regimes share."""
 
     device: Host
     contenders: Contenders
-    samples: int  # of every cell
+    samples: int  # for each cell
     warmup: int
     quick: bool
     trace_batches: int
@@ -58,23 +57,23 @@ class Bench:
         self._order = random.Random(5)
 
     def shuffled(self, contenders: list[T]) -> list[T]:
-        """In an order drawn anew: nobody always runs behind the same one."""
+        """In a new random order, so that no contender always runs after the same one."""
         return self._order.sample(contenders, len(contenders))
 
     @property
     def few_samples(self) -> int:
-        """Of cells whose rounds take tens of milliseconds."""
+        """Number of samples for cells whose rounds take tens of milliseconds."""
         return -(-self.samples // 4) if self.quick else self.samples
 
     @cached_property
     def arena(self) -> np.ndarray[Any, Any]:
-        """Random ids, a quarter more than the CPU's largest cache holds."""
+        """Random ids, 25 % more than fit into the CPU's largest cache."""
         size = max(int(1.25 * self.cache_bytes), 16 * MIB)
         return np.random.default_rng(7).integers(0, VOCAB, size // 8)
 
     @cached_property
     def trace(self) -> list[list[array[int]]]:
-        """Batches of the trace, cut to what each prefills, one array a request."""
+        """Batches of the trace, cut to the ids that each prefills, one array for each request."""
         requests = sample_trace()
         batches = []
         for batch in islice(arriving(requests), self.trace_batches):
@@ -83,7 +82,7 @@ class Bench:
         return batches
 
     def requests(self, kind: str, lengths: Sequence[int], at: int) -> Batch:
-        """One batch; which ids they are depends on ``at``. Its memory is its own."""
+        """One batch in memory of its own. ``at`` decides which ids it has."""
         size = self.arena.size
         batch: list[Any] = []
         for length in lengths:
@@ -102,10 +101,11 @@ class Bench:
     def inputs(
         self, kind: str, lengths: Sequence[int], cold: bool, calls: int
     ) -> tuple[Callable[[int], Batch], int]:
-        """Inputs for so many calls, and the bytes they rotate through.
+        """Inputs for that many calls, and the size in bytes of the set that they rotate through.
 
-        Warm ones rotate through up to 64 batches and 4 MiB, two batches at least. Cold ones through
-        more than the caches hold, or each is used once; the caches are overwritten before.
+        Warm inputs rotate through up to 64 batches and 4 MiB, but at least two batches. Cold inputs
+        rotate through more than the caches hold, or each is used only once. The caches are
+        overwritten before the calls.
         """
         count = sum(lengths)
         size = count * (LIST_ID_BYTES if kind == "list" else 8)
@@ -114,12 +114,12 @@ class Bench:
             batches = min(calls, self.arena.nbytes // size + 1)
         made = [self.requests(kind, lengths, k * count) for k in range(batches)]
         if cold:
-            self.arena[:: 64 // 8] += 0  # every line of it: nothing made above stays in a cache
+            self.arena[:: 64 // 8] += 0  # touches every line and evicts what was made above
         return (lambda k: made[k % batches]), batches * size
 
 
 def budget(bench: Bench, count: int) -> tuple[int, int]:
-    """Samples and warm-up of host times: twice the samples where calls are short."""
+    """Number of samples and of warm-up calls for host times: twice the samples for short calls."""
     if count <= 16384:
         return 2 * bench.samples, bench.warmup
     return bench.samples, bench.warmup if count <= 1 << 17 else min(bench.warmup, 10)
@@ -145,8 +145,8 @@ def two_calls(
     warmup: int,
     settle: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """All contenders and the lower bound, in turn. ``whole`` gives the bound's n-th array,
-    ``ragged`` the same in parts."""
+    """Times all contenders and the lower bound, in turn. ``whole`` gives the n-th array for the
+    lower bound, ``ragged`` the same ids in parts."""
     bound = bench.contenders.bound(max(8192, count_of(whole(0)), count_of(ragged(0))))
     number = itertools.count()
 
@@ -168,6 +168,6 @@ def two_calls(
         for contender in everybody:
             contender.close()
     below = rows.pop("bound")
-    if isinstance(below, dict):  # its error
+    if isinstance(below, dict):  # the lower bound failed: this is its error
         return {"contenders": rows | {"bound": below}}
     return {"contenders": rows, "bound": dict(zip(bound.parts, below, strict=True))}

@@ -1,4 +1,4 @@
-"""Cold start and drift."""
+"""Regime: cold start and drift."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ NEW_SIZES = (128, 1024, 8192, 65536, 524288, 1048576)
 
 
 def regime(bench: Bench) -> dict[str, Cell]:
-    """From nothing, over a long trace: what is pinned, what is allocated, the worst call.
+    """From a cold start over a long trace: pinned memory, allocations, and the slowest call.
 
-    One contender after the other, since several share torch's allocator: the second would find the
-    first one's memory.
+    Contenders run one after the other. Several of them share torch's allocator, so in turn one
+    would use memory that another has allocated.
     """
     cells: dict[str, Cell] = {
         f"trace, {name}": partial(_drift_cell, bench, name) for name in DRIFTERS
@@ -43,7 +43,7 @@ def regime(bench: Bench) -> dict[str, Cell]:
 
 
 def _warm_process(bench: Bench, name: str) -> None:
-    """The first contender shall not pay for the process's start: kernels loaded, code compiled."""
+    """Loads kernels and compiles code first, so that the first contender does not pay for it."""
     contender = bench.contenders.make(name, 64)
     if contender is not None:
         contender.resolve(contender.stage(bench.requests("array", [64], 0)))
@@ -52,13 +52,13 @@ def _warm_process(bench: Bench, name: str) -> None:
 
 
 class Pinned:
-    """What a contender holds in pinned memory, wherever that is counted."""
+    """The pinned memory that a contender holds, from whichever allocator counts it."""
 
     def __init__(self, device: Host, contender: Contender, before: tuple[int, int]) -> None:
         self.device, self.contender, self.before = device, contender, before
 
     def now(self) -> tuple[int, int]:
-        """Bytes, and allocations so far."""
+        """Bytes held, and the number of allocations so far."""
         if self.contender.pinned is not None:
             return self.contender.pinned()
         now = self.device.pinned_bytes()
@@ -81,7 +81,7 @@ def _drift_cell(bench: Bench, name: str) -> dict[str, Any]:
     times: list[float] = []
     held: list[tuple[int, int]] = []
     allocations = 0
-    last: Any = None  # the batch before is still in flight while the next is staged
+    last: Any = None  # keeps the previous batch in flight while the next one is staged
     try:
         for i, batch in enumerate(batches):
             if i == warm:
@@ -99,7 +99,7 @@ def _drift_cell(bench: Bench, name: str) -> dict[str, Any]:
         end_bytes, end_allocations = pinned.now()
     finally:
         contender.close()
-    counted = name != BATCH  # the driver's own memory, which nobody can see
+    counted = name != BATCH  # uses memory of the driver, which cannot be counted
     return {
         "batches": len(batches),
         "warm_up_batches": warm,
@@ -121,7 +121,7 @@ def _drift_cell(bench: Bench, name: str) -> dict[str, Any]:
 
 
 def _new_sizes_cell(bench: Bench, name: str) -> dict[str, Any]:
-    """The first call of each size, by a contender just made, again and again."""
+    """Times the first call of each size with a newly made contender, repeatedly."""
     device = bench.device
     sizes = [n for n in NEW_SIZES if not bench.quick or n <= 65536]
     batches = [bench.requests("array", [n], n) for n in sizes]

@@ -1,4 +1,4 @@
-"""Long history."""
+"""Regime: chunks of requests with a long history."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CUT = "torch, request sliced"
 
 
 def regime(bench: Bench) -> dict[str, Cell]:
-    """A chunk of 8,192 ids behind a request's history, which each way reads or not."""
+    """A chunk of 8,192 ids after a request's history. Some contenders read the history too."""
     return {f"8192 behind {n}": partial(_history_cell, bench, n) for n in HISTORIES}
 
 
@@ -55,7 +55,8 @@ def _history_cell(bench: Bench, before: int) -> dict[str, Any]:
         calls[SGLANG] = (stage, theirs.resolve)
     runner = bench.contenders.make(RUNNER)
     if runner is not None:
-        # The request's ids are in its row since it came: each chunk takes the second call alone.
+        # The request's ids were written to its row on arrival, so a chunk needs only the second
+        # call.
         row = runner.stage([whole(0)[0].tolist()])
         calls[RUNNER] = (lambda _: row, lambda row: runner.resolve(row, before))
     try:

@@ -1,4 +1,4 @@
-"""Host time."""
+"""Regime: host time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLD_SHAPES = ("1 x 128", "1 x 8192", "8 x 1024", "64 x 128", "256 x 64", "1 x 1
 
 
 def regime(bench: Bench) -> dict[str, Cell]:
-    """Host time of stage and of resolve, until they return."""
+    """Host time of stage and of resolve, until the calls return."""
     cells: dict[str, Cell] = {}
     for shape, lengths in SHAPES.items():
         cells[f"{shape} array"] = partial(host_cell, bench, "array", lengths, False)
@@ -45,12 +45,13 @@ def regime(bench: Bench) -> dict[str, Cell]:
 def host_cell(
     bench: Bench, kind: str, lengths: Sequence[int], cold: bool, in_flight: int = 1
 ) -> dict[str, Any]:
-    """``in_flight``: so many calls of all are made before the device is drained."""
+    """Times one cell. ``in_flight``: this many calls of every contender are made between drains of
+    the device."""
     count = sum(lengths)
     samples, warmup = budget(bench, count)
     everybody = [c for c in bench.contenders.all(EVERYBODY, count) if kind in c.takes]
     inputs, rotated = bench.inputs(kind, lengths, cold, (samples + warmup) * len(everybody))
-    number = samples + warmup  # the lower bound reads arrays of its own
+    number = samples + warmup  # the lower bound reads its own arrays
     whole, _ = bench.inputs("array", [count], cold, number)
     ragged, _ = bench.inputs("array", lengths, cold, number)
     calls = itertools.count(1)
@@ -67,7 +68,7 @@ def host_cell(
 
 
 def _trace_cell(bench: Bench) -> dict[str, Any]:
-    """Batches as they come in a trace: sizes vary from call to call."""
+    """Batches in the order of a trace, so sizes vary from call to call."""
     samples, warmup = budget(bench, 8192)
     batches = bench.trace
     everybody = bench.contenders.all([*OURS, *PEERS], 8192)
@@ -86,7 +87,7 @@ def _trace_cell(bench: Bench) -> dict[str, Any]:
 
 
 def _link_cell(bench: Bench) -> dict[str, Any]:
-    """Counted by the pools, over batches of the trace."""
+    """Bytes over the link, counted by the pools over batches of the trace."""
     rows: dict[str, Any] = {}
     for name, options in POOLS.items():
         with pystage.StagingPool(bench.device.torch, **options) as pool:

@@ -1,4 +1,4 @@
-"""Until the ids are there."""
+"""Regime: time until the ids are on the device."""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ WAITED = "alone, after a wait"
 
 
 def regime(bench: Bench) -> dict[str, Cell]:
-    """From the call until the ids are on the device, alone and behind KV-cache traffic.
+    """Time from the call until the ids are on the device, alone and behind KV-cache traffic.
 
-    Before a call behind traffic the host waits for that to start, and its caches lose what the call
-    needs. How much of the time that is, a wait without traffic tells.
+    Before a call behind traffic, the host waits for the traffic to start. During that wait its
+    caches lose code and data that the call needs. A cell with the same wait but without traffic
+    shows how much time this costs.
     """
     wide = (DEFERRED, EAGER, ENGINE, WIDE, SGLANG, BUFFER, UVA, RUNNER, CUPY, READY, READY_BATCH)
     few = (DEFERRED, READY)
@@ -73,10 +74,10 @@ def regime(bench: Bench) -> dict[str, Cell]:
     return cells
 
 
-# Copies that are queued without a pause: (MiB of each, how many are queued at any time).
+# Copies that are queued without a pause: (MiB per copy, number queued at any time).
 UNPAUSED = ((256, 2), (256, 1), (16, 2), (2, 4))
 UNPAUSED_IDS = (2048, 8192)
-STARVED_S = 2.0  # ids that are not there by then have starved
+STARVED_S = 2.0  # ids that have not arrived by then count as starved
 
 
 def unpaused_name(mib: int, depth: int, ids: int) -> str:
@@ -84,10 +85,11 @@ def unpaused_name(mib: int, depth: int, ids: int) -> str:
 
 
 def _unpaused_cell(bench: Bench, mib: int, depth: int, ids: int) -> dict[str, Any]:
-    """Ready beside copies on another stream that never stop, as when weights are streamed.
+    """Time until ids are ready beside endless copies on another stream, as when weights are
+    streamed.
 
-    Whose ids are not there after ``STARVED_S`` is out of the turn: the copies are stopped, so that
-    its own can end, and started again.
+    A contender whose ids have not arrived after ``STARVED_S`` is not called again. The copies are
+    stopped so that its own copy can finish, and then started again.
     """
     device = bench.device
     if not device.gpu_regimes:
@@ -106,7 +108,7 @@ def _unpaused_cell(bench: Bench, mib: int, depth: int, ids: int) -> dict[str, An
         try:
             device.synchronize()
             copies.start(size, depth)
-            while copies.count < depth:  # the link is busy from here on
+            while copies.count < depth:  # from here on the link is busy
                 time.sleep(0)
             for i in range(-min(bench.warmup, 10), bench.few_samples):
                 for contender in bench.shuffled([c for c in everybody if c.name not in out]):
@@ -145,16 +147,16 @@ def _unpaused_cell(bench: Bench, mib: int, depth: int, ids: int) -> dict[str, An
 
 
 def _queued_bytes(piece: int) -> int:
-    """Enough of them to outlast the call, few enough to queue quickly."""
+    """Bytes to queue: enough to outlast the call, few enough to be queued quickly."""
     return max(8 * MIB if piece < 64 << 10 else 64 * MIB, piece)
 
 
 class Traffic:
-    """Bytes moving between host and device on streams of their own, as a KV cache's do."""
+    """Copies between host and device on separate streams, like those of a KV cache."""
 
     def __init__(self, device: Host, direction: str, mover: str, piece: int, queued: int) -> None:
         self.device = device
-        if not device.cuda:  # a rehearsal: the same calls, of fewer bytes
+        if not device.cuda:  # a trial run: the same calls with fewer bytes
             piece, queued = max(8, piece >> 12), max(8, queued >> 12)
         self.gate = device.new_stream()
         self.lanes = [
@@ -167,7 +169,7 @@ class Traffic:
 
     def _lane(self, way: str, mover: str, piece: int, queued: int) -> Callable[[], None]:
         pieces = queued // piece
-        # Copies of one batch may overtake each other, so each writes to a place of its own.
+        # Copies of one batch may overtake each other, so each has its own destination.
         places = pieces if mover == BATCH_MOVER else 1
         pinned = self.device.pinned(piece // 8 * places)
         pinned.zero_()
@@ -194,10 +196,10 @@ class Traffic:
         return lane
 
     def start(self) -> list[Any]:
-        """Queues it all behind a gate, opens that, and returns.
+        """Queues all copies behind a gate, opens the gate, and returns.
 
         Returns:
-            Events that happen at its end.
+            Events that are recorded after the last copies.
         """
         ends, gate = [], self.device.event()
         begin = time.perf_counter_ns()
@@ -220,7 +222,7 @@ class Traffic:
 def _latency_cell(
     bench: Bench, names: Sequence[str], traffic: Callable[[], Traffic] | None
 ) -> dict[str, Any]:
-    """``call``: what of the time the host was in the call."""
+    """Times one cell. ``call``: the part of the time that the host spent in the call."""
     device = bench.device
     if not device.gpu_regimes:
         raise Absent("on the host device ids are there when resolve returns: see host time")
@@ -240,7 +242,8 @@ def _latency_cell(
                     continue
                 try:
                     device.synchronize()
-                    # An eager pool transfers when it stages: its ids were on their way before.
+                    # An eager pool starts the transfer in stage(), so its ids are already on the
+                    # way.
                     early = None if name == EAGER else contender.stage(batch)
                     ends = load.start() if load else []
                     running = bool(ends) and not any(end.query() for end in ends)

@@ -1,4 +1,4 @@
-"""Mixed batches."""
+"""Regime: mixed batches."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ MIXED = ((128, 32), (2048, 128), (8192, 64), (8192, 256))
 
 
 def regime(bench: Bench) -> dict[str, Cell]:
-    """A prefill and running requests in one batch: ids from the host, then ids from the device."""
+    """A prefill and running requests in one batch: ids from the host, then from the device."""
     cells: dict[str, Cell] = {
         f"{n} ids + {k} running": partial(_mixed_cell, bench, n, k) for n, k in MIXED
     }
-    cells[KERNELS] = Once(_kernels_cell, bench)  # last: a profiler slows what comes after
+    cells[KERNELS] = Once(_kernels_cell, bench)  # last: the profiler slows what runs after it
     return cells
 
 
 @contextlib.contextmanager
 def _mixed_ways(bench: Bench, count: int, running: int) -> Iterator[tuple[Any, Any, Any]]:
-    """The two calls of each way, all seen to give the same; inputs; and who is absent."""
+    """The two calls of each contender, after checking that all give the same ids; the inputs; and
+    the contenders that are absent."""
     device = bench.device
     relay = torch.randint(0, VOCAB, (4096,), device=device.torch)
     indices = torch.randperm(4096, device=device.torch)[:running]
@@ -91,7 +92,7 @@ def _mixed_cell(bench: Bench, count: int, running: int) -> dict[str, Any]:
 
 
 def _kernels_cell(bench: Bench) -> dict[str, Any]:
-    """What each puts on the device, counted by torch's profiler."""
+    """Kernels and copies that each contender launches, counted by torch's profiler."""
     if not bench.device.gpu_regimes:
         raise Absent("no kernels on the host device")
     with _mixed_ways(bench, 8192, 64) as (calls, inputs, missing):
@@ -103,7 +104,7 @@ def _kernels_cell(bench: Bench) -> dict[str, Any]:
 
 
 def _mixed_stream(bench: Bench, calls: dict[str, Any], batch: Batch) -> dict[str, Any]:
-    """What each adds to the compute stream."""
+    """Time that each contender adds to the compute stream."""
     scratch = torch.zeros(32, device=bench.device.torch)
     timer = Between(bench.device, [lambda: scratch.add_(1)], 8)
     times: dict[str, list[float]] = {name: [] for name in calls}

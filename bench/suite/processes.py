@@ -1,8 +1,8 @@
-"""Several processes on one GPU, each with a context, a pool and peers of its own: what an engine
-pays beside others. `python -m bench.suite.processes` is one; the regime starts and asks them.
+"""Regime: several processes on one GPU, each with its own context, pool and peers. It shows what an
+engine pays when it shares a GPU. The regime starts `python -m bench.suite.processes` several times.
 
-A process reads a line `{"name": ..., "calls": ...}`, takes that many batches of that contender to
-the device, and answers with a line of times in microseconds.
+Each process reads a line `{"name": ..., "calls": ...}`, takes that many batches to the device with
+that contender, and answers with a line of times in microseconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def regime(bench: Bench) -> dict[str, Cell]:
-    """Host time and ids ready, by all processes at once, contenders in turn."""
+    """Host time and time until ids are ready, in all processes at once, contenders in turn."""
     return {f"{n} processes, {SHAPE} array": partial(_cell, bench, n) for n in COUNTS}
 
 
@@ -44,7 +44,7 @@ def _cell(bench: Bench, count: int) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         others = [stack.enter_context(_started(bench)) for _ in range(count)]
         for other in others:
-            _answer(other)  # it is there
+            _answer(other)  # waits until it has started
         for block in range(-1, BLOCKS):
             for name in bench.shuffled([n for n in NAMES if n not in rows]):
                 for other in others:

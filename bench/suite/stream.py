@@ -1,4 +1,4 @@
-"""The compute stream."""
+"""Regime: time on the compute stream."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STREAM_COUNTS = (128, 1024, 8192, 16384, 131072, 1048576)
 
 
 def regime(bench: Bench) -> dict[str, Cell]:
-    """What resolve adds to the compute stream, between its kernels."""
+    """Time that resolve adds to the compute stream, between its kernels."""
     cells: dict[str, Cell] = {
         f"idle, {n} ids": partial(_stream_cell, bench, n, busy=False) for n in STREAM_COUNTS
     }
@@ -40,7 +40,7 @@ def regime(bench: Bench) -> dict[str, Cell]:
 
 
 def layer_steps(device: Host, tokens: int, history: int, hidden: int = 4096) -> list[Any]:
-    """The matrix products and the attention of a decoder layer of 8B size, in bf16."""
+    """The matrix products and attention of a decoder layer of an 8B model, in bf16."""
     heads, kv_heads, wide = hidden // 128, max(1, hidden // 512), hidden * 7 // 2
     new = partial(torch.randn, device=device.torch, dtype=torch.bfloat16)
     x, context = new(tokens, hidden), new(tokens, wide)
@@ -59,16 +59,17 @@ def layer_steps(device: Host, tokens: int, history: int, hidden: int = 4096) -> 
 
 
 def _layer(device: Host) -> list[Any]:
-    """1,024 tokens behind 2,048; a toy on the host."""
+    """A layer for 1,024 tokens after a history of 2,048; a much smaller one on the host."""
     return layer_steps(device, 1024, 2048) if device.cuda else layer_steps(device, 8, 16, 512)
 
 
 class Between:
     """Microseconds that calls add to a stream, each between two kernels.
 
-    What the kernels take without calls is measured before and after, since clocks drift, and taken
-    off. The device never waits for the host: all is queued while it is busy, with a spin on an idle
-    GPU, else with the same kernels, so that what another stream does meanwhile runs beside them.
+    The time of the kernels without the calls is measured before and after, since clocks drift, and
+    subtracted. The device never waits for the host: everything is queued while it is busy. A spin
+    kernel keeps an idle GPU busy; otherwise the same kernels do, so that work on another stream
+    runs beside them.
     """
 
     def __init__(
@@ -76,11 +77,11 @@ class Between:
     ) -> None:
         self.device, self.kernels, self.repeats, self.busy = device, kernels, repeats, busy
         self.hold_us = 250.0
-        self.lead = 1  # rounds of the kernels
+        self.lead = 1  # rounds of the kernels that run first
         self.late = 0
 
     def added(self, turns: Sequence[tuple[str, CallsOf]]) -> Iterator[tuple[str, float | str]]:
-        """Of each contender in turn, the mean over its calls; or its error."""
+        """For each contender in turn, the mean over its calls, or its error."""
         nothing = self.repeats * [lambda: None]
         before = self._run(nothing)
         for name, calls_of in turns:
@@ -116,7 +117,7 @@ class Between:
             self.device.synchronize()
             if in_time:
                 break
-            self.late += 1  # a hiccup of the host, or the hold is too short
+            self.late += 1  # the host was delayed, or the hold is too short
             self.hold_us = min(1.1 * self.hold_us, 20_000.0)
             hold = 2 * max(hold, self.hold_us)
             self.lead = min(self.lead + 1, 8)
@@ -141,10 +142,10 @@ def _stream_cell(bench: Bench, count: int, busy: bool) -> dict[str, Any]:
     made: dict[str, list[Callable[[], Any]]] = {}
 
     def calls_of(contender: Contender) -> list[Callable[[], Any]]:
-        if contender.name == EAGER and busy:  # its transfer runs beside the layer's kernels
+        if contender.name == EAGER and busy:  # the transfer runs beside the layer's kernels
             batch = batches[contender.takes[0]]
             return repeats * [lambda: contender.resolve(contender.stage(batch))]
-        # Staged once, and resolved again and again; eager ids are handed out once.
+        # Staged once and resolved repeatedly. Eager ids can be handed out only once.
         if contender.name not in made or contender.name == EAGER:
             staged = [contender.stage(batches[contender.takes[0]]) for _ in range(repeats)]
             made[contender.name] = [partial(contender.resolve, s) for s in staged]
@@ -153,7 +154,7 @@ def _stream_cell(bench: Bench, count: int, busy: bool) -> dict[str, Any]:
     times: dict[str, list[float]] = {c.name: [] for c in everybody}
     failed: dict[str, Any] = {}
     samples = bench.few_samples if busy else bench.samples
-    samples = -(-samples // 2)  # each is the mean of several calls, and only medians are shown
+    samples = -(-samples // 2)  # each is a mean of several calls; only medians are shown
     try:
         for i in range(-min(bench.warmup, 5), samples):
             order = [c for c in bench.shuffled(everybody) if c.name not in failed]

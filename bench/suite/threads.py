@@ -1,4 +1,4 @@
-"""Host threads, and a CPU that has other work."""
+"""Regime: several host threads, and a CPU that is busy with other work."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ THREADED = (DEFERRED, EAGER, TORCH, SGLANG)
 
 
 def regime(bench: Bench) -> dict[str, Cell]:
-    """Threads with a stream each, one pool for all; and a CPU that has other work."""
+    """Several threads, each with its own stream, that share one pool; and a busy CPU."""
     cells: dict[str, Cell] = {
         f"{n} threads, 8 x 1024 array": partial(_threads_cell, bench, n) for n in THREADS
     }
@@ -44,7 +44,7 @@ def regime(bench: Bench) -> dict[str, Cell]:
 
 
 def _threads_cell(bench: Bench, count: int) -> dict[str, Any]:
-    """Blocks of calls by all threads at once, contenders in turn."""
+    """All threads make blocks of calls at once. Contenders take turns, block by block."""
     device = bench.device
     everybody = bench.contenders.all(THREADED, 8192)
     streams = [device.new_stream() for _ in range(count)]
@@ -101,7 +101,7 @@ def _threads_cell(bench: Bench, count: int) -> dict[str, Any]:
 
 
 def _together(work: list[Callable[..., None]]) -> float | str:
-    """Seconds that all take, started at once in threads of their own; or what went wrong."""
+    """Seconds until all are done, each in its own thread and started at once; or the error."""
     gate = threading.Barrier(len(work) + 1)
     errors: list[str] = []
 
@@ -115,7 +115,7 @@ def _together(work: list[Callable[..., None]]) -> float | str:
     started = [threading.Thread(target=guarded, args=(call,)) for call in work]
     for thread in started:
         thread.start()
-    with contextlib.suppress(threading.BrokenBarrierError):  # the thread that broke it says why
+    with contextlib.suppress(threading.BrokenBarrierError):  # the thread that broke it reports why
         gate.wait()
     start = time.perf_counter()
     for thread in started:
@@ -128,7 +128,7 @@ BUSY_LOOP = "import numpy as n\na = n.ones(4 << 20)\nprint(flush=True)\nwhile Tr
 
 @contextlib.contextmanager
 def cpu_load(processes: int) -> Iterator[None]:
-    """So many processes that read and write memory all the time."""
+    """Runs this many processes that read and write memory all the time."""
     command = [sys.executable, "-c", BUSY_LOOP]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(processes)]
     try:
@@ -150,8 +150,8 @@ def _loaded_cell(bench: Bench, lengths: Sequence[int]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def python_beside() -> Iterator[None]:
-    """A thread of this process that computes in Python: it wants the GIL all the time, and whoever
-    lets go of it waits up to a switch interval (5 ms) to have it back."""
+    """Runs a thread of this process that computes in Python. It always requests the GIL, so a call
+    that releases the GIL waits up to a switch interval (5 ms) to get it back."""
     stop = threading.Event()
 
     def work() -> None:
@@ -170,7 +170,8 @@ def python_beside() -> Iterator[None]:
 
 
 def _python_beside_cell(bench: Bench, lengths: Sequence[int]) -> dict[str, Any]:
-    """No lower bound: it would wait for the GIL in places where no contender does."""
+    """Beside a busy Python thread. There is no lower bound here: it would wait for the GIL in
+    places where no contender does."""
     everybody = bench.contenders.all((DEFERRED, EAGER, TORCH, SGLANG, BUFFER, UVA), sum(lengths))
     samples = bench.few_samples
     inputs, rotated = bench.inputs("array", lengths, False, samples * len(everybody))

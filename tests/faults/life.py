@@ -1,6 +1,6 @@
-"""A pool's life on a GPU while calls of the driver fail under it. Prints what it saw as JSON.
+"""Runs a pool on a GPU while calls of the driver fail. Prints what it observed as JSON.
 
-Runs with driver_faults.c, built as a shared library, in LD_PRELOAD; test_driver_faults.py does so:
+LD_PRELOAD must name driver_faults.c, built as a shared library. test_driver_faults.py does this:
 
     LD_PRELOAD=$LIBRARY python -m tests.faults.life MODE $LIBRARY
 """

@@ -1,4 +1,4 @@
-"""Each call of the driver fails, on a GPU. Over a stub: csrc/tests/test_cuda_device.cpp."""
+"""Makes each call of the driver fail on a GPU. For a stub, see csrc/tests/test_cuda_device.cpp."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Single faults that the tests have to notice. ``make mutants`` runs them; see ``__main__.py``."""
+"""Single faults that the tests must detect. ``make mutants`` runs them; see ``__main__.py``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ class M(NamedTuple):
     """One fault.
 
     Attributes:
-        original: text that stands exactly once in the file, white space and all. What is replaced
-            is all of it, or what stands between ``<|`` and ``|>`` in it.
-        replacement: what stands there in the faulty file.
-        tests: run first, before those of the file: a command of ``TESTS``, such as
+        original: text that occurs exactly once in the file, including its white space. All of it
+            is replaced, or only the part between ``<|`` and ``|>`` if it has these marks.
+        replacement: the text that replaces it in the faulty file.
+        tests: a command of ``TESTS`` to run before those of the file, such as
             ``pytest tests/test_pool.py -k fallback``.
-        equivalent: why no test can see it; such a fault is not run.
+        equivalent: the reason why no test can detect the fault. Such a fault is not run.
     """
 
     original: str

@@ -1,28 +1,31 @@
 """``make mutants``: puts single faults into pystage, one at a time, and runs the tests on each.
 
-A fault that no test notices *survives*: a test is missing. Below 95 % noticed the exit status is 1.
+A fault that no test detects *survives*, which means that a test is missing. The exit status is 1 if
+the tests detect less than 95 % of the faults.
 
-    make mutants                                    all; under half an hour on two cores
-    make mutants ARGS='--only pool.h,model.py/gate'  those whose name begins so
-    make mutants ARGS='--list'                      names, files and what is equivalent
+    make mutants                                    all faults; under half an hour on two cores
+    make mutants ARGS='--only pool.h,model.py/gate'  faults whose names begin with these words
+    make mutants ARGS='--list'                      names, files, and which are equivalent
 
-The faults stand in ``core.py`` (csrc), ``package.py`` (pystage), ``pp.py`` and ``plugin.py``. To
-add one, add a line there: ``"name": M(original text, what stands there instead)``. The original must
-stand exactly once in its file; text that has changed since is an error that names the fault, and
-the line is to be brought up to date. A fault that no test can see has its reason beside it and is
-not run.
+The faults are in ``core.py`` (csrc), ``package.py`` (pystage), ``pp.py`` and ``plugin.py``. To add
+one, add a line there: ``"name": M(original text, replacement)``. The original text must occur
+exactly once in its file. If the source has changed since, the run stops with an error that names
+the fault, and its line must be updated. A fault that no test can detect has the reason beside it
+and is not run.
 
-How it works. The project is copied to ``build/mutants``. A Python fault is written into the copy,
-tested, and taken out again. C++ faults go into the copy all at once: each site becomes ``chosen(n)
-? (fault) : (original)``, which asks the variable PYSTAGE_MUTANT, so that the extension and the C++
-tests are built once. Sites that overlap take another build. A site is an expression, or whole
-statements if it ends with ``;`` or ``}``; a declaration cannot be one. pytest runs in forks of a
-process that has torch imported. A run that takes several times as long as it does without a fault
-counts as noticed. What noticed a fault is kept in ``build/mutants/results.json`` and runs first the
-next time, so that later runs are much shorter than the first.
+How it works: the project is copied to ``build/mutants``. A Python fault is written into the copy,
+tested, and removed. C++ faults go into the copy all at once: each site becomes ``chosen(n) ?
+(fault) : (original)``, which reads the environment variable PYSTAGE_MUTANT, so the extension and
+the C++ tests are built only once. Sites that overlap need another build. A site is an expression,
+or whole statements if it ends with ``;`` or ``}``; it cannot be a declaration. pytest runs in forks
+of a process that has imported torch. A fault counts as detected if its run takes several times as
+long as a run without a fault. ``build/mutants/results.json`` keeps which test detected each fault.
+That test runs first the next time, so later runs are much shorter than the first.
 
-The faults of the plugin that only the real SGLang shows need its environment (``make sglang-env``);
-without it they are not run and not counted.
+The plugin's faults that show only in the real SGLang need its environment (``make sglang-env``).
+Without it they are not run and not counted.
+
+This is one file because it is one program: each step works on the sites of the step before.
 """
 
 from __future__ import annotations
@@ -69,8 +72,9 @@ ALL: Mutants = {**CORE, **PACKAGE, **PP, **PLUGIN}
 WANTED = 0.95
 HEADER = "pystage_mutant.h"
 
-# What runs on a fault of each file, in this order: "cpp" or "schedules" with doctest's options (the
-# C++ tests, the pool under all interleavings), "pytest", or "sglang": pytest in its environment.
+# The tests to run on a fault of each file, in this order. "cpp" (the C++ tests) and "schedules"
+# (the pool under all interleavings) take doctest's options. "sglang" is pytest in SGLang's
+# environment.
 PYTHON_TESTS = "pytest tests/test_stage.py tests/test_staged_tokens.py tests/test_pool.py tests/test_figures.py"
 BATCHES = "pytest tests/test_batch.py tests/test_ops.py -k 'not equals_cat and not opcheck'"
 LIVES = "pytest tests/test_races.py tests/test_process.py"
@@ -151,7 +155,7 @@ TESTS: dict[str, tuple[str, ...]] = {
 
 
 class MutantError(Exception):
-    """The list, the copy or the tests without a fault are not as they have to be."""
+    """The list of faults or the copy is invalid, or the tests fail without any fault."""
 
 
 @dataclass
@@ -165,12 +169,12 @@ class Site:
     stop: int
     batch: int = 0
     kinds: tuple[str, ...] = ()
-    hint: str = ""  # the test that noticed it last time
+    hint: str = ""  # the test that detected it last time
 
     @property
     def number(self) -> int:
-        """What PYSTAGE_MUTANT is set to. From the name alone: other faults may come and go, and
-        sources without a change are not compiled again."""
+        """The value of PYSTAGE_MUTANT for this fault. It depends on the name alone, so adding or
+        removing other faults does not recompile sources that have not changed."""
         return zlib.crc32(self.name.encode()) >> 1
 
     @property
@@ -178,14 +182,14 @@ class Site:
         return self.tests_of(self.kinds)
 
     def tests_of(self, kinds: tuple[str, ...]) -> tuple[str, ...]:
-        """What runs on it; of these kinds alone, if any are given."""
+        """The tests to run on it, limited to these kinds if any are given."""
         tests = filter(None, (self.hint, self.mutant.tests, *TESTS[self.file]))
         return tuple(t for t in tests if not kinds or t.split()[0] in kinds)
 
 
 @dataclass
 class Result:
-    """What became of a fault: ``killed``, ``survived``, ``equivalent`` or ``not run``."""
+    """The outcome of a fault: ``killed``, ``survived``, ``equivalent`` or ``not run``."""
 
     name: str
     file: str
@@ -198,8 +202,8 @@ class Result:
 
 
 def find_sites(root: Path, only: tuple[str, ...] = ("",)) -> list[Site]:
-    """The faults whose names begin so. Raises MutantError naming each whose original is not there
-    exactly once."""
+    """The faults whose names begin with one of ``only``. Raises MutantError, which names each fault
+    whose original text does not occur exactly once."""
     sites, stale = [], []
     for file, mutants in ALL.items():
         text = (root / file).read_text(encoding="utf-8")
@@ -220,7 +224,7 @@ def find_sites(root: Path, only: tuple[str, ...] = ("",)) -> list[Site]:
 
 
 def _parts(original: str) -> tuple[str, str, str]:
-    """What stands before, in and behind the marks; all is in them if there are none."""
+    """The text before, between and after the marks. Without marks, all of it is between them."""
     if match := re.fullmatch(r"(.*)<\|(.*?)\|>(.*)", original, re.DOTALL):
         before, inner, after = match.groups()
         return before, inner, after
@@ -231,7 +235,7 @@ def _parts(original: str) -> tuple[str, str, str]:
 
 
 def assign_batches(sites: list[Site]) -> int:
-    """C++ sites that overlap partly go to different builds. Returns how many there are."""
+    """Assigns C++ sites that partly overlap to different builds. Returns the number of builds."""
     batches: list[list[Site]] = [[]]
     for site in sites:
         for batch in range(len(batches) + 1):
@@ -245,7 +249,7 @@ def assign_batches(sites: list[Site]) -> int:
 
 
 def _cross(a: Site, b: Site) -> bool:
-    """Neither apart, nor one within the other."""
+    """Whether they overlap without one being within the other."""
     if a.file != b.file or a.stop <= b.start or b.stop <= a.start:
         return False
     within = (a.start <= b.start and b.stop <= a.stop) or (b.start <= a.start and a.stop <= b.stop)
@@ -253,7 +257,7 @@ def _cross(a: Site, b: Site) -> bool:
 
 
 def schema(text: str, sites: list[Site]) -> str:
-    """The source with every fault in it, each behind its number."""
+    """The source with every fault in it. Each is switched on by its number."""
 
     def render(start: int, stop: int, inside: list[Site]) -> str:
         """text[start:stop] with the sites inside it replaced, the outermost first."""
@@ -273,7 +277,7 @@ def schema(text: str, sites: list[Site]) -> str:
 
 
 def _contains(outer: Site, inner: Site) -> bool:
-    """Properly; of two that are the same neither contains the other."""
+    """Whether ``inner`` is within ``outer``. Of two equal ranges neither contains the other."""
     return (
         outer.start <= inner.start
         and inner.stop <= outer.stop
@@ -307,7 +311,7 @@ inline bool pystage_mutant(int number) {
 
 
 def copy_project(to: Path, less: Collection[str] = ()) -> None:
-    """What git has or would take, less some."""
+    """Copies all files that git tracks or would add, except ``less``."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -326,7 +330,7 @@ def copy_project(to: Path, less: Collection[str] = ()) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Leaves a file alone that is so already: what is built from it need not be built again."""
+    """Writes the file only if its text changes, so that nothing is rebuilt without need."""
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
 
@@ -361,7 +365,7 @@ def _checked(command: list[str], folder: Path, environment: dict[str, str]) -> N
 
 @dataclass
 class Runner:
-    """One worker's copies of the project, and the processes that run tests in them."""
+    """One worker's copies of the project and the processes that run the tests in them."""
 
     trees: dict[str, Path]
     sglang: str
@@ -369,7 +373,8 @@ class Runner:
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
     def run(self, tests: str, number: int, seconds: float) -> int | None:
-        """The exit status of a command of TESTS with a C++ fault, or 0 for none; None: too long."""
+        """Runs a command of TESTS with the C++ fault ``number`` (0: none). Returns its exit status,
+        or None if it took longer than ``seconds``."""
         kind, _, arguments = tests.partition(" ")
         environment = {"PYSTAGE_MUTANT": str(number)}
         if kind in self.programs:
@@ -400,7 +405,8 @@ class Runner:
             environment = {
                 **os.environ,
                 "PYTHONPATH": str(self.trees[kind]),
-                # Python tells a changed file by second and size: a fault may change neither.
+                # Python detects a changed file by its size and the second of its modification
+                # time. A fault may change neither.
                 "PYTHONDONTWRITEBYTECODE": "1",
             }
             self.processes[kind] = subprocess.Popen(
@@ -437,7 +443,7 @@ def _run_program(
 
 
 class Baseline:
-    """How long each command takes without a fault; measured once, when first asked for."""
+    """How long each command takes without a fault. Measured once, on first use."""
 
     def __init__(self) -> None:
         self._locks: dict[str, threading.Lock] = {}
@@ -445,7 +451,7 @@ class Baseline:
         self._guard = threading.Lock()
 
     def limit(self, runner: Runner, tests: str, batch: int) -> float | None:
-        """Seconds after which a run with a fault counts as hung; None if it fails without one."""
+        """Seconds after which a run with a fault counts as hung. None: it fails without a fault."""
         key = f"{tests} #{batch}"
         with self._guard:
             lock = self._locks.setdefault(key, threading.Lock())
@@ -467,7 +473,7 @@ def test_site(runner: Runner, site: Site, baseline: Baseline) -> Result:
         limit = baseline.limit(runner, command, site.batch)
         if limit is None:
             if command == site.hint:
-                continue  # it is called otherwise now
+                continue  # the test has been renamed
             tail = runner.log.read_text(errors="replace").splitlines()[-15:]
             raise MutantError("\n".join([f"{command} fails without any fault:", *tail]))
         path = runner.trees["sglang" if command.startswith("sglang") else "pytest"] / site.file
@@ -489,7 +495,7 @@ def test_site(runner: Runner, site: Site, baseline: Baseline) -> Result:
 
 
 def _first_failure(log: Path, status: int | None) -> str:
-    """What noticed: the first test that failed, as far as the log tells."""
+    """The test that detected the fault: the first one that failed, if the log shows it."""
     if status is None:
         return "a hang"
     text = log.read_text(errors="replace")
@@ -506,7 +512,7 @@ def _first_failure(log: Path, status: int | None) -> str:
 def prepare(
     sites: list[Site], workers: int, sglang: str | None, progress: Progress
 ) -> Iterator[tuple[list[Site], list[Runner]]]:
-    """The copies, built, for each batch of faults. Python faults go with the first."""
+    """Builds a copy for each batch of C++ faults. Python faults go with the first batch."""
     built = [site for site in find_sites(ROOT, ("",)) if not site.file.endswith(".py")]
     batches = assign_batches([site for site in built if not site.mutant.equivalent])
     batch_of = {site.name: site.batch for site in built}
@@ -543,7 +549,7 @@ def prepare(
 
 
 def copy_of(built: Path, tree: Path) -> Path:
-    """A worker's own copy of the project, with what was built."""
+    """A worker's own copy of the project, including the build results."""
     copy_project(tree)
     for extension in (built / "pystage").glob("*.so"):
         shutil.copyfile(extension, tree / "pystage" / extension.name)
@@ -554,7 +560,8 @@ def copy_of(built: Path, tree: Path) -> Path:
 
 
 def build_for_sglang(folder: Path, python: str) -> None:
-    """As it is, for the torch of SGLang's environment, and with the entry point of the plugin."""
+    """Builds it without faults for the torch of SGLang's environment, with the plugin's entry
+    point."""
     copy_project(folder)
     build_extension(folder, python)
     _checked([python, "setup.py", "-q", "egg_info"], folder, dict(os.environ))
@@ -594,7 +601,7 @@ def _work(
     tell: Callable[[Result], None],
     errors: list[BaseException],
 ) -> None:
-    """One worker: takes faults until there is none left, or the other has failed."""
+    """One worker: takes faults until none are left or another worker has failed."""
     try:
         while not errors:
             try:
@@ -615,7 +622,7 @@ def _tell(progress: Progress, task: TaskID, results: list[Result], result: Resul
 
 
 def read_hints(path: Path) -> dict[str, str]:
-    """By fault, the test that noticed it when this was last run: it is likely to notice again."""
+    """For each fault, the test that detected it in the last run. It is likely to do so again."""
     if not path.exists():
         return {}
     return {
@@ -626,7 +633,7 @@ def read_hints(path: Path) -> dict[str, str]:
 
 
 def report(results: list[Result], console: Console) -> float:
-    """Tells what survived; returns the share that was noticed."""
+    """Prints the faults that survived. Returns the share that was detected."""
     count = {o: sum(r.outcome == o for r in results) for o in
              ("killed", "survived", "equivalent", "not run")}  # fmt: skip
     survivors = [r for r in results if r.outcome == "survived"]

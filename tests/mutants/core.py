@@ -1,4 +1,7 @@
-"""Faults in csrc."""
+"""Faults in csrc.
+
+This is one file because it is a single table, with an entry for each fault, and no other code.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Faults in pystage itself, less pp and the plugin."""
+"""Faults in the Python package pystage, except pp and the SGLang plugin.
+
+This is one file because it is a single table, with an entry for each fault, and no other code.
+"""
 
 from __future__ import annotations
 

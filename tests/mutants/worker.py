@@ -1,7 +1,7 @@
 """Runs pytest again and again, each time in a fork of a process that has imported torch.
 
-Reads one JSON object a line: ``{"arguments": [...], "environment": {...}, "log": FILE,
-"seconds": 60}``; answers each with ``{"status": N}``, the exit status, or null after a timeout.
+Reads one JSON object per line: ``{"arguments": [...], "environment": {...}, "log": FILE,
+"seconds": 60}``. Answers each with ``{"status": N}``: the exit status, or null after a timeout.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def warm_up() -> None:
-    """Whatever tests import that is not pystage. None of it starts a thread."""
+    """Imports everything that the tests need except pystage. None of it starts a thread."""
     import hypothesis  # noqa: F401
     import numpy  # noqa: F401
     import pytest  # noqa: F401
@@ -24,8 +24,8 @@ def warm_up() -> None:
 
 
 class Quick:
-    """Hypothesis without shrinking, its database and its search for explanations: one failure will
-    do. The same examples each time, so that a fault does not live or die by chance."""
+    """Hypothesis without shrinking, database and explanations: one failure is enough. The examples
+    are the same each time, so that chance does not decide whether a fault is detected."""
 
     def pytest_collection(self) -> None:
         from hypothesis import Phase, settings
@@ -38,7 +38,7 @@ class Quick:
 
 
 def run(arguments: list[str], environment: dict[str, str], log: str) -> int:
-    """In the child."""
+    """Runs pytest. Called in the forked child."""
     import pytest
 
     os.setsid()
@@ -67,7 +67,7 @@ def run_forked(job: dict[str, Any]) -> int | None:
             status = os.waitstatus_to_exitcode(code)
             break
         time.sleep(0.02)
-    # What the tests started is in the child's session, and goes too.
+    # Processes that the tests started are in the child's session and are killed with it.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     if status is None:
@@ -76,7 +76,7 @@ def run_forked(job: dict[str, Any]) -> int | None:
 
 
 def main() -> None:
-    sys.path[0] = os.getcwd()  # as ``python -m pytest`` has it
+    sys.path[0] = os.getcwd()  # as with ``python -m pytest``
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warm_up()
