@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pystage.pp import BudgetSizer, LatencyModel, Piece
+from pystage.pp import BudgetSizer, ChunkSizer, LatencyModel, Piece, SamplePlan
 from pystage.pp.forms import Form
 from tests.test_pp_sizer import LAW, STAIRS, model_of
 
@@ -128,3 +128,22 @@ def test_what_cannot_be_is_refused() -> None:
     report = dataclasses.replace(LAW.report, usable=False, reason="too few")
     with pytest.raises(ValueError, match="not usable: too few"):
         sizer_of(LatencyModel(LAW.form, report, ()))
+
+
+def test_what_is_wrong_is_said_and_shown() -> None:
+    samples = [
+        (history, chunk, 3 + 0.02 * chunk + 2e-7 * (2 * history + chunk) * chunk)
+        for history in (0, 8192, 40_000, 100_000)
+        for chunk in (512, 2048, 4096, 8192, 10_240)
+    ]
+    model = LatencyModel.fit(samples)
+    for history, chunk in ((-1, 100), (0, 0), (0, [100, 0]), ([5, -5], 100)):
+        with pytest.raises(ValueError, match=r"tokens, at least 0 and 1"):
+            model.predict(history, chunk)
+    for name in ("base_chunk", "context_len", "page_size", "min_chunk"):
+        with pytest.raises(ValueError, match=f"{name}=0 must be at least 1 token"):
+            SamplePlan.spread(**{"base_chunk": 8192, "context_len": 131072, name: 0})
+    assert repr(model).startswith("<LatencyModel: law form, hold-out error median 0.0%")
+    sizer = ChunkSizer(model, base_chunk=8192, context_len=131072)
+    assert "base 8,192 of a context of 131,072, chunks of 512 to 16,384 tokens" in repr(sizer)
+    assert repr(BudgetSizer(model, budget_ms=60)).startswith("<BudgetSizer: 60 ms, at most 8,192 t")

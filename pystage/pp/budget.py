@@ -80,6 +80,12 @@ class BudgetSizer:
         self.max_tokens = max_tokens
         self.decode_ms_per_token = decode_ms_per_token
 
+    def __repr__(self) -> str:
+        return (
+            f"<BudgetSizer: {self.budget_ms:g} ms, at most {self.max_tokens:,} tokens, "
+            f"pages of {self.page_size}>"
+        )
+
     def batch_ms(self, pieces: Sequence[tuple[int, int]]) -> float:
         """Predicted time in ms of one forward over all pieces; 0 if there are none.
 

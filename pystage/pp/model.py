@@ -259,12 +259,23 @@ class LatencyModel:
 
     # --- use ---------------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        return f"<LatencyModel: {self.report}>"
+
     def predict(self, history_len: ArrayLike, chunk_len: ArrayLike) -> Any:
         """Latency in ms of `chunk_len` new tokens behind `history_len` cached tokens. Returns a
-        float for two numbers, else an array of the broadcast shape."""
+        float for two numbers, else an array of the broadcast shape.
+
+        Raises:
+            ValueError: a negative history, or a chunk of less than one token.
+        """
         history, chunk = np.broadcast_arrays(
             np.asarray(history_len, dtype=np.float64), np.asarray(chunk_len, dtype=np.float64)
         )
+        if not (np.all(history >= 0) and np.all(chunk >= 1)):
+            raise ValueError(
+                f"history_len={history_len}, chunk_len={chunk_len}: tokens, at least 0 and 1"
+            )
         ms = self.form.predict(history.ravel(), chunk.ravel()).reshape(history.shape)
         return float(ms) if ms.ndim == 0 else ms
 

@@ -117,6 +117,14 @@ class SamplePlan:
         latency does not grow with history. `max_tokens` caps history plus chunk (KV slots). All
         lengths are multiples of `page_size`.
         """
+        for name, value in (
+            ("base_chunk", base_chunk),
+            ("context_len", context_len),
+            ("page_size", page_size),
+            ("min_chunk", min_chunk),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1 token")
         top = min(context_len, max_tokens or context_len)
         largest = min(max_chunk or base_chunk * 5 // 4, base_chunk * 5 // 4, top)
         smallest = max(page_size, min(min_chunk, largest))

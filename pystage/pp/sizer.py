@@ -74,6 +74,13 @@ class ChunkSizer:
         self._sizes = np.arange(self._floor, self._cap + 1, page_size, dtype=np.int64)
         self._told = False
 
+    def __repr__(self) -> str:
+        sizes = f"chunks of {self._floor:,} to {self._cap:,} tokens, pages of {self.page_size}"
+        return (
+            f"<ChunkSizer: base {self.base_chunk:,} of a context of {self.context_len:,}, {sizes}; "
+            f"model {'usable' if self.model.report.usable else 'not usable'}>"
+        )
+
     @property
     def target_ms(self) -> float:
         """The target time of every chunk, in ms: the time of a base chunk without history."""
