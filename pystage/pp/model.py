@@ -274,7 +274,7 @@ class LatencyModel:
         )
         if not (np.all(history >= 0) and np.all(chunk >= 1)):
             raise ValueError(
-                f"history_len={history_len}, chunk_len={chunk_len}: tokens, at least 0 and 1"
+                f"history_len={history_len!r}, chunk_len={chunk_len!r}: tokens, at least 0 and 1"
             )
         ms = self.form.predict(history.ravel(), chunk.ravel()).reshape(history.shape)
         return float(ms) if ms.ndim == 0 else ms
