@@ -393,9 +393,9 @@ def _greedy(ms: Floats, sizes: NDArray[np.int64], cap: float, cells: int) -> lis
 def cheapest_covers(ms: Floats, sizes: NDArray[np.int64], caps: Floats) -> list[list[int]]:
     """For each cap on the time of a chunk, the cover of all cells with the least total time.
 
-    `ms[cell, i]` is the time of a chunk of `sizes[i]` cells that begins at `cell`. If the
-    last chunk reaches beyond the end, it is cut off there. The method is a shortest path over
-    cells, for all caps at once.
+    `ms[cell, i]` is the time of a chunk of `sizes[i]` cells that begins at `cell`. If the last
+    chunk reaches beyond the end, it is cut off there. The method is a shortest path over cells, for
+    all caps at once.
     """
     cells = len(ms)
     cost = np.full((caps.size, cells + 1), np.inf)
