@@ -1,15 +1,16 @@
-"""Which plan to run: fixed sizes, equal times, and cheapest covers, against each other.
+"""Chooses the plan to run: compares fixed sizes, equal times and cheapest covers.
 
 Note [The best of many predictions]
-The plan with the lowest predicted time is the one whose prediction errs most to the low side: of
-many candidates, and the more so the freer they are. Three things keep that in bounds. Candidates
-are covers made of a few sizes (eight an octave), not of any page. Each is judged by what the fits
-without a fifth of the samples say of it against the best fixed size: by how much it gains with all
-of them, less their disagreement, less a share of the model's hold-out error that grows with the
-freedom the plan had. And where the engine is at hand the finalists are timed: the forwards of each
-are spread over its chunks in proportion to their predicted time, which measures the ratio of its
-true work to the predicted one with few of them. What then is not clearly better than the best fixed
-size gives way to it.
+The lowest of many predictions tends to be too low: it is the lowest partly because of its error.
+The more candidates there are, and the more freely their sizes are chosen, the larger this effect.
+Three things limit it. First, candidates are made of a few sizes (eight per octave), not of any
+number of pages. Second, each candidate is judged by its predicted gain over the best fixed size,
+less two margins: the standard error of that gain between the fits that leave out a fifth of the
+samples each, and a share of the model's hold-out error that grows with the freedom of the plan.
+Third, if the engine is available, the finalists are timed. The timed forwards of a plan are spread
+over its chunks in proportion to their predicted time, so a few of them are enough to measure the
+ratio of its true work to the predicted work. A plan that is still not clearly better than the best
+fixed size is dropped in favour of that size.
 """
 
 from __future__ import annotations
@@ -30,26 +31,26 @@ from pystage.pp.model import LatencyModel
 from pystage.pp.samples import Point
 
 TimeChunks = Callable[[Sequence[Point]], Sequence[float]]
-"""Runs each (history_len, chunk_len) on the engine as one forward; returns its ms."""
+"""Runs each (history_len, chunk_len) on the engine as one forward; returns the ms of each."""
 
 _CAPS = 24
 _CELLS = 2048
 _PER_OCTAVE = 8
 _FREEDOM = {"fixed": 0.0, "steps": 0.1, "equal time": 0.15, "fastest": 0.3}
-"""Share of the hold-out error that a plan of the kind has to gain before it is believed."""
+"""By kind of plan: the share of the hold-out error that is subtracted from its predicted gain."""
 _LEAST_GAIN = 0.002
-_SPIKE = 1.35  # a timing this far over the plan's median ratio counts as that far
+_SPIKE = 1.35  # timings over this multiple of the plan's median ratio count as the median
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A plan for prompts of one length, and what speaks for it. Times in ms, sizes in tokens."""
+    """A plan for prompts of one length, and the reasons for it. Times in ms, sizes in tokens."""
 
     kind: str
-    """"fixed", "steps" or "equal time" or "fastest"; "static" where the model is not usable."""
+    """"fixed", "steps", "equal time" or "fastest"; "static" if the model is not usable."""
     chunks: tuple[int, ...]
     predicted_ms: float
-    """Time to first token of a lone prompt, as predicted, corrected by what was timed."""
+    """Predicted time to first token of a prompt that runs alone, corrected by any timings."""
     fixed_size: int
     """The best fixed size; `fixed_ms` is its time."""
     fixed_ms: float
@@ -58,16 +59,16 @@ class Choice:
     error: float
     """Standard error of `gain`."""
     forwards: int
-    """Forwards spent on timing the finalists."""
+    """Number of forwards that were run to time the finalists."""
     why: str
 
     @property
     def gain(self) -> float:
-        """Part of the best fixed size's time that the plan saves: 0.02 is 2 %."""
+        """The share of the best fixed size's time that the plan saves: 0.02 is 2 %."""
         return 1.0 - self.predicted_ms / self.fixed_ms if self.fixed_ms else 0.0
 
     def size_at(self, history_len: int) -> int:
-        """The plan's size behind `history_len` tokens; see `size_at`."""
+        """The plan's next chunk size behind `history_len` tokens; see the function `size_at`."""
         return size_at(self.chunks, history_len)
 
     def __str__(self) -> str:
@@ -81,11 +82,12 @@ class Choice:
 
 
 def size_at(chunks: Sequence[int], history_len: int) -> int:
-    """Tokens up to the end of the plan's chunk that `history_len` lies in, for a request that is
-    not where the plan would be (it began behind a cached prefix, or beside others).
+    """The plan's next chunk size, in tokens, for a request with `history_len` tokens done.
 
-    Where less than half of that chunk is left, the next one is added. Behind the plan's end: the
-    longer of its last two sizes, for the last may be a rest.
+    The request need not be at the start of one of the plan's chunks: it may have begun behind a
+    cached prefix, or beside other requests. The size is what is left of the plan's chunk at
+    `history_len`. If less than half of that chunk is left, the next chunk is added. Behind the end
+    of the plan, the size is the longer of its last two, because the last may be a remainder.
     """
     ends = list(itertools.accumulate(chunks))
     at = bisect.bisect_right(ends, history_len)
@@ -103,26 +105,28 @@ def _runs(chunks: Sequence[int]) -> list[tuple[int, int]]:
 
 @dataclass(eq=False)
 class Candidate:
-    """A plan and its times: predicted by the model, and by each member of its committee."""
+    """A plan and its times, as predicted by the model and by each fit of its committee."""
 
     kind: str
     chunks: tuple[int, ...]
     ms: Floats
     total: float
-    """The makespan predicted."""
+    """The makespan that the model predicts."""
     totals: Floats
     """The makespans that the committee predicts, [members]."""
     work: list[float] = field(default_factory=list)
     slowest: list[float] = field(default_factory=list)
-    """log(measured / predicted) of timed chunks: spread over the work, and of the slowest ones."""
+    """log(measured / predicted) of timed chunks: `work` of chunks spread over the plan's predicted
+    time, `slowest` of its slowest chunks."""
     timed: float = 0.0
-    """The makespan after timing; `timed_error` is the standard error of its logarithm."""
+    """The makespan corrected by timing (0: not timed); `timed_error` is the standard error of its
+    logarithm."""
     timed_error: float = 0.0
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: a prompt over the stages of a pipeline, and the sizes that are allowed."""
+    """What to plan for: a prompt, the stages of the pipeline, and the allowed sizes in tokens."""
 
     prompt_len: int
     factors: tuple[float, ...]
@@ -134,12 +138,12 @@ class Question:
 
     @property
     def bubbles(self) -> float:
-        """How often the slowest chunk counts on top of all chunks."""
+        """How many times the slowest chunk counts on top of the sum of all chunks."""
         return sum(self.factors) / max(self.factors) - 1.0
 
 
 class Planner:
-    """Makes and judges the candidates for one question."""
+    """Makes the candidates for one question and chooses among them."""
 
     def __init__(self, model: LatencyModel, question: Question) -> None:
         self.model, self.q = model, question
@@ -159,7 +163,7 @@ class Planner:
         return self.candidate("fixed", [size] * whole + [rest] * bool(rest))
 
     def fixed_sizes(self) -> list[int]:
-        """Whole pages of 2^k and 3 x 2^k tokens, or as many pages; the base size."""
+        """The base size, and all allowed sizes of 64 tokens or a page times 2^k or 3 x 2^k."""
         q = self.q
         sizes = {unit * m << k for unit in (64, q.page_size) for m in (1, 3) for k in range(24)}
         most = max(q.smallest, min(q.largest, q.prompt_len))
@@ -168,8 +172,11 @@ class Planner:
         )
 
     def covers(self) -> Iterator[tuple[str, list[int]]]:
-        """Plans under caps on the time of a chunk: the largest size each time, of a finer and a
-        coarser ladder, and the cheapest cover."""
+        """Kind and plan (in cells), for each of a range of caps on the time of a chunk.
+
+        "equal time" takes the largest size under the cap at each step, from a fine ladder of sizes.
+        "steps" does so from a coarse ladder. "fastest" is the cheapest cover under the cap.
+        """
         q = self.q
         pages = -(-q.prompt_len // q.page_size)
         grain = q.page_size * -(-pages // _CELLS)
@@ -206,7 +213,7 @@ class Planner:
     # --- judgement ---------------------------------------------------------------------------
 
     def believed(self, plan: Candidate, fixed: Candidate) -> tuple[float, float]:
-        """Relative gain of `plan` over `fixed` after the margins, and its standard error."""
+        """Relative gain of `plan` over `fixed` less the margins, and the error of the gain."""
         gain = -math.log(plan.total / fixed.total)
         error = 0.0
         if plan.totals.size:
@@ -262,12 +269,12 @@ class Planner:
     def _timed(
         self, fixed: dict[int, Candidate], ranked: list[Candidate], time: TimeChunks, budget: int
     ) -> Choice:
-        """Half of the budget for the finalists, the other half for the best fixed size and the best
-        other plan of them."""
+        """Spends half of the budget on all finalists, and the other half on the best fixed size and
+        the best other plan among them."""
         by_total = sorted(fixed.values(), key=lambda c: c.total)
         near = [c for c in by_total[:3] if c.total <= 1.06 * by_total[0].total]
         if fixed[self.q.base] not in near:
-            near.append(fixed[self.q.base])  # should the predictions be worth nothing
+            near.append(fixed[self.q.base])  # in case the predictions are useless
         kinds: list[Candidate] = []
         for plan in ranked:
             close = any(abs(math.log(plan.total / k.total)) < 1e-3 for k in kinds)
@@ -300,7 +307,7 @@ class Planner:
         return self._choice(chosen, best, fixed, error, forwards, why)
 
     def _time(self, plan: Candidate, time: TimeChunks, forwards: int) -> int:
-        """Times some chunks of the plan, and sets its makespan by what they took."""
+        """Times some chunks of the plan and corrects its makespan by the result."""
         sizes = np.asarray(plan.chunks)
         history = np.cumsum(sizes) - sizes
         slow = forwards // 3
@@ -333,7 +340,7 @@ class Planner:
 
 
 def _best_fixed(plans: Sequence[Candidate]) -> Candidate:
-    """The fixed size that is predicted best, unless another was timed clearly faster."""
+    """The fixed size with the lowest predicted time, unless another was clearly faster."""
     sizes = sorted((c for c in plans if c.kind == "fixed"), key=lambda c: c.total)
     best = sizes[0]
     for other in sizes[1:]:
@@ -344,10 +351,10 @@ def _best_fixed(plans: Sequence[Candidate]) -> Candidate:
 
 
 def _shrunk(ratios: Sequence[float], prior: float) -> tuple[float, float]:
-    """Mean of log ratios, spikes cut, drawn towards 0 as far as it may be noise; its error.
+    """The mean of log ratios without spikes, shrunk towards 0 by its share of noise; its error.
 
-    What is far outside of both the noise and the model's own error is not drawn anywhere: there the
-    model is wrong, and says nothing.
+    `prior` is the model's own error, one sigma. A mean far outside of both the noise and that error
+    is not shrunk: there the model is wrong, so its prediction carries no information.
     """
     values = np.asarray(ratios)
     centre = float(np.median(values))
@@ -363,7 +370,7 @@ def _shrunk(ratios: Sequence[float], prior: float) -> tuple[float, float]:
 
 
 def _ladder(smallest: int, largest: int, per_octave: int) -> list[int]:
-    """Sizes from `smallest` to `largest`, at most so many an octave, in even steps within each."""
+    """Sizes from `smallest` to `largest`: at most `per_octave` in an octave, in even steps."""
     sizes = {smallest, largest}
     octave = 1
     while octave <= largest:
@@ -373,7 +380,7 @@ def _ladder(smallest: int, largest: int, per_octave: int) -> list[int]:
 
 
 def _greedy(ms: Floats, sizes: NDArray[np.int64], cap: float, cells: int) -> list[int]:
-    """The largest size under the cap each time; the smallest where none is."""
+    """A cover with the largest size under the cap at each step; the smallest if none is under."""
     chunks: list[int] = []
     done = 0
     while done < cells:
@@ -386,8 +393,9 @@ def _greedy(ms: Floats, sizes: NDArray[np.int64], cap: float, cells: int) -> lis
 def cheapest_covers(ms: Floats, sizes: NDArray[np.int64], caps: Floats) -> list[list[int]]:
     """For each cap on the time of a chunk, the cover of all cells with the least total time.
 
-    `ms[cell, i]` is the time of a chunk of `sizes[i]` cells that begins at `cell`; the last chunk
-    may reach beyond the end, and is cut off there. A shortest path over cells, all caps at once.
+    `ms[cell, i]` is the time of a chunk of `sizes[i]` cells that begins at `cell`. If the last
+    chunk reaches beyond the end, it is cut off there. The method is a shortest path over cells, for
+    all caps at once.
     """
     cells = len(ms)
     cost = np.full((caps.size, cells + 1), np.inf)

@@ -1,9 +1,9 @@
 """Fitting a form to samples: robust, bounded, cross-validated.
 
 Residuals are logarithms of ratios, so a 20 ms chunk counts as much as a 200 ms one. The fit is
-SciPy's `least_squares` on the median of each point's repeats, with a soft-L1, then a Huber loss
-scaled by the median absolute residual; samples far outside are set aside with the reason in the
-report.
+SciPy's `least_squares` on the median of each point's repeats, first with a soft-L1 loss, then with
+a Huber loss scaled by the median absolute residual. Samples far from the fit are set aside, with
+the reason in the report.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _TILES = (1, 64, 128, 256)
 _WAVES = tuple(round(64 * 2 ** (i / 6)) for i in range(12, 37))  # 256 to 4,096 tokens
 _FOLDS = 5
 _BEHIND_PRIOR = 0.5
-_REJECT_RATIO = 1.35  # nothing closer to the fit than this factor is called an outlier
+_REJECT_RATIO = 1.35  # a sample within this factor of the fit is never an outlier
 
 
 def scipy_optimize() -> ModuleType:
-    """What the fit needs; ImportError says how to get it."""
+    """SciPy's optimizers, which the fit needs. The ImportError says how to install SciPy."""
     try:
         from scipy import optimize
     except ImportError as error:
@@ -42,14 +42,17 @@ def scipy_optimize() -> ModuleType:
 
 @dataclass(frozen=True)
 class Repeats:
-    """All samples of one (history, chunk). The fit sees their centre, with the square root of their
-    number as weight: against noise they should count in full, but the points that are measured
-    again are those that fit worst, and would bend it."""
+    """All samples of one (history, chunk) point.
+
+    The fit sees only their centre, weighted by the square root of their number. If repeats differed
+    only by noise, each should count in full. But the points that are measured again are those that
+    fit worst, and at full weight they would distort the fit.
+    """
 
     centre: Sample
     repeats: tuple[Sample, ...]
     slow: tuple[Sample, ...]
-    """Far over the fastest: something else ran, or a kernel was loaded."""
+    """Repeats that took far too long: something else ran, or a kernel was loaded."""
 
     @classmethod
     def of(cls, samples: Iterable[Sample]) -> list[Repeats]:
@@ -60,7 +63,7 @@ class Repeats:
 
     @classmethod
     def _of_one(cls, repeats: list[Sample]) -> Repeats:
-        # Of two the faster; the fastest of many would be the noise's own pick.
+        # The lower median: the faster of two, but not the fastest of many, which noise would pick.
         limit = _REJECT_RATIO * sorted(s.latency_ms for s in repeats)[(len(repeats) - 1) // 2]
         near = tuple(s for s in repeats if s.latency_ms <= limit)
         centre = replace(near[0], latency_ms=float(np.median([s.latency_ms for s in near])))
@@ -93,7 +96,7 @@ class Data:
 
 
 def folds(data: Data, seed: int) -> NDArray[np.int64]:
-    """A fold per sample; repeats of one point share theirs, else they would predict each other."""
+    """The fold of each sample. Repeats of a point share one, or they would predict each other."""
     points, which = np.unique(np.stack([data.history, data.chunk]), axis=1, return_inverse=True)
     order = np.random.default_rng(seed).permutation(points.shape[1])
     return np.asarray((order % _FOLDS)[which.ravel()], dtype=np.int64)
@@ -102,10 +105,10 @@ def folds(data: Data, seed: int) -> NDArray[np.int64]:
 def cross_validate(
     optimize: ModuleType, names: Sequence[str], data: Data, seed: int
 ) -> tuple[dict[str, Floats], dict[str, tuple[Form, ...]]]:
-    """By form: log(measured / predicted), each sample predicted by a fit without its point; and
-    those fits, one a fold."""
+    """For each form, log(measured / predicted) of every sample, predicted by a fit that has not
+    seen its point; and these fits, one per fold."""
     held_with = folds(data, seed)
-    # Infinite where nothing could be held out: all samples at one point.
+    # The errors stay infinite if nothing can be held out, because all samples are of one point.
     errors = {name: np.full_like(data.ms, np.inf) for name in names}
     fits: dict[str, list[Form]] = {name: [] for name in names}
     for fold in range(_FOLDS):
@@ -122,7 +125,7 @@ def cross_validate(
 
 
 def repeat_noise(points: Sequence[Repeats]) -> float:
-    """Relative scatter (one sigma) of repeats of one point, those far too slow left out."""
+    """Relative scatter (one sigma) of repeats of a point, without those that are far too slow."""
     squares, free = 0.0, 0
     for point in points:
         logs = np.log([s.latency_ms for s in point.repeats])
@@ -132,7 +135,7 @@ def repeat_noise(points: Sequence[Repeats]) -> float:
 
 
 def jackknife(values: Floats) -> Floats:
-    """Standard error along axis 0 of values that leave out one of as many parts each."""
+    """Jackknife standard error along axis 0: value i was computed without part i of the data."""
     parts = len(values)
     return np.asarray(values.std(axis=0) * math.sqrt(parts - 1), dtype=np.float64)
 
@@ -140,8 +143,8 @@ def jackknife(values: Floats) -> Floats:
 def linearised_error(
     form: Form, data: Data, scale: float, history: Floats, chunk: Floats
 ) -> Floats:
-    """Relative standard error of the form's predictions from the scatter of its samples, with the
-    terms that it uses free."""
+    """Relative standard error of the form's predictions that follows from the scatter of its
+    samples, `scale`, if only the terms with positive coefficients can vary."""
     used = np.asarray(form.coefficients) > 0
     fitted = form.design(data.history, data.chunk)[:, used]
     fitted = (
@@ -154,7 +157,10 @@ def linearised_error(
 
 
 def simplest_as_good(errors: dict[str, Floats]) -> str:
-    """The first form whose errors are within one standard error of the best form's, paired."""
+    """The first form whose mean error is within one standard error of the best form's.
+
+    The standard error is that of the differences between the two forms, sample by sample.
+    """
     best = errors[min(errors, key=lambda name: float(errors[name].mean()))]
 
     def as_good(name: str) -> bool:
@@ -174,7 +180,7 @@ def knots_of(data: Data) -> tuple[float, ...]:
 def fit_form(
     optimize: ModuleType, name: str, data: Data, pair: tuple[int, int]
 ) -> tuple[Form, NDArray[np.bool_], float]:
-    """The fitted form, which samples it rests on, and the noise (relative, one sigma)."""
+    """The fitted form, which samples it was fitted to, and the noise (relative, one sigma)."""
     everything = np.ones(data.ms.shape, dtype=np.bool_)
     form = Form(name, tile=pair[0], wave=pair[1], knots=knots_of(data) if name == "table" else ())
     form = _solve(optimize, form, data, "soft_l1", 0.1)
@@ -191,10 +197,11 @@ def fit_form(
 
 
 def _is_structure(data: Data, slow: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which of the slow samples are no spikes: of the largest attention, measured again with the
-    same result, and with no quick one behind as much history and of as many tokens.
+    """Which of the slow samples are real, not spikes.
 
-    Behind a launch floor few samples show attention at all, and must not be set aside for it.
+    Such a sample has one of the largest attention areas, was measured again with the same result,
+    and no sample with at least as much history and as many tokens was fast. If a launch floor hides
+    attention in most samples, the few that show it must not be set aside.
     """
     area = (2.0 * data.history + data.chunk) * data.chunk
     longer = data.history >= data.history[:, None]
@@ -204,9 +211,10 @@ def _is_structure(data: Data, slow: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def find_tile_and_wave(optimize: ModuleType, data: Data) -> tuple[int, int]:
-    """The pair whose linear fit, by non-negative least squares, leaves the least relative error.
+    """The pair with the least relative error of a linear fit (non-negative least squares).
 
-    Weights of 1 / measured bound what a spike can add, so a spike does not choose the pair.
+    Weights of 1 / measured limit what a spike can add to the error, so a spike does not decide
+    which pair is taken.
     """
     ones = np.ones_like(data.ms)
 
@@ -218,8 +226,8 @@ def find_tile_and_wave(optimize: ModuleType, data: Data) -> tuple[int, int]:
         left = np.abs(design / norms @ coefficients - 1.0)
         return float((data.weight * np.minimum(left, 0.3)).sum())
 
-    # Ascending, so that of waves the samples cannot tell apart the shortest is taken: a chunk just
-    # below an edge costs little, one just above it a whole wave.
+    # In ascending order: if the samples cannot distinguish some waves, the shortest is taken. A
+    # chunk just below an edge costs little, a chunk just above it costs a whole wave.
     coarse = min((1, *_WAVES), key=lambda wave: cost((128, wave)))
     near = (coarse + offset for offset in range(-(coarse // 10), coarse // 10 + 1, 32))
     wave = min(sorted({coarse, *near}), key=lambda wave: cost((128, wave)))
@@ -227,27 +235,28 @@ def find_tile_and_wave(optimize: ModuleType, data: Data) -> tuple[int, int]:
 
 
 def _solve(optimize: ModuleType, form: Form, data: Data, loss: str, f_scale: float) -> Form:
-    """Robust bounded least squares on log ratios; the launch floor is one more parameter.
+    """Robust bounded least squares on log ratios. The launch floor is one more parameter.
 
     Starts from the form's coefficients if it has any."""
     raw = form.design(data.history, data.chunk)
     names = form.terms()
     behind = names.index("x behind L") if "x behind L" in names else -1
     if behind >= 0 and ((data.history > 0).all() or (data.history == 0).all()):
-        raw[:, behind] = 0.0  # nothing tells it from x
+        raw[:, behind] = 0.0  # the samples cannot distinguish it from x
     norms = np.linalg.norm(raw / data.ms[:, None], axis=0)
     norms[norms == 0.0] = 1.0
     design = raw / norms
     log_ms = np.log(data.ms)
-    weight = np.sqrt(data.weight)  # of a residual, for the loss squares it
+    weight = np.sqrt(data.weight)  # the square root, because the loss squares residuals
     with_floor = form.name != "linear"
 
     def body_and_time(p: Floats) -> tuple[Floats, Floats]:
         body = design @ p[: design.shape[1]] + 1e-9
         return body, soft_max(body, float(p[-1]) if with_floor else 0.0)
 
-    # The term that only history turns on is taken for the shared one until samples say otherwise: a
-    # share of a tenth of the time costs what one sample off by 5 % does.
+    # The term "x behind L" counts only with history. A prior keeps it at 0, and the time in the
+    # shared term x, unless the samples need it: if it is a tenth of the time, that costs as much as
+    # one sample that is off by 5 %.
     prior = _BEHIND_PRIOR / math.sqrt(data.ms.size)
 
     def residuals(p: Floats) -> Floats:
@@ -288,8 +297,8 @@ def _solve(optimize: ModuleType, form: Form, data: Data, loss: str, f_scale: flo
 
 
 def _starts(optimize: ModuleType, design: Floats, ms: Floats, with_floor: bool) -> list[Floats]:
-    """The plain relative fit of all samples with a floor below them, and that of the samples well
-    above the fastest ones with the floor there."""
+    """Points to start from: a plain relative fit of all samples, with a floor below them; and a fit
+    of the samples well above the fastest ones, with the floor at the fastest ones."""
     plain, _ = optimize.nnls(design / ms[:, None], np.ones_like(ms))
     if not with_floor:
         return [plain]

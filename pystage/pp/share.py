@@ -1,8 +1,9 @@
-"""One rank profiles, fits and decides; every rank gets the result or the failure.
+"""One rank profiles, fits and decides; every rank gets the result or the error.
 
-Pipeline ranks must agree on every chunk size. The samples are not enough for that: a fit ends
-where its last iteration does, which differs between the kernels of a BLAS on unlike CPUs, and now
-and then another form or wave wins. So the fitted model travels, and whatever was decided with it.
+Pipeline ranks must agree on every chunk size. Sharing only the samples does not ensure that. On
+different CPUs a BLAS uses different kernels, so fits of the same samples end at slightly different
+values, and sometimes select another form or wave. So the ranks share the fitted model, and whatever
+was decided with it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pystage.pp.samples import Profile
 
 
 class RemoteProfileError(RuntimeError):
-    """Profiling failed on the rank that profiles; the text is that rank's error."""
+    """Profiling failed on the rank that profiles. The message contains that rank's error."""
 
 
 def share_profile(
@@ -31,7 +32,8 @@ def share_profile(
 ) -> Profile:
     """Runs `profile` on global rank `src` and returns its result on every rank of `group`.
 
-    See `share_json`. Fits of the same samples may differ between ranks: `share_model` does not.
+    Ranks that fit the same samples may get different models; `share_model` gives all ranks one
+    model. See `share_json`.
     """
     data = share_json(lambda: profile().to_json(), group=group, src=src, device=device)
     return Profile.from_json(data)
@@ -59,16 +61,20 @@ def share_json(
     src: int = 0,
     device: torch.device | str | None = None,
 ) -> Any:
-    """Runs `work` on global rank `src`; every rank of `group` gets its result by way of JSON.
+    """Runs `work` on global rank `src`; every rank of `group` gets its result, sent as JSON.
 
-    A collective call: every rank of the group makes it, only `src` runs `work`. If that raises,
-    `src` raises the error itself and every other rank `RemoteProfileError`; none is left waiting.
-    The others wait as long as the work takes, so the group's timeout must be above its budget in
-    seconds. `device` carries the broadcast (default: the current CUDA device under NCCL, else CPU).
-    Without torch.distributed, or before it is initialized, the work runs here alone.
+    This is a collective call: every rank of the group must make it, and only `src` runs `work`. The
+    other ranks wait as long as the work takes, so the group's timeout must be longer than the
+    work's time budget. `device` is where the broadcast tensors are (default: the current CUDA
+    device under NCCL, else the CPU). Without torch.distributed, or before it is initialized, the
+    calling process runs the work itself.
+
+    Raises:
+        RemoteProfileError: on every other rank, if `work` raises. `src` raises the original error.
+            No rank is left waiting.
     """
     if group is None and not (dist.is_available() and dist.is_initialized()):
-        return json.loads(json.dumps(work()))  # one process is all there is
+        return json.loads(json.dumps(work()))  # there is only this process
     if device is None:
         nccl = dist.get_backend(group) == "nccl"
         device = torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
