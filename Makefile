@@ -48,7 +48,7 @@ lint:  ## ruff, mypy, clang-format, and whether the pages have the figures of be
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(if $(findstring /,$(PY)),$(dir $(PY)))clang-format --dry-run -Werror $(C_FILES)
-	$(PY) bench/report.py --check
+	$(PY) -m bench.report --check
 
 docs: $(if $(strip $(VENV)),$(VENV)/bin/python)  ## build the documentation site into build/site, strictly
 	@$(PY) -c 'import material, mkdocstrings_handlers.python' || \
@@ -136,10 +136,10 @@ bench: build  ## measure pystage and all peers (ARGS='--quick --peers DIR'); a w
 	$(PY) -m bench $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 pp-surfaces: build  ## chunk plans on simulated models, 5 minutes (ARGS='--quick --sglang DIR')
-	$(PY) bench/pp_surfaces.py $(ARGS)
+	$(PY) -m bench.pp.surfaces $(ARGS)
 
 report:  ## write the figures of bench/results into README and docs, and draw the plots
-	$(PY) bench/report.py
+	$(PY) -m bench.report
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info pystage/*.so

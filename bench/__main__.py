@@ -27,12 +27,12 @@ from bench.common import (
     provenance,
     save,
 )
-from bench.contenders import Contenders
-from bench.device import Absent, Host, find, own_stream
-from bench.peers import Sources
+from bench.suite.contenders import Contenders
+from bench.suite.device import Absent, Host, find, own_stream
+from bench.suite.peers import Sources
 from bench.suite import REGIMES, Bench
 from bench.suite.cells import Cell, Once
-from bench.targets import targets
+from bench.suite.targets import targets
 
 FULL_SAMPLES, QUICK_SAMPLES, REHEARSAL_SAMPLES = 500, 20, 3
 # The number of passes over the cells of these regimes. With several passes no figure depends on
@@ -77,10 +77,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "passes": 1 if quick else PASSES,
         "cpu_cache_bytes": bench.cache_bytes,
         "regimes": {},
-        "roles": bench.contenders.roles,
-        "notes": bench.contenders.notes,
-        "absent": bench.contenders.absent,
-        "errors": bench.contenders.errors,
+        "roles": bench.suite.contenders.roles,
+        "notes": bench.suite.contenders.notes,
+        "absent": bench.suite.contenders.absent,
+        "errors": bench.suite.contenders.errors,
         "targets": [],
     }
     path = args.out or default_path(device, args)
@@ -122,7 +122,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="JSON; default: bench/results for a whole run on a GPU, build/bench for all else",
     )
-    parser.add_argument("--no-plots", action="store_true", help="bench/report.py draws them too")
+    parser.add_argument("--no-plots", action="store_true", help="bench/report draws them too")
     parser.add_argument(
         "--rehearse", action="store_true", help="every cell on stand-ins for a GPU, to see it run"
     )
@@ -181,7 +181,7 @@ def measure(
                     progress.advance(bar)
                     save(path, result)
             bench.samples = samples
-            if bench.device.cuda:
+            if bench.suite.device.cuda:
                 result["targets"] = targets(result)
                 save(path, result)
             took = time.perf_counter() - begin
@@ -274,7 +274,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 def plot(result: dict[str, Any], path: Path, console: Console) -> list[Path]:
     """Draws plots beside the JSON if matplotlib is installed."""
     try:
-        from bench.plots import draw
+        from bench.suite.plots import draw
     except ImportError as error:
         console.print(f"no plots: {error}; pip install matplotlib", markup=False)
         return []

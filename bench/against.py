@@ -36,7 +36,7 @@ def work(calls: int) -> None:
     """The worker. For each name of a cell on standard input, it prints a line of times in
     microseconds."""
     import torch
-    from common import collector_off, random_ids
+    from bench.common import collector_off, random_ids
 
     import pystage
 
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--out", help="JSON; default bench/results/against.json")
     args = parser.parse_args()
     result = compare(args.other.resolve(), args.pairs, args.rounds, args.calls)
-    from common import write_result
+    from bench.common import write_result
 
     write_result("against", {"other_commit": args.other_commit, **result}, args.out)
 

@@ -21,10 +21,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench import figures, pages, report
+from bench.report import __main__ as report
+from bench.report import figures, svg
+from bench.suite import pages, plots
 from bench.__main__ import default_path, main, parse
 from bench.common import merged, newest_on_gpu, save, summary, two_calls_time
-from bench.contenders import (
+from bench.suite.contenders import (
     BOUND,
     BUFFER,
     BUFFERS,
@@ -46,13 +48,13 @@ from bench.contenders import (
     gather,
     ready,
 )
-from bench.device import DURING_CALL, IN_STREAM_ORDER, Absent, Cuda, Host, HostEvent
-from bench.peers import Sources
+from bench.suite.device import DURING_CALL, IN_STREAM_ORDER, Absent, Cuda, Host, HostEvent
+from bench.suite.peers import Sources
 from bench.suite import REGIMES, latency
 from bench.suite.cells import Bench, Once
 from bench.suite.latency import BULK, WAITED, unpaused_name
 from bench.suite.mixed import FUSED, KERNELS, PLAIN_MIXED
-from bench.targets import targets
+from bench.suite.targets import targets
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = {"p50", "p90", "p99", "p99.9", "max", "samples"}
@@ -118,7 +120,7 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small caches, since inputs that exceed a server's take seconds to make, and no peers."""
     monkeypatch.setattr("bench.__main__.cpu_cache_bytes", lambda: 1 << 20)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr("bench.peers.installed", lambda package: [])
+    monkeypatch.setattr("bench.suite.peers.installed", lambda package: [])
 
 
 @pytest.fixture
@@ -364,7 +366,7 @@ def test_one_that_cannot_be_made_is_an_error_not_an_absence(
     def broken(device: Host) -> None:
         raise RuntimeError("half installed")
 
-    monkeypatch.setattr("bench.contenders.cupy_pool", broken)
+    monkeypatch.setattr("bench.suite.contenders.cupy_pool", broken)
     everybody = Contenders(Host(), Sources(None))
     assert everybody.make(CUPY) is None
     assert everybody.absent == {}
@@ -691,7 +693,6 @@ def test_tables_name_pystage_and_the_baseline() -> None:
 def test_plots_draw_what_was_measured() -> None:
     """Zero, and below, where that came out; and each contender of the drift."""
     plt = pytest.importorskip("matplotlib.pyplot")
-    from bench import plots
 
     regimes = made_up()["regimes"]
     cell = regimes["stream"]["idle, 8192 ids"]["contenders"]
@@ -714,7 +715,6 @@ def test_plots_are_as_wide_as_a_page_and_their_text_can_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text_of = pytest.importorskip("matplotlib.text").Text
-    from bench import plots, svg
 
     drawn: dict[str, Any] = {}
     written = svg.save

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import pp_parts as parts
-from bench import pp_surfaces as study
-from bench.peers import Sources
-from bench.pp_truth import (
+from bench.pp import parts
+from bench.pp import surfaces as study
+from bench.suite.peers import Sources
+from bench.pp.truth import (
     FAMILIES,
     HARSH,
     NOISES,
@@ -326,7 +326,7 @@ def test_noise_goes_round_families_and_ranks() -> None:
 
 def test_a_run_writes_figures_and_targets(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    command = [sys.executable, "bench/pp_surfaces.py", "--quick", "--parts", "designs"]
+    command = [sys.executable, "bench/pp/surfaces.py", "--quick", "--parts", "designs"]
     done = subprocess.run(
         [*command, "--out", str(out), "--workers", "1"],
         cwd=ROOT,

@@ -36,7 +36,7 @@ from pystage.testing import synchronize
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("needs SGLang: make sglang-test", allow_module_level=True)
 
-import sglang_rig
+from bench.in_sglang import rig as sglang_rig
 
 pytestmark = pytest.mark.sglang
 ROOT = Path(__file__).resolve().parent.parent
@@ -779,8 +779,8 @@ def test_a_step_has_the_history_it_says(engine: Engine, forwards: list[torch.Ten
 
 PRELUDE = """
     import json, logging, os, sys
-    sys.path.insert(0, {bench!r})
-    import sglang_rig
+    sys.path.insert(0, {root!r})
+    from bench.in_sglang import rig as sglang_rig
     sglang_rig.stand_in()
     from pystage.integrations import sglang as plugin
 """
@@ -988,8 +988,8 @@ def test_schedulers_of_ray_load_plugins(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "if 'default_worker.py' in ' '.join(sys.orig_argv):\n"
-        f"    sys.path.insert(0, {str(ROOT / 'bench')!r})\n"
-        "    import sglang_rig\n"
+        f"    sys.path.insert(0, {str(ROOT)!r})\n"
+        "    from bench.in_sglang import rig as sglang_rig\n"
         "    sglang_rig.stand_in()\n"
     )
     code = """

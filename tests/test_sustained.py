@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import pystage
-from bench import figures, sustained
+from bench import sustained
+from bench.report import figures
 from bench.common import newest_on_gpu
 
 SHORT = ("--device", "cpu", "--every", "0.4", "--traffic", "1")

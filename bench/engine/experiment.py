@@ -61,7 +61,7 @@ def prepare(folder: Path, plan: Plan) -> None:
     )
     packages = STAND_IN if plan.engine["device"] == "cpu" else STAND_IN[1:]
     (site / "sitecustomize.py").write_text(
-        f"from bench.stand_ins import stand_in\nstand_in({packages!r})\n"
+        f"from bench.in_sglang.stand_ins import stand_in\nstand_in({packages!r})\n"
     )
     write_config(folder / "model", plan.model)
     compiled("copies.c", folder)

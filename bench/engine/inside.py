@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.copies import Copies
-from bench.device import HostEvent
+from bench.suite.device import HostEvent
 
 logger = logging.getLogger("pystage.engine")
 INIT_STD = 0.02
@@ -137,7 +137,7 @@ class Control:
             "max_total_tokens": scheduler.max_total_num_tokens,
             "attention": type(getattr(runner, "attn_backend", None)).__name__,
             "tree_cache": type(scheduler.tree_cache).__name__,
-            "stand_ins": sys.modules["bench.stand_ins"].STOOD_IN,
+            "stand_ins": sys.modules["bench.in_sglang.stand_ins"].STOOD_IN,
         }
         module = sys.modules.get("pystage.integrations.sglang")
         if module is not None:

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from bench.common import VOCAB, arriving, two_calls_time
-from bench.contenders import (
+from bench.suite.contenders import (
     Batch,
     Contender,
     Contenders,
     count_of,
 )
-from bench.device import Host
+from bench.suite.device import Host
 from pystage.trace import draw_ids, sample_trace
 
 Cell: TypeAlias = "Callable[[], dict[str, Any]]"
@@ -147,7 +147,7 @@ def two_calls(
 ) -> dict[str, Any]:
     """Times all contenders and the lower bound, in turn. ``whole`` gives the n-th array for the
     lower bound, ``ragged`` the same ids in parts."""
-    bound = bench.contenders.bound(max(8192, count_of(whole(0)), count_of(ragged(0))))
+    bound = bench.suite.contenders.bound(max(8192, count_of(whole(0)), count_of(ragged(0))))
     number = itertools.count()
 
     def once() -> Sequence[float]:
@@ -160,7 +160,7 @@ def two_calls(
             inputs,
             samples,
             warmup,
-            settle or bench.device.synchronize,
+            settle or bench.suite.device.synchronize,
             {"bound": once},
         )
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pystage
 from bench.common import TwoCalls, two_calls_time
-from bench.contenders import (
+from bench.suite.contenders import (
     DEFERRED,
     RUNNER,
     SGLANG,
@@ -16,7 +16,7 @@ from bench.contenders import (
     sglang_code,
     torch_array,
 )
-from bench.device import Absent
+from bench.suite.device import Absent
 from bench.suite.cells import Bench, Cell, budget
 
 HISTORIES = (0, 8192, 32768, 131072, 524288, 1048576)
@@ -40,11 +40,11 @@ def _history_cell(bench: Bench, before: int) -> dict[str, Any]:
     }
     failed: dict[str, Any] = {}
     try:
-        code = sglang_code(bench.contenders.sources)
+        code = sglang_code(bench.suite.contenders.sources)
     except Absent as why:
         failed[SGLANG] = {"absent": str(why)}
     else:
-        theirs = bench.contenders.make(SGLANG)
+        theirs = bench.suite.contenders.make(SGLANG)
         assert theirs is not None
 
         def stage(batch: Batch) -> Any:
@@ -53,7 +53,7 @@ def _history_cell(bench: Bench, before: int) -> dict[str, Any]:
             return theirs.stage([code.get_fill_ids(request)[before:]])
 
         calls[SGLANG] = (stage, theirs.resolve)
-    runner = bench.contenders.make(RUNNER)
+    runner = bench.suite.contenders.make(RUNNER)
     if runner is not None:
         # The request's ids were written to its row on arrival, so a chunk needs only the second
         # call.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.common import amount
-from bench.contenders import (
+from bench.suite.contenders import (
     BUFFER,
     DEFERRED,
     EAGER,
@@ -26,7 +26,7 @@ from bench.suite.drift import DRIFTERS
 from bench.suite.history import CUT
 from bench.suite.latency import BULK, UNPAUSED, UNPAUSED_IDS, unpaused_name
 from bench.suite.mixed import FUSED, KERNELS, MIXED_SGLANG
-from bench.targets import Cells, Missing
+from bench.suite.targets import Cells, Missing
 
 NOT_YET = "Not measured yet: `make bench` on a GPU, then `make report`."
 HOST = (

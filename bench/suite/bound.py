@@ -20,7 +20,7 @@ import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
 HERE = Path(__file__).resolve().parent
-SOURCES = [HERE / "bound.cu", HERE.parent / "csrc/gather.cpp"]
+SOURCES = [HERE / "bound.cu", HERE.parents[1] / "csrc/gather.cpp"]
 PARTS = ("write", "memory", "launch")
 MEMCPY, EVENT = "memcpy of int64", "event"
 GET, RELEASE = (
@@ -31,12 +31,12 @@ GET, RELEASE = (
 
 def build() -> Path:
     """Compiles it with nvcc alone if a source is newer than the build. Needs a CUDA toolkit."""
-    library = HERE.parent / "build" / "bound.so"
+    library = HERE.parents[1] / "build" / "bound.so"
     newest = max(source.stat().st_mtime for source in SOURCES)
     if library.exists() and library.stat().st_mtime > newest:
         return library
     if CUDA_HOME is None:
-        raise RuntimeError("no CUDA toolkit to build bench/bound.cu with: set CUDA_HOME")
+        raise RuntimeError("no CUDA toolkit to build bench/suite/bound.cu with: set CUDA_HOME")
     site = Path(torch.__file__).parent
     library.parent.mkdir(exist_ok=True)
     command = [

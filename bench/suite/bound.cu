@@ -13,7 +13,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../csrc/gather.h"
+#include "../../csrc/gather.h"
 
 namespace {
 

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 import pystage
-from bench import bound
+from bench.suite import bound
 from bench.common import VOCAB
-from bench.device import DURING_CALL, IN_STREAM_ORDER, Absent, Host
-from bench.peers import Sources
+from bench.suite.device import DURING_CALL, IN_STREAM_ORDER, Absent, Host
+from bench.suite.peers import Sources
 
 Batch: TypeAlias = "Sequence[Any]"  # one list, array('q'), NumPy array or tensor for each request
 KINDS = ("array", "list", "numpy", "tensor")

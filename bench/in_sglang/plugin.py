@@ -1,4 +1,4 @@
-"""Compares the real SGLang with and without the plugin in one run: python bench/sglang_plugin.py
+"""Compares the real SGLang with and without the plugin in one run: python bench/in_sglang/plugin.py
 
 It uses real requests, ScheduleBatch, pools, radix cache and FutureMap, with a schedule stream and a
 forward stream as in overlap mode. There is no model: what a forward would read is compared on the
@@ -32,10 +32,10 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import sglang_rig
+from bench.in_sglang import rig as sglang_rig
 import torch
-from bound import PARTS, Bound
-from common import (
+from bench.suite.bound import PARTS, Bound
+from bench.common import (
     VOCAB,
     amount,
     arriving,

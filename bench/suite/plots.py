@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bench import svg
-from bench.contenders import (
+from bench.report import svg
+from bench.suite.contenders import (
     BATCH,
     BUFFER,
     CUPY,

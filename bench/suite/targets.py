@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from bench.contenders import (
+from bench.suite.contenders import (
     BUFFER,
     BUFFERS,
     DEFERRED,

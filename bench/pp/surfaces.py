@@ -1,10 +1,10 @@
 """Chunk plans on simulated models with known latency: where the planners gain, and where they lose.
 
-    python bench/pp_surfaces.py [--quick] [--sglang DIR]
+    python bench/pp/surfaces.py [--quick] [--sglang DIR]
 
 Ten kinds of model, 2 to 16 ranks, prompts of 32k, 128k and 1M tokens. Each model is profiled as an
 engine would be (`profile_prefill`, at most 48 noisy forwards). The plans are made from the fit, and
-their time to first token is computed from the true surface (bench/pp_truth.py). Nothing here is
+their time to first token is computed from the true surface (bench/pp/truth.py). Nothing here is
 measured on a GPU: device work is a roofline, stages are equal, transfers between them are free.
 
 Parts (`--parts`, default all):
@@ -38,12 +38,11 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for running from any folder
 
 from bench.common import BUILD, amount, write_result
-from bench.device import Absent
-from bench.peers import Sources
-from bench.pp_parts import (
+from bench.suite.device import Absent
+from bench.suite.peers import Sources
+from bench.pp.parts import (
     BASE,
     BUDGETS,
     CORE_TYPES,
@@ -58,7 +57,7 @@ from bench.pp_parts import (
     run_model,
     sglang_class,
 )
-from bench.pp_truth import FAMILIES, HARSH, NOISES
+from bench.pp.truth import FAMILIES, HARSH, NOISES
 
 PARTS = ("cells", "gate", "budget", "designs", "blas")
 RANKS = (2, 4, 8, 16)
@@ -326,7 +325,7 @@ def main() -> None:
         print("SGLang: absent (give its wheel or a folder with --sglang)")
     print("written to", write_result("pp_surfaces", body, out), f"in {result['seconds']:.0f} s")
     if args.plot and "by_family" in result:
-        from bench.pp_pages import draw
+        from bench.pp.pages import draw
 
         draw(body, args.plot)
 

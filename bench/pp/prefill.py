@@ -1,7 +1,7 @@
 """Chunked prefill through a real pipeline: accuracy and benefit of predicted chunk times.
 
-    torchrun --nproc-per-node 2 bench/pp_prefill.py --model 8b
-    python bench/pp_prefill.py --model tiny            # one rank, a CPU is enough
+    torchrun --nproc-per-node 2 bench/pp/prefill.py --model 8b
+    python bench/pp/prefill.py --model tiny            # one rank, a CPU is enough
 
 The model is a Llama with random weights, built of modules of transformers. Its layers are split
 evenly over the ranks. The KV cache is preallocated. Attention is `scaled_dot_product_attention`
@@ -46,7 +46,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from common import write_result
+from bench.common import write_result
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
@@ -62,9 +62,8 @@ from pystage.pp import (
 )
 from pystage.pp.profile import cuda_timer, host_timer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for running from any folder
 from bench.llama import SHAPES as MODELS
-from bench.peers import Sources
+from bench.suite.peers import Sources
 
 logger = logging.getLogger("pp_prefill")
 

@@ -269,7 +269,7 @@ class Cuda(Host):
         return self._bound("cudaMemcpyBatchAsync", *self._batch_arguments(dsts, srcs, sizes, order))
 
     def move(self, dst: torch.Tensor, src: torch.Tensor) -> None:
-        from bench.move import move
+        from bench.suite.move import move
 
         move(dst, src)
 

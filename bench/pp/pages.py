@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from bench import svg
+from bench.report import svg
 from bench.common import amount, load
-from bench.pages import tabulate
+from bench.suite.pages import tabulate
 
 # Keys of the result, and their names on the pages.
 NAMES = {

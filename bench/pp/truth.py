@@ -1,6 +1,6 @@
 """Known latency surfaces, noise like that of real timings, and the best possible plan.
 
-Used by bench/pp_surfaces.py. A surface gives the time of a chunk on one stage in ms, from arrays of
+Used by bench/pp/surfaces.py. A surface gives the time of a chunk on one stage in ms, from arrays of
 history and chunk (tokens). The surfaces are rooflines of an H100-like device, and do not have the
 form that pystage.pp fits. The rates were measured with a real decoder: 550 TFLOP/s in matrix
 products, 345 in attention.

@@ -1,7 +1,7 @@
 """Writes the figures of bench/results into the README and the docs, and draws the plots.
 
-python bench/report.py          writes the tables of the pages, and the plots
-python bench/report.py --check  fails if the tables do not match the results
+python -m bench.report          writes the tables of the pages, and the plots
+python -m bench.report --check  fails if the tables do not match the results
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # so that the script runs from any folder
+from bench.report import figures
+from bench.suite import REGIMES, pages
 
-from bench import figures, pages  # noqa: E402
-from bench.suite import REGIMES  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 PAGES = (
     "README.md",
@@ -76,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         wrong = [page.name for page, (before, after) in found.items() if before != after]
         if wrong:
             sys.exit(
-                f"{', '.join(wrong)}: other figures than bench/results has; run bench/report.py"
+                f"{', '.join(wrong)}: other figures than bench/results has; run bench/report"
             )
         print("as bench/results says:", *(page.name for page in found))
         return
@@ -84,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         page.write_text(after)
     plots = figures.draw(args.root)
     if suite is not None:
-        from bench import plots as suite_plots
+        from bench.suite import plots as suite_plots
 
         plots += suite_plots.draw(suite, plots[0].with_name("suite.json"))
     print("written:", *(path.relative_to(args.root) for path in [*found, *plots]))

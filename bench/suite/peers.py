@@ -19,7 +19,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from bench.device import Absent
+from bench.suite.device import Absent
 
 
 def installed(package: str) -> list[Path]:

@@ -8,10 +8,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from bench import pp_pages, svg
+from bench.pp import pages as pp_pages
+from bench.report import svg
 from bench.common import amount, load, newest_on_gpu
 from bench.engine import page as engine
-from bench.pages import indented, source, tabulate
+from bench.suite.pages import indented, source, tabulate
 
 RESULTS = Path("bench/results")  # this and the following paths are relative to the root
 PIPELINE = RESULTS / "pp_prefill-8b-2xnvidia-h100-80gb-hbm3.json"
@@ -93,7 +94,7 @@ def target_table(result: dict[str, Any]) -> str:
 def logits_text(path: Path | None) -> str:
     """The comparison of a model's logits on the same batches."""
     if path is None:
-        return "Not compared on a GPU yet: `python bench/sglang_logits.py`."
+        return "Not compared on a GPU yet: `python bench/in_sglang/logits.py`."
     result = load(path)
     logits, made = result["logits"], result["init_new"]
     kinds = ", ".join(f"{count:,} with {kind}" for kind, count in logits["requests"].items())

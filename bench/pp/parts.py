@@ -22,10 +22,9 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for running from any folder
 
-from bench.peers import Sources
-from bench.pp_truth import (
+from bench.suite.peers import Sources
+from bench.pp.truth import (
     FAMILIES,
     LARGEST,
     PAGE,
@@ -343,7 +342,7 @@ def compare_kernels(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {}
     for core in CORE_TYPES:
         child = subprocess.run(
-            [sys.executable, __file__],
+            [sys.executable, "-m", "bench.pp.parts"],
             input=json.dumps(models),
             env=os.environ | {"OPENBLAS_CORETYPE": core},
             capture_output=True,

@@ -1,6 +1,6 @@
 """The parts of the real SGLang around prefill batches, without its kernels: requests, batches,
 pools, radix cache, relay; on a CPU also a model with random weights. Used by tests/test_sglang.py
-and bench/sglang_plugin.py.
+and bench/in_sglang/plugin.py.
 
 stand_ins.py provides stubs for packages that are not installed (on most machines, kernels).
 """
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llama import TINY_LLAMA, write_config
-from stand_ins import CUDA_KERNELS, KERNELS, stand_in
+from bench.llama import TINY_LLAMA, write_config
+from bench.in_sglang.stand_ins import CUDA_KERNELS, KERNELS, stand_in
 
 __all__ = ["CUDA_KERNELS", "KERNELS", "Rig", "let_configs_be_replaced", "model_folder", "stand_in"]
 

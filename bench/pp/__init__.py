@@ -1,0 +1,1 @@
+"""Chunk sizes for pipelines: a real pipeline, and simulated ones."""

@@ -1,0 +1,1 @@
+"""The tables and plots of the pages, from bench/results."""
