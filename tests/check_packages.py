@@ -24,7 +24,14 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_IN_SDIST = {".ci", ".clang-format", ".gitignore", ".github", ".pre-commit-config.yaml"}
+NOT_IN_SDIST = {
+    ".ci",
+    ".clang-format",
+    ".clang-tidy",
+    ".gitignore",
+    ".github",
+    ".pre-commit-config.yaml",
+}
 MADE_BY_SETUPTOOLS = ("PKG-INFO", "setup.cfg", "pystage_h2d.egg-info/")
 MAX_WHEEL = 4 << 20
 # What a wheel may ask of the system: torch's libraries, found since torch is imported first.
