@@ -27,11 +27,11 @@ from bench.common import (
     provenance,
     save,
 )
+from bench.suite import REGIMES, Bench
+from bench.suite.cells import Cell, Once
 from bench.suite.contenders import Contenders
 from bench.suite.device import Absent, Host, find, own_stream
 from bench.suite.peers import Sources
-from bench.suite import REGIMES, Bench
-from bench.suite.cells import Cell, Once
 from bench.suite.targets import targets
 
 FULL_SAMPLES, QUICK_SAMPLES, REHEARSAL_SAMPLES = 500, 20, 3
@@ -77,10 +77,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "passes": 1 if quick else PASSES,
         "cpu_cache_bytes": bench.cache_bytes,
         "regimes": {},
-        "roles": bench.suite.contenders.roles,
-        "notes": bench.suite.contenders.notes,
-        "absent": bench.suite.contenders.absent,
-        "errors": bench.suite.contenders.errors,
+        "roles": bench.contenders.roles,
+        "notes": bench.contenders.notes,
+        "absent": bench.contenders.absent,
+        "errors": bench.contenders.errors,
         "targets": [],
     }
     path = args.out or default_path(device, args)
@@ -122,7 +122,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="JSON; default: bench/results for a whole run on a GPU, build/bench for all else",
     )
-    parser.add_argument("--no-plots", action="store_true", help="bench/report draws them too")
+    parser.add_argument("--no-plots", action="store_true", help="bench.report draws them too")
     parser.add_argument(
         "--rehearse", action="store_true", help="every cell on stand-ins for a GPU, to see it run"
     )
@@ -181,7 +181,7 @@ def measure(
                     progress.advance(bar)
                     save(path, result)
             bench.samples = samples
-            if bench.suite.device.cuda:
+            if bench.device.cuda:
                 result["targets"] = targets(result)
                 save(path, result)
             took = time.perf_counter() - begin

@@ -36,9 +36,9 @@ def work(calls: int) -> None:
     """The worker. For each name of a cell on standard input, it prints a line of times in
     microseconds."""
     import torch
-    from bench.common import collector_off, random_ids
 
     import pystage
+    from bench.common import collector_off, random_ids
 
     pool = pystage.StagingPool()
     settle = torch.cuda.synchronize if pool.device.type == "cuda" else lambda: None

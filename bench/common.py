@@ -182,10 +182,12 @@ def _output(*command: str) -> str:
 
 
 def _command() -> str:
-    """The command line, without the paths of its results and inputs."""
-    script = os.path.relpath(sys.argv[0])
-    package, file = os.path.split(script)
-    program = ["-m", package.replace(os.sep, ".")] if file == "__main__.py" else [script]
+    """What was run, without where its results went and where its inputs lay."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is not None and spec.name.startswith("bench"):
+        program = ["-m", spec.name.removesuffix(".__main__")]
+    else:
+        program = [os.path.relpath(sys.argv[0])]
     given = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     words = ["python", *program, *given]
     for option in ("--out", "--peers"):

@@ -50,7 +50,7 @@ for part in $parts; do
                step sustained "$python" bench/sustained.py --minutes "${MINUTES:-20}" \
                  --at-most "${AT_MOST:-8}" --resume --out "$out/sustained.json"
                tail -n 20 "$logs/sustained.log" ;;
-    sglang) step sglang "$python" bench/in_sglang/plugin.py --sglang-wheels "${SGLANG_WHEELS:?}" \
+    sglang) step sglang "$python" -m bench.in_sglang.plugin --sglang-wheels "${SGLANG_WHEELS:?}" \
               --out "$out/sglang.json"; cat "$logs/sglang.log" ;;
     engine) step engine "$python" -m bench.engine --plan "${PLAN:-copies}" --seconds "${SECONDS_AT_MOST:-500}" \
               --out "$out/engine.json" ${DISCLOSE:+--disclose "$DISCLOSE"}; cat "$logs/engine.log" ;;

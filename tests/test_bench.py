@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench.report import __main__ as report
-from bench.report import figures, svg
-from bench.suite import pages, plots
 from bench.__main__ import default_path, main, parse
 from bench.common import merged, newest_on_gpu, save, summary, two_calls_time
+from bench.report import __main__ as report
+from bench.report import figures, svg
+from bench.suite import REGIMES, latency, pages, plots
+from bench.suite.cells import Bench, Once
 from bench.suite.contenders import (
     BOUND,
     BUFFER,
@@ -49,11 +50,9 @@ from bench.suite.contenders import (
     ready,
 )
 from bench.suite.device import DURING_CALL, IN_STREAM_ORDER, Absent, Cuda, Host, HostEvent
-from bench.suite.peers import Sources
-from bench.suite import REGIMES, latency
-from bench.suite.cells import Bench, Once
 from bench.suite.latency import BULK, WAITED, unpaused_name
 from bench.suite.mixed import FUSED, KERNELS, PLAIN_MIXED
+from bench.suite.peers import Sources
 from bench.suite.targets import targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -635,7 +634,7 @@ def suite(site: Path, name: str = "suite-nvidia-h100.json", **changes: Any) -> d
 def test_pages_follow_the_results_and_check_notices_a_changed_figure(site: Path) -> None:
     pytest.importorskip("matplotlib")
     suite(site)
-    with pytest.raises(SystemExit, match=r"^benchmarks\.md: other figures"):
+    with pytest.raises(SystemExit, match=r"^benchmarks\.md: not the figures"):
         check(site)
     report.main(["--root", str(site)])
     check(site)
@@ -646,13 +645,13 @@ def test_pages_follow_the_results_and_check_notices_a_changed_figure(site: Path)
     assert "CuPy pinned pool: absent, not installed." in text
     assert (site / "docs/suite-host.svg").exists()
     page.write_text(text.replace("10.0 / 10.0", "19.0 / 10.0", 1))
-    with pytest.raises(SystemExit, match=r"^benchmarks\.md: other figures"):
+    with pytest.raises(SystemExit, match=r"^benchmarks\.md: not the figures"):
         check(site)
     page.write_text(text)
     result = suite(site)
     result["regimes"]["latency"][BULK]["contenders"][READY]["ready"]["p50"] = 9501.0
     save(site / "bench/results/suite-nvidia-h100.json", result)
-    with pytest.raises(SystemExit, match=r"^benchmarks\.md: other figures"):
+    with pytest.raises(SystemExit, match=r"^benchmarks\.md: not the figures"):
         check(site)
 
 

@@ -459,7 +459,7 @@ def test_the_real_engine_on_a_cpu(
 def test_logits_are_equal_with_and_without(tmp_path: Path) -> None:
     pytest.importorskip("sglang.srt")
     out, root = tmp_path / "logits.json", Path(__file__).resolve().parent.parent
-    command = [sys.executable, "bench/in_sglang/logits.py", "--device", "cpu", "--batches", "12"]
+    command = [sys.executable, "-m", "bench.in_sglang.logits", "--device", "cpu", "--batches", "12"]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(
         [*command, "--out", str(out)],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -18,19 +18,13 @@ from pystage.pp import random_token_ids
 pytest.importorskip("transformers")
 pytest.importorskip("scipy")
 
-BENCH = Path(__file__).parent.parent / "bench" / "pp_prefill.py"
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pp_prefill", BENCH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pp_prefill"] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("bench.pp.prefill")
 
 
 @torch.inference_mode()
@@ -97,10 +91,17 @@ def test_trace_lengths_come_from_a_file_or_a_seed(bench: ModuleType, tmp_path: P
 def test_two_ranks_prefill_a_prompt_and_report(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(BENCH), "--model=tiny", "--reps=1", "--heldout=4", "--context=1024"]
+    command += [
+        "-m",
+        "bench.pp.prefill",
+        "--model=tiny",
+        "--reps=1",
+        "--heldout=4",
+        "--context=1024",
+    ]
     command += ["--base=128", f"--out={out}"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(BENCH.parent.parent)
+    environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from bench.pp import parts
 from bench.pp import surfaces as study
-from bench.suite.peers import Sources
 from bench.pp.truth import (
     FAMILIES,
     HARSH,
@@ -29,6 +28,7 @@ from bench.pp.truth import (
     makespan,
     optimum,
 )
+from bench.suite.peers import Sources
 from pystage.pp import ChunkSizer, Sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -326,7 +326,7 @@ def test_noise_goes_round_families_and_ranks() -> None:
 
 def test_a_run_writes_figures_and_targets(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    command = [sys.executable, "bench/pp/surfaces.py", "--quick", "--parts", "designs"]
+    command = [sys.executable, "-m", "bench.pp.surfaces", "--quick", "--parts", "designs"]
     done = subprocess.run(
         [*command, "--out", str(out), "--workers", "1"],
         cwd=ROOT,

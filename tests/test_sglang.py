@@ -478,7 +478,7 @@ def test_who_forgets_to_resolve_is_told(engine: Engine) -> None:
     batch = engine.rig.batch([req])
     batch.prepare_for_extend()
     count = forgotten_resolves()
-    with pytest.warns(pystage.ForgottenResolveWarning, match=r"sglang_rig\.py:\d+"):
+    with pytest.warns(pystage.ForgottenResolveWarning, match=r"rig\.py:\d+"):
         logits, _ = engine.rig.forward(batch)
     assert forgotten_resolves() == count + 1
     torch.testing.assert_close(logits, expected)
@@ -791,7 +791,7 @@ PATH = os.environ.get("PYTHONPATH", "")
 
 def process(*parts: str, path: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     code = [textwrap.dedent(part).strip() for part in (PRELUDE, *parts)]
-    code[0] = code[0].format(bench=str(ROOT / "bench"))
+    code[0] = code[0].format(root=str(ROOT))
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(code)],
         capture_output=True,

@@ -12,8 +12,8 @@ import torch
 
 import pystage
 from bench import sustained
-from bench.report import figures
 from bench.common import newest_on_gpu
+from bench.report import figures
 
 SHORT = ("--device", "cpu", "--every", "0.4", "--traffic", "1")
 HELD = ("resident_bytes", "pool_bytes", "fds", "threads", "device_bytes", "contexts")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.report import svg
 from bench.common import amount, load
 from bench.engine.plans import PLANS
 from bench.engine.tables import HEADS, cells, targets, verdict
+from bench.report import svg
 from bench.suite.pages import indented, source, tabulate
 
 COLORS = {"off": "#c2660c", "on": "#1f6fb4"}

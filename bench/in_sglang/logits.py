@@ -1,4 +1,4 @@
-"""Logits of a model in the real SGLang, with and without the plugin: python bench/in_sglang/logits.py
+"""Logits in the real SGLang, with and without the plugin: python -m bench.in_sglang.logits
 
 Runs batches of a trace, with shortened prompts, through a tiny Llama with random weights. It uses
 SGLang's own prepare_for_extend, resolve_forward_inputs, ForwardBatch.init_new, forward and
@@ -19,13 +19,13 @@ import time
 from itertools import cycle, islice
 from typing import Any
 
-from bench.in_sglang import rig as sglang_rig
 import torch
-from bench.common import write_result
 from rich.console import Console
 from rich.progress import track
-from bench.in_sglang.plugin import SIDES, WITH, WITHOUT, Streams, Switch, sampling_of
 
+from bench.common import write_result
+from bench.in_sglang import rig as sglang_rig
+from bench.in_sglang.plugin import SIDES, WITH, WITHOUT, Streams, Switch, sampling_of
 from pystage.trace import Request, draw_ids, prefill_batches, sample_trace
 
 CHUNK, LONGEST, MOST = 512, 1500, 12  # tokens per batch and per prompt, requests per batch

@@ -1,4 +1,4 @@
-"""Compares the real SGLang with and without the plugin in one run: python bench/in_sglang/plugin.py
+"""Compares the real SGLang with and without the plugin in one run: python -m bench.in_sglang.plugin
 
 It uses real requests, ScheduleBatch, pools, radix cache and FutureMap, with a schedule stream and a
 forward stream as in overlap mode. There is no model: what a forward would read is compared on the
@@ -32,9 +32,11 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from bench.in_sglang import rig as sglang_rig
 import torch
-from bench.suite.bound import PARTS, Bound
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
 from bench.common import (
     VOCAB,
     amount,
@@ -44,10 +46,8 @@ from bench.common import (
     summary,
     write_result,
 )
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
-
+from bench.in_sglang import rig as sglang_rig
+from bench.suite.bound import PARTS, Bound
 from pystage.trace import Request, draw_ids, sample_trace
 
 CHUNK, HISTORY = 8192, 122_880

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.llama import TINY_LLAMA, write_config
+
 from bench.in_sglang.stand_ins import CUDA_KERNELS, KERNELS, stand_in
+from bench.llama import TINY_LLAMA, write_config
 
 __all__ = ["CUDA_KERNELS", "KERNELS", "Rig", "let_configs_be_replaced", "model_folder", "stand_in"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.report import svg
 from bench.common import amount, load
+from bench.report import svg
 from bench.suite.pages import tabulate
 
 # Keys of the result, and their names on the pages.

@@ -22,8 +22,6 @@ from typing import Any
 
 import numpy as np
 
-
-from bench.suite.peers import Sources
 from bench.pp.truth import (
     FAMILIES,
     LARGEST,
@@ -36,6 +34,7 @@ from bench.pp.truth import (
     optimum,
     seed_of,
 )
+from bench.suite.peers import Sources
 from pystage.pp import BudgetSizer, ChunkSizer, LatencyModel, Sample, SamplePlan, profile_prefill
 
 BASE = 8192

@@ -1,7 +1,7 @@
 """Chunked prefill through a real pipeline: accuracy and benefit of predicted chunk times.
 
-    torchrun --nproc-per-node 2 bench/pp/prefill.py --model 8b
-    python bench/pp/prefill.py --model tiny            # one rank, a CPU is enough
+    torchrun --nproc-per-node 2 -m bench.pp.prefill --model 8b
+    python -m bench.pp.prefill --model tiny            # one rank, a CPU is enough
 
 The model is a Llama with random weights, built of modules of transformers. Its layers are split
 evenly over the ranks. The KV cache is preallocated. Attention is `scaled_dot_product_attention`
@@ -32,7 +32,6 @@ import logging
 import math
 import os
 import random
-import sys
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -46,11 +45,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from bench.common import write_result
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from bench.common import write_result
+from bench.llama import SHAPES as MODELS
+from bench.suite.peers import Sources
 from pystage.pp import (
     ChunkSizer,
     LatencyModel,
@@ -61,9 +62,6 @@ from pystage.pp import (
     simulate_pipeline,
 )
 from pystage.pp.profile import cuda_timer, host_timer
-
-from bench.llama import SHAPES as MODELS
-from bench.suite.peers import Sources
 
 logger = logging.getLogger("pp_prefill")
 

@@ -1,6 +1,6 @@
 """Chunk plans on simulated models with known latency: where the planners gain, and where they lose.
 
-    python bench/pp/surfaces.py [--quick] [--sglang DIR]
+    python -m bench.pp.surfaces [--quick] [--sglang DIR]
 
 Ten kinds of model, 2 to 16 ranks, prompts of 32k, 128k and 1M tokens. Each model is profiled as an
 engine would be (`profile_prefill`, at most 48 noisy forwards). The plans are made from the fit, and
@@ -30,7 +30,6 @@ import argparse
 import logging
 import math
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -38,10 +37,7 @@ from typing import Any
 
 import numpy as np
 
-
 from bench.common import BUILD, amount, write_result
-from bench.suite.device import Absent
-from bench.suite.peers import Sources
 from bench.pp.parts import (
     BASE,
     BUDGETS,
@@ -58,6 +54,8 @@ from bench.pp.parts import (
     sglang_class,
 )
 from bench.pp.truth import FAMILIES, HARSH, NOISES
+from bench.suite.device import Absent
+from bench.suite.peers import Sources
 
 PARTS = ("cells", "gate", "budget", "designs", "blas")
 RANKS = (2, 4, 8, 16)

@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         wrong = [page.name for page, (before, after) in found.items() if before != after]
         if wrong:
             sys.exit(
-                f"{', '.join(wrong)}: other figures than bench/results has; run bench/report"
+                f"{', '.join(wrong)}: not the figures of bench/results; run python -m bench.report"
             )
         print("as bench/results says:", *(page.name for page in found))
         return

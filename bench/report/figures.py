@@ -8,10 +8,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from bench.pp import pages as pp_pages
-from bench.report import svg
 from bench.common import amount, load, newest_on_gpu
 from bench.engine import page as engine
+from bench.pp import pages as pp_pages
+from bench.report import svg
 from bench.suite.pages import indented, source, tabulate
 
 RESULTS = Path("bench/results")  # this and the following paths are relative to the root
@@ -94,7 +94,7 @@ def target_table(result: dict[str, Any]) -> str:
 def logits_text(path: Path | None) -> str:
     """The comparison of a model's logits on the same batches."""
     if path is None:
-        return "Not compared on a GPU yet: `python bench/in_sglang/logits.py`."
+        return "Not compared on a GPU yet: `python -m bench.in_sglang.logits`."
     result = load(path)
     logits, made = result["logits"], result["init_new"]
     kinds = ", ".join(f"{count:,} with {kind}" for kind, count in logits["requests"].items())

@@ -147,7 +147,7 @@ def two_calls(
 ) -> dict[str, Any]:
     """Times all contenders and the lower bound, in turn. ``whole`` gives the n-th array for the
     lower bound, ``ragged`` the same ids in parts."""
-    bound = bench.suite.contenders.bound(max(8192, count_of(whole(0)), count_of(ragged(0))))
+    bound = bench.contenders.bound(max(8192, count_of(whole(0)), count_of(ragged(0))))
     number = itertools.count()
 
     def once() -> Sequence[float]:
@@ -160,7 +160,7 @@ def two_calls(
             inputs,
             samples,
             warmup,
-            settle or bench.suite.device.synchronize,
+            settle or bench.device.synchronize,
             {"bound": once},
         )
     finally:

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 import pystage
-from bench.suite import bound
 from bench.common import VOCAB
+from bench.suite import bound
 from bench.suite.device import DURING_CALL, IN_STREAM_ORDER, Absent, Host
 from bench.suite.peers import Sources
 

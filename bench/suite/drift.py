@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from bench.common import summary
+from bench.suite.cells import Bench, Cell
 from bench.suite.contenders import (
     BATCH,
     BUFFER,
@@ -22,7 +23,6 @@ from bench.suite.contenders import (
     count_of,
 )
 from bench.suite.device import Absent, Host
-from bench.suite.cells import Bench, Cell
 
 DRIFTERS = (DEFERRED, EAGER, ENGINE, WIDE, TORCH, SGLANG, BUFFER, UVA, CUPY, BATCH)
 NEW_SIZES = (128, 1024, 8192, 65536, 524288, 1048576)
@@ -44,10 +44,10 @@ def regime(bench: Bench) -> dict[str, Cell]:
 
 def _warm_process(bench: Bench, name: str) -> None:
     """Loads kernels and compiles code first, so that the first contender does not pay for it."""
-    contender = bench.suite.contenders.make(name, 64)
+    contender = bench.contenders.make(name, 64)
     if contender is not None:
         contender.resolve(contender.stage(bench.requests("array", [64], 0)))
-        bench.suite.device.synchronize()
+        bench.device.synchronize()
         contender.close()
 
 
@@ -72,10 +72,10 @@ def _drift_cell(bench: Bench, name: str) -> dict[str, Any]:
     before = device.pinned_bytes()
     start = time.perf_counter_ns()
     # A buffer of fixed size is as large as the largest batch.
-    contender = bench.suite.contenders.make(name, max(map(count_of, batches)))
+    contender = bench.contenders.make(name, max(map(count_of, batches)))
     made_us = (time.perf_counter_ns() - start) / 1e3
     if contender is None:
-        raise Absent(bench.suite.contenders.why_not(name))
+        raise Absent(bench.contenders.why_not(name))
     pinned = Pinned(device, contender, before)
     warm = len(batches) // 10
     times: list[float] = []
@@ -131,10 +131,10 @@ def _new_sizes_cell(bench: Bench, name: str) -> dict[str, Any]:
     for _ in range(-(-bench.samples // len(sizes))):
         device.forget_pinned()
         start = time.perf_counter_ns()
-        contender = bench.suite.contenders.make(name, max(sizes))
+        contender = bench.contenders.make(name, max(sizes))
         made.append((time.perf_counter_ns() - start) / 1e3)
         if contender is None:
-            raise Absent(bench.suite.contenders.why_not(name))
+            raise Absent(bench.contenders.why_not(name))
         try:
             for n, batch in zip(sizes, batches, strict=True):
                 start = time.perf_counter_ns()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pystage
 from bench.common import TwoCalls, two_calls_time
+from bench.suite.cells import Bench, Cell, budget
 from bench.suite.contenders import (
     DEFERRED,
     RUNNER,
@@ -17,7 +18,6 @@ from bench.suite.contenders import (
     torch_array,
 )
 from bench.suite.device import Absent
-from bench.suite.cells import Bench, Cell, budget
 
 HISTORIES = (0, 8192, 32768, 131072, 524288, 1048576)
 CUT = "torch, request sliced"
@@ -40,11 +40,11 @@ def _history_cell(bench: Bench, before: int) -> dict[str, Any]:
     }
     failed: dict[str, Any] = {}
     try:
-        code = sglang_code(bench.suite.contenders.sources)
+        code = sglang_code(bench.contenders.sources)
     except Absent as why:
         failed[SGLANG] = {"absent": str(why)}
     else:
-        theirs = bench.suite.contenders.make(SGLANG)
+        theirs = bench.contenders.make(SGLANG)
         assert theirs is not None
 
         def stage(batch: Batch) -> Any:
@@ -53,7 +53,7 @@ def _history_cell(bench: Bench, before: int) -> dict[str, Any]:
             return theirs.stage([code.get_fill_ids(request)[before:]])
 
         calls[SGLANG] = (stage, theirs.resolve)
-    runner = bench.suite.contenders.make(RUNNER)
+    runner = bench.contenders.make(RUNNER)
     if runner is not None:
         # The request's ids were written to its row on arrival, so a chunk needs only the second
         # call.

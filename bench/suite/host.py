@@ -10,6 +10,7 @@ from typing import Any
 
 import pystage
 from bench.common import VOCAB
+from bench.suite.cells import SHAPES, Bench, Cell, Once, budget, two_calls
 from bench.suite.contenders import (
     EVERYBODY,
     OURS,
@@ -17,7 +18,6 @@ from bench.suite.contenders import (
     POOLS,
     count_of,
 )
-from bench.suite.cells import SHAPES, Bench, Cell, Once, budget, two_calls
 
 IN_FLIGHT = 8
 COLD_SHAPES = ("1 x 128", "1 x 8192", "8 x 1024", "64 x 128", "256 x 64", "1 x 131072")
@@ -49,7 +49,7 @@ def host_cell(
     the device."""
     count = sum(lengths)
     samples, warmup = budget(bench, count)
-    everybody = [c for c in bench.suite.contenders.all(EVERYBODY, count) if kind in c.takes]
+    everybody = [c for c in bench.contenders.all(EVERYBODY, count) if kind in c.takes]
     inputs, rotated = bench.inputs(kind, lengths, cold, (samples + warmup) * len(everybody))
     number = samples + warmup  # the lower bound reads its own arrays
     whole, _ = bench.inputs("array", [count], cold, number)
@@ -58,7 +58,7 @@ def host_cell(
 
     def settle() -> None:
         if next(calls) % in_flight == 0:
-            bench.suite.device.synchronize()
+            bench.device.synchronize()
 
     rows = two_calls(bench, everybody, whole, ragged, inputs, samples, warmup, settle)
     return rows | {
@@ -71,7 +71,7 @@ def _trace_cell(bench: Bench) -> dict[str, Any]:
     """Batches in the order of a trace, so sizes vary from call to call."""
     samples, warmup = budget(bench, 8192)
     batches = bench.trace
-    everybody = bench.suite.contenders.all([*OURS, *PEERS], 8192)
+    everybody = bench.contenders.all([*OURS, *PEERS], 8192)
     everybody = [c for c in everybody if "array" in c.takes]
     whole = [sum(batch, array("q")) for batch in batches[: samples + warmup]]
     result = two_calls(
@@ -90,10 +90,10 @@ def _link_cell(bench: Bench) -> dict[str, Any]:
     """Bytes over the link, counted by the pools over batches of the trace."""
     rows: dict[str, Any] = {}
     for name, options in POOLS.items():
-        with pystage.StagingPool(bench.suite.device.torch, **options) as pool:
+        with pystage.StagingPool(bench.device.torch, **options) as pool:
             for batch in bench.trace[:100]:
                 pystage.resolve(pool.stage(batch, vocab_size=VOCAB))
             stats = pool.stats()
-            bench.suite.device.synchronize()
+            bench.device.synchronize()
         rows[name] = {"bytes_per_id": round(stats.wire_bytes / stats.tokens, 3)}
     return {"contenders": rows}

@@ -15,6 +15,8 @@ import torch
 
 from bench.common import summary
 from bench.compiled import compiled
+from bench.copies import Copies
+from bench.suite.cells import MIB, Bench, Cell, Once
 from bench.suite.contenders import (
     BUFFER,
     CUPY,
@@ -29,9 +31,7 @@ from bench.suite.contenders import (
     UVA,
     WIDE,
 )
-from bench.copies import Copies
 from bench.suite.device import IN_STREAM_ORDER, Absent, Host
-from bench.suite.cells import MIB, Bench, Cell, Once
 
 PIECES = {"32 KiB": 32 << 10, "512 KiB": 512 << 10, "16 MiB": 16 << 20, "256 MiB": 256 << 20}
 DIRECTIONS = ("H2D", "D2H", "H2D and D2H")
@@ -94,7 +94,7 @@ def _unpaused_cell(bench: Bench, mib: int, depth: int, ids: int) -> dict[str, An
     device = bench.device
     if not device.gpu_regimes:
         raise Absent("on the host device ids are there when resolve returns: see host time")
-    everybody = bench.suite.contenders.all((DEFERRED, SGLANG, BUFFER, UVA, RUNNER, READY), ids)
+    everybody = bench.contenders.all((DEFERRED, SGLANG, BUFFER, UVA, RUNNER, READY), ids)
     kinds = {c.takes[0] for c in everybody}
     inputs = {kind: bench.inputs(kind, [ids], False, bench.samples)[0] for kind in kinds}
     times: dict[str, list[float]] = {c.name: [] for c in everybody}
@@ -227,7 +227,7 @@ def _latency_cell(
     if not device.gpu_regimes:
         raise Absent("on the host device ids are there when resolve returns: see host time")
     load = traffic() if traffic else None
-    everybody = bench.suite.contenders.all(names, LATENCY_IDS)
+    everybody = bench.contenders.all(names, LATENCY_IDS)
     batches = {c.takes[0]: bench.requests(c.takes[0], [LATENCY_IDS], 0) for c in everybody}
     times: dict[str, list[float]] = {c.name: [] for c in everybody}
     calls: dict[str, list[float]] = {c.name: [] for c in everybody}

@@ -12,6 +12,7 @@ import torch
 
 import pystage
 from bench.common import VOCAB, TwoCalls, summary, two_calls_time
+from bench.suite.cells import Bench, Cell, Once, budget
 from bench.suite.contenders import (
     Batch,
     ForwardBatch,
@@ -19,7 +20,6 @@ from bench.suite.contenders import (
     torch_array,
 )
 from bench.suite.device import Absent
-from bench.suite.cells import Bench, Cell, Once, budget
 from bench.suite.stream import Between
 
 FUSED, APART, MIXED_SGLANG = "pystage, one kernel", "pystage copy + gather + cat", "SGLang's cat"
@@ -62,7 +62,7 @@ def _mixed_ways(bench: Bench, count: int, running: int) -> Iterator[tuple[Any, A
             ),
         }
         try:
-            code = sglang_code(bench.suite.contenders.sources)
+            code = sglang_code(bench.contenders.sources)
         except Absent as why:
             missing[MIXED_SGLANG] = {"absent": str(why)}
         else:
@@ -84,8 +84,8 @@ def _mixed_ways(bench: Bench, count: int, running: int) -> Iterator[tuple[Any, A
 def _mixed_cell(bench: Bench, count: int, running: int) -> dict[str, Any]:
     samples, warmup = budget(bench, count)
     with _mixed_ways(bench, count, running) as (calls, inputs, missing):
-        rows = two_calls_time(calls, inputs, samples, warmup, bench.suite.device.synchronize)
-        if bench.suite.device.gpu_regimes:
+        rows = two_calls_time(calls, inputs, samples, warmup, bench.device.synchronize)
+        if bench.device.gpu_regimes:
             for name, added in _mixed_stream(bench, calls, inputs(0)).items():
                 rows[name] = rows[name] | added
     return {"ids": count, "running": running, "contenders": rows | missing}
@@ -93,11 +93,11 @@ def _mixed_cell(bench: Bench, count: int, running: int) -> dict[str, Any]:
 
 def _kernels_cell(bench: Bench) -> dict[str, Any]:
     """Kernels and copies that each contender launches, counted by torch's profiler."""
-    if not bench.suite.device.gpu_regimes:
+    if not bench.device.gpu_regimes:
         raise Absent("no kernels on the host device")
     with _mixed_ways(bench, 8192, 64) as (calls, inputs, missing):
         rows = {
-            name: bench.suite.device.kernels(partial(finish, stage(inputs(0))))
+            name: bench.device.kernels(partial(finish, stage(inputs(0))))
             for name, (stage, finish) in calls.items()
         }
     return {"contenders": rows | missing}
@@ -105,7 +105,7 @@ def _kernels_cell(bench: Bench) -> dict[str, Any]:
 
 def _mixed_stream(bench: Bench, calls: dict[str, Any], batch: Batch) -> dict[str, Any]:
     """Time that each contender adds to the compute stream."""
-    scratch = torch.zeros(32, device=bench.suite.device.torch)
+    scratch = torch.zeros(32, device=bench.device.torch)
     timer = Between(bench.device, [lambda: scratch.add_(1)], 8)
     times: dict[str, list[float]] = {name: [] for name in calls}
 

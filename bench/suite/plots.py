@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bench.report import svg
+from bench.suite.cells import SHAPES
 from bench.suite.contenders import (
     BATCH,
     BUFFER,
@@ -25,7 +26,6 @@ from bench.suite.contenders import (
     UVA,
     WIDE,
 )
-from bench.suite.cells import SHAPES
 from bench.suite.drift import DRIFTERS
 from bench.suite.latency import DIRECTIONS, ENGINE_MOVER, KERNEL_MOVER, MOVERS, PIECES
 from bench.suite.stream import STREAM_COUNTS

@@ -20,10 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import collector_off, summary
-from bench.suite.contenders import BUFFER, DEFERRED, ENGINE, SGLANG, TORCH, UVA, Contender, Contenders
+from bench.suite.cells import SHAPES, Bench, Cell
+from bench.suite.contenders import (
+    BUFFER,
+    DEFERRED,
+    ENGINE,
+    SGLANG,
+    TORCH,
+    UVA,
+    Contender,
+    Contenders,
+)
 from bench.suite.device import Host, find, own_stream
 from bench.suite.peers import Sources
-from bench.suite.cells import SHAPES, Bench, Cell
 
 COUNTS = (1, 2, 4)
 NAMES = (DEFERRED, ENGINE, TORCH, SGLANG, BUFFER, UVA)
@@ -64,10 +73,16 @@ def _cell(bench: Bench, count: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _started(bench: Bench) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "bench.suite.processes", "--device", str(bench.suite.device.torch)]
-    if bench.suite.contenders.sources.folder is not None:
-        command += ["--peers", str(bench.suite.contenders.sources.folder.resolve())]
-    if not bench.suite.device.cuda and bench.suite.device.gpu_regimes:
+    command = [
+        sys.executable,
+        "-m",
+        "bench.suite.processes",
+        "--device",
+        str(bench.device.torch),
+    ]
+    if bench.contenders.sources.folder is not None:
+        command += ["--peers", str(bench.contenders.sources.folder.resolve())]
+    if not bench.device.cuda and bench.device.gpu_regimes:
         command += ["--rehearse"]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)

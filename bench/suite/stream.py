@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bench.common import summary
+from bench.suite.cells import Bench, CallsOf, Cell
 from bench.suite.contenders import (
     DEFERRED,
     EAGER,
@@ -24,7 +25,6 @@ from bench.suite.contenders import (
     Contender,
 )
 from bench.suite.device import Absent, Host
-from bench.suite.cells import Bench, CallsOf, Cell
 
 STREAM_COUNTS = (128, 1024, 8192, 16384, 131072, 1048576)
 
@@ -129,7 +129,7 @@ def _stream_cell(bench: Bench, count: int, busy: bool) -> dict[str, Any]:
     if not device.gpu_regimes:
         raise Absent("the host device has no streams that run beside the host")
     names = (DEFERRED, EAGER, ENGINE, WIDE, SGLANG, UVA, RUNNER, READY, READY_BATCH, EMPTY)
-    everybody = bench.suite.contenders.all(names, count)
+    everybody = bench.contenders.all(names, count)
     batches = {c.takes[0]: bench.requests(c.takes[0], [count], 0) for c in everybody}
     if busy:
         kernels = _layer(device)

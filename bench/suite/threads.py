@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from bench.common import summary, two_calls_time
+from bench.suite.cells import SHAPES, Bench, Cell
 from bench.suite.contenders import (
     BUFFER,
     DEFERRED,
@@ -23,7 +24,6 @@ from bench.suite.contenders import (
     UVA,
     Contender,
 )
-from bench.suite.cells import SHAPES, Bench, Cell
 from bench.suite.host import host_cell
 
 THREADS = (1, 2, 4, 8)
@@ -46,7 +46,7 @@ def regime(bench: Bench) -> dict[str, Cell]:
 def _threads_cell(bench: Bench, count: int) -> dict[str, Any]:
     """All threads make blocks of calls at once. Contenders take turns, block by block."""
     device = bench.device
-    everybody = bench.suite.contenders.all(THREADED, 8192)
+    everybody = bench.contenders.all(THREADED, 8192)
     streams = [device.new_stream() for _ in range(count)]
     inputs, rotated = bench.inputs("array", SHAPES["8 x 1024"], False, 64)
     blocks = 10
@@ -172,7 +172,7 @@ def python_beside() -> Iterator[None]:
 def _python_beside_cell(bench: Bench, lengths: Sequence[int]) -> dict[str, Any]:
     """Beside a busy Python thread. There is no lower bound here: it would wait for the GIL in
     places where no contender does."""
-    everybody = bench.suite.contenders.all((DEFERRED, EAGER, TORCH, SGLANG, BUFFER, UVA), sum(lengths))
+    everybody = bench.contenders.all((DEFERRED, EAGER, TORCH, SGLANG, BUFFER, UVA), sum(lengths))
     samples = bench.few_samples
     inputs, rotated = bench.inputs("array", lengths, False, samples * len(everybody))
     try:
@@ -182,7 +182,7 @@ def _python_beside_cell(bench: Bench, lengths: Sequence[int]) -> dict[str, Any]:
                 inputs,
                 samples,
                 min(bench.warmup, 10),
-                bench.suite.device.synchronize,
+                bench.device.synchronize,
             )
     finally:
         for contender in everybody:
