@@ -182,7 +182,7 @@ def _output(*command: str) -> str:
 
 
 def _command() -> str:
-    """What was run, without where its results went and where its inputs lay."""
+    """The command line, without the paths of its results and inputs."""
     spec = sys.modules["__main__"].__spec__
     if spec is not None and spec.name.startswith("bench"):
         program = ["-m", spec.name.removesuffix(".__main__")]

@@ -108,6 +108,7 @@ def test_two_ranks_prefill_a_prompt_and_report(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert report["ranks"] == 2
+    assert report["command"].startswith("python -m bench.pp.prefill --model=tiny")
     assert report["torch"] == torch.__version__
     results = report["results"]
     assert results["profile ours"]["forwards"] <= 64
