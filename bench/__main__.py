@@ -27,10 +27,10 @@ from bench.common import (
     provenance,
     save,
 )
+from bench.device import Absent, Host, find, own_stream
 from bench.suite import REGIMES, Bench
 from bench.suite.cells import Cell, Once
 from bench.suite.contenders import Contenders
-from bench.suite.device import Absent, Host, find, own_stream
 from bench.suite.peers import Sources
 from bench.suite.targets import targets
 

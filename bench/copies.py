@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.suite.device import cuda_runtime
+from bench.device import cuda_runtime
 
 CALLS = (  # in the order that copies.c expects
     "cudaSetDevice",

@@ -29,7 +29,7 @@ if __name__ == "__main__":  # so that the script runs from any folder
 
 import pystage
 from bench.common import RESULTS, amount, provenance, random_ids, save, summary
-from bench.suite.device import Host, find
+from bench.device import Host, find
 from pystage.testing import host_stream
 from pystage.trace import prefill_batches, sample_trace
 

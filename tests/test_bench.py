@@ -23,6 +23,7 @@ import torch
 
 from bench.__main__ import default_path, main, parse
 from bench.common import merged, newest_on_gpu, save, summary, two_calls_time
+from bench.device import DURING_CALL, IN_STREAM_ORDER, Absent, Cuda, Host, HostEvent
 from bench.report import __main__ as report
 from bench.report import figures, svg
 from bench.suite import REGIMES, latency, pages, plots
@@ -49,7 +50,6 @@ from bench.suite.contenders import (
     gather,
     ready,
 )
-from bench.suite.device import DURING_CALL, IN_STREAM_ORDER, Absent, Cuda, Host, HostEvent
 from bench.suite.latency import BULK, WAITED, unpaused_name
 from bench.suite.mixed import FUSED, KERNELS, PLAIN_MIXED
 from bench.suite.peers import Sources

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from two_gpus import driver, without_context
 
 import pystage
+from bench.two_gpus import driver, without_context
 from pystage.testing import hold_transfers, synchronize
 
 from .conftest import run_of

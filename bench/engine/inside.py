@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.copies import Copies
-from bench.suite.device import HostEvent
+from bench.device import HostEvent
 
 logger = logging.getLogger("pystage.engine")
 INIT_STD = 0.02

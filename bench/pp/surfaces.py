@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 
 from bench.common import BUILD, amount, write_result
+from bench.device import Absent
 from bench.pp.parts import (
     BASE,
     BUDGETS,
@@ -54,7 +55,6 @@ from bench.pp.parts import (
     sglang_class,
 )
 from bench.pp.truth import FAMILIES, HARSH, NOISES
-from bench.suite.device import Absent
 from bench.suite.peers import Sources
 
 PARTS = ("cells", "gate", "budget", "designs", "blas")

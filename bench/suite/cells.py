@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from bench.common import VOCAB, arriving, two_calls_time
+from bench.device import Host
 from bench.suite.contenders import (
     Batch,
     Contender,
     Contenders,
     count_of,
 )
-from bench.suite.device import Host
 from pystage.trace import draw_ids, sample_trace
 
 Cell: TypeAlias = "Callable[[], dict[str, Any]]"

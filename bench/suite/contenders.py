@@ -25,8 +25,8 @@ import torch
 
 import pystage
 from bench.common import VOCAB
+from bench.device import DURING_CALL, IN_STREAM_ORDER, Absent, Host
 from bench.suite import bound
-from bench.suite.device import DURING_CALL, IN_STREAM_ORDER, Absent, Host
 from bench.suite.peers import Sources
 
 Batch: TypeAlias = "Sequence[Any]"  # one list, array('q'), NumPy array or tensor for each request

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from bench.common import summary
+from bench.device import Absent, Host
 from bench.suite.cells import Bench, Cell
 from bench.suite.contenders import (
     BATCH,
@@ -22,7 +23,6 @@ from bench.suite.contenders import (
     Contender,
     count_of,
 )
-from bench.suite.device import Absent, Host
 
 DRIFTERS = (DEFERRED, EAGER, ENGINE, WIDE, TORCH, SGLANG, BUFFER, UVA, CUPY, BATCH)
 NEW_SIZES = (128, 1024, 8192, 65536, 524288, 1048576)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pystage
 from bench.common import TwoCalls, two_calls_time
+from bench.device import Absent
 from bench.suite.cells import Bench, Cell, budget
 from bench.suite.contenders import (
     DEFERRED,
@@ -17,7 +18,6 @@ from bench.suite.contenders import (
     sglang_code,
     torch_array,
 )
-from bench.suite.device import Absent
 
 HISTORIES = (0, 8192, 32768, 131072, 524288, 1048576)
 CUT = "torch, request sliced"

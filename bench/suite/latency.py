@@ -16,6 +16,7 @@ import torch
 from bench.common import summary
 from bench.compiled import compiled
 from bench.copies import Copies
+from bench.device import IN_STREAM_ORDER, Absent, Host
 from bench.suite.cells import MIB, Bench, Cell, Once
 from bench.suite.contenders import (
     BUFFER,
@@ -31,7 +32,6 @@ from bench.suite.contenders import (
     UVA,
     WIDE,
 )
-from bench.suite.device import IN_STREAM_ORDER, Absent, Host
 
 PIECES = {"32 KiB": 32 << 10, "512 KiB": 512 << 10, "16 MiB": 16 << 20, "256 MiB": 256 << 20}
 DIRECTIONS = ("H2D", "D2H", "H2D and D2H")

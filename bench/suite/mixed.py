@@ -12,6 +12,7 @@ import torch
 
 import pystage
 from bench.common import VOCAB, TwoCalls, summary, two_calls_time
+from bench.device import Absent
 from bench.suite.cells import Bench, Cell, Once, budget
 from bench.suite.contenders import (
     Batch,
@@ -19,7 +20,6 @@ from bench.suite.contenders import (
     sglang_code,
     torch_array,
 )
-from bench.suite.device import Absent
 from bench.suite.stream import Between
 
 FUSED, APART, MIXED_SGLANG = "pystage, one kernel", "pystage copy + gather + cat", "SGLang's cat"

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from bench.suite.device import Absent
+from bench.device import Absent
 
 
 def installed(package: str) -> list[Path]:

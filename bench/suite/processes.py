@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import collector_off, summary
+from bench.device import Host, find, own_stream
 from bench.suite.cells import SHAPES, Bench, Cell
 from bench.suite.contenders import (
     BUFFER,
@@ -31,7 +32,6 @@ from bench.suite.contenders import (
     Contender,
     Contenders,
 )
-from bench.suite.device import Host, find, own_stream
 from bench.suite.peers import Sources
 
 COUNTS = (1, 2, 4)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bench.common import summary
+from bench.device import Absent, Host
 from bench.suite.cells import Bench, CallsOf, Cell
 from bench.suite.contenders import (
     DEFERRED,
@@ -24,7 +25,6 @@ from bench.suite.contenders import (
     WIDE,
     Contender,
 )
-from bench.suite.device import Absent, Host
 
 STREAM_COUNTS = (128, 1024, 8192, 16384, 131072, 1048576)
 
