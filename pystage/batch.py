@@ -23,6 +23,8 @@ caller must order that stream after the work that writes the relay and the indic
 forward stream writes the relay itself; before each forward it waits for the schedule stream, which
 makes the indices. Tensors from other streams are kept alive until the current stream has read them.
 Batches are not thread-safe.
+
+This is one file because its functions share one rule: who resolves a batch, and when.
 """
 
 from __future__ import annotations

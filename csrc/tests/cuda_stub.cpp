@@ -1,3 +1,4 @@
+// The driver and the runtime, stubbed. One file, because all calls work on the same state.
 #include "cuda_stub.h"
 
 #include <cuda_runtime_api.h>

@@ -1,5 +1,6 @@
 // Tests the CUDA device on a stub of the driver: which context its calls run in, what they leave
 // behind, and the result of each call that fails. The Python tests cover what a GPU itself does.
+// One file, because all cases use the same stub and the same helpers.
 #include <doctest/doctest.h>
 
 #include <functional>

@@ -1,3 +1,5 @@
+// Tests the pool on the model device. One file, because all cases test one class with the same
+// helpers.
 #include <doctest/doctest.h>
 #include <sys/wait.h>
 #include <unistd.h>
