@@ -14,10 +14,12 @@ namespace pystage {
 at::Tensor empty_ids(c10::Device device, at::ScalarType dtype, size_t count) {
   const int64_t size = static_cast<int64_t>(count);
   // Look the allocator up each time, because change_current_allocator() may replace it.
+  // GCOV_EXCL_START: outputs on CUDA
   if (device.is_cuda())
     return at::detail::empty_generic({size}, at::detail::getCUDAHooks().getCUDADeviceAllocator(),
                                      c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype,
                                      std::nullopt);
+  // GCOV_EXCL_STOP
   return at::empty({size}, at::TensorOptions().device(device).dtype(dtype));
 }
 
@@ -58,7 +60,7 @@ constexpr size_t kOutputStreams = 8;
 at::Tensor OutputMemory::allocate(at::ScalarType dtype, size_t count, StreamHandle stream) {
   const size_t item = c10::elementSize(dtype);
   if (!device_.is_cuda() || !count || count > kLargestCut / item ||
-      mem_pool_regions.load(std::memory_order_relaxed) > 0)
+      mem_pool_regions.load(std::memory_order_relaxed) > 0)  // GCOV_EXCL_LINE: asked on CUDA
     return empty_ids(device_, dtype, count);
   // GCOV_EXCL_START: only outputs on CUDA are cut
   const size_t bytes = (count * item + kOutputAlignment - 1) / kOutputAlignment * kOutputAlignment;
@@ -99,6 +101,8 @@ void OutputMemory::clear() {
   blocks.swap(blocks_);
 }
 
+// GCOV_EXCL_START: only blocks on CUDA are leaked
 void OutputMemory::leak() noexcept { new std::vector<Block>(std::move(blocks_)); }
+// GCOV_EXCL_STOP
 
 }  // namespace pystage
