@@ -10,17 +10,12 @@ import pytest
 
 from pystage.pp import Choice, ChunkSizer, LatencyModel, SamplePlan, simulate_pipeline
 from pystage.pp.choice import Planner, Question, cheapest_covers, size_at
-from pystage.pp.makespan import makespan
+from pystage.pp.makespan import fixed_chunks, histories, makespan
 from tests.pp_surfaces import SURFACES, Device, Surface
 from tests.test_pp_sizer import LAW, STAIRS, model_of, sizer_of
 
 FIXED = [n for k in range(6) for n in (512 << k, 768 << k) if n <= 16_384]
 PLAN = SamplePlan.spread(base_chunk=8192, context_len=131_072)
-
-
-def fixed(size: int, prompt_len: int) -> list[int]:
-    whole, rest = divmod(prompt_len, size)
-    return [size] * whole + [rest] * bool(rest)
 
 
 def first_token_ms(surface: Surface, chunks: Sequence[int], ranks: int) -> float:
@@ -41,8 +36,8 @@ def cells() -> list[dict[str, float]]:
         assert model.report.usable, name
         sizer = ChunkSizer(model, base_chunk=8192, context_len=131_072)
         for prompt_len, ranks in ((32_768, 4), (131_072, 2), (131_072, 16)):
-            best = min(first_token_ms(surface, fixed(n, prompt_len), ranks) for n in FIXED)
-            usual = first_token_ms(surface, fixed(8192, prompt_len), ranks)
+            best = min(first_token_ms(surface, fixed_chunks(n, prompt_len), ranks) for n in FIXED)
+            usual = first_token_ms(surface, fixed_chunks(8192, prompt_len), ranks)
             before = device.forwards
             timed = sizer.choose(prompt_len, ranks, time=device.time, budget=64)
             assert timed.forwards == device.forwards - before <= 64
@@ -74,10 +69,10 @@ def test_a_choice_says_what_speaks_for_it(model: LatencyModel) -> None:
     choice = sizer.choose(131_072, 8)
     assert choice.predicted_ms == pytest.approx(sizer.predicted_ms(choice.chunks, 8))
     assert choice.fixed_ms == pytest.approx(
-        min(sizer.predicted_ms(fixed(n, 131_072), 8) for n in FIXED)
+        min(sizer.predicted_ms(fixed_chunks(n, 131_072), 8) for n in FIXED)
     )
-    assert choice.base_ms == pytest.approx(sizer.predicted_ms(fixed(8192, 131_072), 8))
-    assert choice.fixed_ms == sizer.predicted_ms(fixed(choice.fixed_size, 131_072), 8)
+    assert choice.base_ms == pytest.approx(sizer.predicted_ms(fixed_chunks(8192, 131_072), 8))
+    assert choice.fixed_ms == sizer.predicted_ms(fixed_chunks(choice.fixed_size, 131_072), 8)
     assert choice.gain == 1 - choice.predicted_ms / choice.fixed_ms >= 0
     assert choice.kind in str(choice) and f"fixed {choice.fixed_size:,}" in str(choice)
 
@@ -103,7 +98,7 @@ def test_fits_that_disagree_take_a_gain_back() -> None:
     gains = []
     for committee in ([form] * 5, [form] * 4 + [other]):
         planner = Planner(LatencyModel(form, report, (), committee), question)
-        plan = planner.candidate("steps", fixed(2112, 131_072))  # two waves
+        plan = planner.candidate("steps", fixed_chunks(2112, 131_072))  # two waves
         gains.append(planner.believed(plan, planner.fixed(1536)))
     assert gains[0][1] == 0 and gains[1][1] > 0.01
     assert gains[1][0] == pytest.approx(gains[0][0] - gains[1][1])
@@ -128,7 +123,7 @@ def test_timing_turns_a_wrong_prediction_down() -> None:
         starts = np.cumsum(chunks) - np.asarray(chunks)
         return simulate_pipeline([time(list(zip(starts.tolist(), chunks, strict=True)))] * 8)
 
-    best = min(truth(fixed(n, 131_072)) for n in FIXED)
+    best = min(truth(fixed_chunks(n, 131_072)) for n in FIXED)
     assert truth(timed.chunks) <= 1.01 * best < truth(blind.chunks)
 
 
@@ -215,3 +210,10 @@ def test_a_cover_is_the_cheapest_under_its_cap() -> None:
     sizes = np.array([1, 2, 4])
     covers = cheapest_covers(ms, sizes, np.array([1.0, 2.0, 9.0]))
     assert covers == [[1, 1, 1, 1], [2, 2], [2, 2]]
+
+
+def test_chunks_of_one_size_cover_the_prompt() -> None:
+    assert fixed_chunks(8, 20) == [8, 8, 4]
+    assert fixed_chunks(8, 16) == [8, 8]
+    assert fixed_chunks(8, 3) == [3]
+    assert histories([8, 8, 4]).tolist() == [0, 8, 16]

@@ -24,12 +24,12 @@ from bench.pp.truth import (
     PAGE,
     Engine,
     chunk_times,
-    fixed,
     makespan,
     optimum,
 )
 from bench.suite.peers import Sources
 from pystage.pp import ChunkSizer, Sample
+from pystage.pp.makespan import fixed_chunks
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = parts.Item("MLA 671B, TP 8", 4, "3 %", (16_384,))
@@ -288,7 +288,7 @@ def test_a_cap_is_kept_and_compared_with_the_best_size_that_keeps_it() -> None:
     assert [row["cap_ms"] for row in rows] == [40.0, 80.0]
     for row in rows:
         surface = FAMILIES["dense 8B"].stage(2)
-        assert chunk_times(surface, fixed(row["fixed"], 32_768)).max() <= row["cap_ms"]
+        assert chunk_times(surface, fixed_chunks(row["fixed"], 32_768)).max() <= row["cap_ms"]
         assert row["slowest_ms"] <= 1.1 * row["cap_ms"]
         assert row["gain"] > 0
         assert row["tokens_per_s"] > row["fixed_tokens_per_s"]

@@ -29,13 +29,13 @@ from bench.pp.truth import (
     Engine,
     Surface,
     chunk_times,
-    fixed,
     makespan,
     optimum,
     seed_of,
 )
 from bench.suite.peers import Sources
 from pystage.pp import BudgetSizer, ChunkSizer, LatencyModel, Sample, SamplePlan, profile_prefill
+from pystage.pp.makespan import fixed_chunks
 
 BASE = 8192
 FIXED = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
@@ -106,7 +106,7 @@ def sglang_plan(predictor: Any, engine: Engine, prompt_len: int) -> tuple[list[i
         predictor.fit(lengths, [engine.ms(0, length) for length in lengths])
         predictor.set_target_latency(BASE)
     except ValueError as error:
-        return fixed(BASE, prompt_len), str(error)
+        return fixed_chunks(BASE, prompt_len), str(error)
     predictor.is_ready = True
     chunks: list[int] = []
     done = 0
@@ -173,7 +173,7 @@ def run_cells(item: Item, sglang: Path | None) -> dict[str, Any]:
     sizer = sizer_of(model, context)
     cells = []
     for prompt in item.prompts:
-        plans = {f"fixed {size}": fixed(size, prompt) for size in FIXED}
+        plans = {f"fixed {size}": fixed_chunks(size, prompt) for size in FIXED}
         plans["equal time"] = sizer.plan(prompt)
         plans["fastest"] = sizer.fastest_plan(prompt, item.ranks)
         plans["choose"] = choose(sizer, prompt, item.ranks, None)
@@ -230,7 +230,7 @@ def run_gate(item: Item) -> dict[str, Any]:
     if not usable:  # the plan that it would have run
         model.report = replace(model.report, usable=True)
     plan = choose(sizer_of(model, prompt), prompt, item.ranks, engine)
-    static = makespan(surface, fixed(BASE, prompt), item.ranks)
+    static = makespan(surface, fixed_chunks(BASE, prompt), item.ranks)
     gain = makespan(surface, plan, item.ranks) / static - 1.0
     return {
         **{name: vars(item)[name] for name in ("family", "ranks", "noise", "seed", "broken")},
@@ -257,12 +257,12 @@ def capped(item: Item, model: LatencyModel, cap_ms: float) -> dict[str, Any]:
     surface, prompt = FAMILIES[item.family].stage(item.ranks), max(item.prompts)
     keeps: dict[int, float] = {}
     for size in range(PAGE, BASE + 1, PAGE):
-        times = chunk_times(surface, fixed(size, prompt))
+        times = chunk_times(surface, fixed_chunks(size, prompt))
         if times.max() <= cap_ms:
             keeps[size] = float(times.sum())
     best = min(keeps, key=lambda size: keeps[size], default=None)
     usable = model.report.usable
-    chunks = within(model, prompt, cap_ms) if usable else fixed(best or PAGE, prompt)
+    chunks = within(model, prompt, cap_ms) if usable else fixed_chunks(best or PAGE, prompt)
     times = chunk_times(surface, chunks)
     took = float(times.sum())
     return {

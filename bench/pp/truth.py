@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pystage.pp import simulate_pipeline
+from pystage.pp.makespan import histories
 from pystage.pp.profile import Timing
 
 Floats = NDArray[np.float64]
@@ -243,18 +244,12 @@ def seed_of(*words: object) -> int:
 
 
 def chunk_times(surface: Surface, chunks: Sequence[int]) -> Floats:
-    sizes = np.asarray(chunks, np.int64)
-    return np.asarray(surface(np.cumsum(sizes) - sizes, sizes))
+    return np.asarray(surface(histories(chunks), np.asarray(chunks, np.int64)))
 
 
 def makespan(surface: Surface, chunks: Sequence[int], ranks: int) -> float:
     """Time to first token in ms over equal stages."""
     return simulate_pipeline([list(chunk_times(surface, chunks))] * ranks)
-
-
-def fixed(size: int, prompt_len: int) -> list[int]:
-    whole, rest = divmod(prompt_len, size)
-    return [size] * whole + [rest] * bool(rest)
 
 
 @cache

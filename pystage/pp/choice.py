@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from pystage.pp.fitting import jackknife
 from pystage.pp.forms import Floats
-from pystage.pp.makespan import makespan
+from pystage.pp.makespan import fixed_chunks, histories, makespan
 from pystage.pp.model import LatencyModel
 from pystage.pp.samples import Point
 
@@ -137,6 +137,12 @@ class Question:
     base: int
 
     @property
+    def grain(self) -> int:
+        """Tokens of a cell: plans other than fixed sizes are made of whole cells."""
+        pages = -(-self.prompt_len // self.page_size)
+        return self.page_size * -(-pages // _CELLS)
+
+    @property
     def bubbles(self) -> float:
         """How many times the slowest chunk counts on top of the sum of all chunks."""
         return sum(self.factors) / max(self.factors) - 1.0
@@ -152,15 +158,14 @@ class Planner:
 
     def candidate(self, kind: str, chunks: Sequence[int]) -> Candidate:
         sizes = np.asarray(chunks, dtype=np.float64)
-        history = np.cumsum(sizes) - sizes
+        history = histories(chunks).astype(np.float64)
         forms = (self.model.form, *self.model.committee)
         times = [form.predict(history, sizes) for form in forms]
         totals = [makespan(ms, self.q.factors, self.q.overhead_ms) for ms in times]
         return Candidate(kind, tuple(chunks), times[0], totals[0], np.array(totals[1:]))
 
     def fixed(self, size: int) -> Candidate:
-        whole, rest = divmod(self.q.prompt_len, size)
-        return self.candidate("fixed", [size] * whole + [rest] * bool(rest))
+        return self.candidate("fixed", fixed_chunks(size, self.q.prompt_len))
 
     def fixed_sizes(self) -> list[int]:
         """The base size, and all allowed sizes of 64 tokens or a page times 2^k or 3 x 2^k."""
@@ -177,9 +182,7 @@ class Planner:
         "equal time" takes the largest size under the cap at each step, from a fine ladder of sizes.
         "steps" does so from a coarse ladder. "fastest" is the cheapest cover under the cap.
         """
-        q = self.q
-        pages = -(-q.prompt_len // q.page_size)
-        grain = q.page_size * -(-pages // _CELLS)
+        q, grain = self.q, self.q.grain
         cells = -(-q.prompt_len // grain)
         ladder = _ladder(-(-q.smallest // grain), max(q.largest // grain, 1), _PER_OCTAVE)
         sizes = np.array([s for s in ladder if s <= cells] or ladder[:1])
@@ -198,13 +201,10 @@ class Planner:
             yield "fastest", cells_of_plan
 
     def candidates(self) -> list[Candidate]:
-        q = self.q
-        pages = -(-q.prompt_len // q.page_size)
-        grain = q.page_size * -(-pages // _CELLS)
         seen: dict[tuple[int, ...], Candidate] = {}
         for kind, plan in self.covers():
-            chunks = [size * grain for size in plan]
-            chunks[-1] -= sum(chunks) - q.prompt_len
+            chunks = [size * self.q.grain for size in plan]
+            chunks[-1] -= sum(chunks) - self.q.prompt_len
             key = tuple(chunks)
             if key not in seen:
                 seen[key] = self.candidate(kind, chunks)
@@ -308,8 +308,7 @@ class Planner:
 
     def _time(self, plan: Candidate, time: TimeChunks, forwards: int) -> int:
         """Times some chunks of the plan and corrects its makespan by the result."""
-        sizes = np.asarray(plan.chunks)
-        history = np.cumsum(sizes) - sizes
+        history = histories(plan.chunks)
         slow = forwards // 3
         share = np.cumsum(plan.ms) / plan.ms.sum()
         spots = (np.arange(forwards - slow) + 0.5 + 0.25 * len(plan.work) % 1) / (forwards - slow)
@@ -317,7 +316,9 @@ class Planner:
         top = np.argsort(-plan.ms, kind="stable")
         slowest = np.resize(top[: max(1, min(slow, len(top) // 8))], slow)
         index = np.concatenate([spread, slowest]).astype(np.int64)
-        took = np.asarray(time([(int(history[i]), int(sizes[i])) for i in index]), dtype=np.float64)
+        took = np.asarray(
+            time([(int(history[i]), plan.chunks[i]) for i in index]), dtype=np.float64
+        )
         if took.shape != index.shape or not (np.isfinite(took).all() and (took > 0).all()):
             raise ValueError(f"time gave {took.tolist()} for {index.size} chunks")
         ratio = np.log(took / plan.ms[index])

@@ -59,14 +59,14 @@ class Correction:
         Returns whether the batch counts. This call never waits. If more than `pending` batches are
         still running, the oldest are dropped.
         """
-        if len(pieces) != 1 or pieces[0][1] <= 1:
+        if not _counts(pieces):
             return False
         self._running.append((*pieces[0], begin, end))
         return True
 
     def observe_ms(self, pieces: Sequence[tuple[int, int]], ms: float) -> bool:
         """The same for a batch that has already been timed, for example on a CPU."""
-        if len(pieces) != 1 or pieces[0][1] <= 1:
+        if not _counts(pieces):
             return False
         self._done.append(Sample(*pieces[0], ms))
         return True
@@ -120,3 +120,8 @@ class Correction:
             LatencyModel.from_json(share_json(lambda: new, group=group, src=src, device=device))
         )
         return True
+
+
+def _counts(pieces: Sequence[tuple[int, int]]) -> bool:
+    """Whether a batch is a single piece of prefill."""
+    return len(pieces) == 1 and pieces[0][1] > 1

@@ -1,12 +1,25 @@
-"""The time that a pipeline takes for the chunks of a prompt."""
+"""The chunks of a prompt, and the time that a pipeline takes for them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pystage.pp.forms import Floats
+
+
+def fixed_chunks(size: int, prompt_len: int) -> list[int]:
+    """Chunks of one size that cover a prompt. The last one is the remainder, if there is one."""
+    whole, rest = divmod(prompt_len, size)
+    return [size] * whole + [rest] * bool(rest)
+
+
+def histories(chunks: Sequence[int]) -> NDArray[np.int64]:
+    """The number of tokens in front of each chunk of a prompt."""
+    sizes = np.asarray(chunks, dtype=np.int64)
+    return np.cumsum(sizes) - sizes
 
 
 def simulate_pipeline(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pystage.pp.makespan import histories
 from pystage.pp.model import LatencyModel
 from pystage.pp.sizer import ChunkSizer
 
@@ -65,7 +66,7 @@ def _draw_plan(sizes: Axes, times: Axes, sizer: ChunkSizer, prompt_len: int) -> 
     static = [sizer.base_chunk] * (prompt_len // sizer.base_chunk)
     for chunks, label in ((plan, "equal time"), (static, f"static {sizer.base_chunk:,}")):
         if chunks:
-            start = np.cumsum(chunks) - np.array(chunks)
+            start = histories(chunks)
             sizes.step(start, chunks, where="post", label=label)
             times.step(
                 start, sizer.model.predict(start, np.array(chunks)), where="post", label=label

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pystage.pp.choice import Choice, Planner, Question, TimeChunks, cheapest_covers
-from pystage.pp.makespan import makespan
+from pystage.pp.makespan import fixed_chunks, histories, makespan
 from pystage.pp.makespan import simulate_pipeline as simulate_pipeline  # noqa: PLC0414
 from pystage.pp.model import LatencyModel
 
@@ -111,11 +111,9 @@ class ChunkSizer:
         40 % over the target, and the evenest plan is returned. If the model is not usable, the plan
         is static chunks and a remainder.
         """
-        if not 0 < prompt_len <= self.context_len:
-            raise ValueError(f"prompt_len={prompt_len} must be in 1..{self.context_len}")
+        self._check(prompt_len)
         if not self._usable():
-            whole, rest = divmod(prompt_len, self.base_chunk)
-            return [self.base_chunk] * whole + [rest] * bool(rest)
+            return fixed_chunks(self.base_chunk, prompt_len)
         plans = []
         known: _Known = {}
         for stretch in _STRETCHES:
@@ -148,10 +146,7 @@ class ChunkSizer:
         cheapest cover of the prompt (a shortest path over page boundaries), and then takes the best
         cap. It ignores `base_chunk` and `smooth`, and takes about 0.1 s.
         """
-        if ranks < 1:
-            raise ValueError(f"ranks={ranks} must be positive")
-        if not 0 < prompt_len <= self.context_len:
-            raise ValueError(f"prompt_len={prompt_len} must be in 1..{self.context_len}")
+        self._check(prompt_len, ranks)
         if not self._usable():
             return self.plan(prompt_len)
         grain = self.page_size * max(1, round(prompt_len / (self.page_size * 1024)))
@@ -194,10 +189,7 @@ class ChunkSizer:
         See Note [The best of many predictions] in choice.py. The base size is one of the
         candidates; `smooth` has no effect. The call takes 0.1 to 1 s of host time.
         """
-        if ranks < 1:
-            raise ValueError(f"ranks={ranks} must be positive")
-        if not 0 < prompt_len <= self.context_len:
-            raise ValueError(f"prompt_len={prompt_len} must be in 1..{self.context_len}")
+        self._check(prompt_len, ranks)
         factors = tuple(stage_factors) if stage_factors is not None else (1.0,) * ranks
         if len(factors) != ranks or not all(f > 0 for f in factors):
             raise ValueError(f"stage_factors={stage_factors}: {ranks} positive numbers are needed")
@@ -214,25 +206,19 @@ class ChunkSizer:
         )
         planner = Planner(self.model, question)
         if not self._usable():
-            base = planner.fixed(self.base_chunk)
-            why = f"the latency model is not usable: {self.model.report.reason}"
-            return Choice(
-                "static",
-                base.chunks,
-                base.total,
-                self.base_chunk,
-                base.total,
-                base.total,
-                0,
-                0,
-                why,
-            )
+            return planner.static(f"the latency model is not usable: {self.model.report.reason}")
         return planner.choose(time, budget)
 
     def predicted_ms(self, chunks: Sequence[int], ranks: int, overhead_ms: float = 0.0) -> float:
         """Predicted time to first token, in ms, of a prompt in these chunks over `ranks` equal
         stages."""
         return makespan(self._times(chunks), [1.0] * ranks, overhead_ms)
+
+    def _check(self, prompt_len: int, ranks: int = 1) -> None:
+        if ranks < 1:
+            raise ValueError(f"ranks={ranks} must be positive")
+        if not 0 < prompt_len <= self.context_len:
+            raise ValueError(f"prompt_len={prompt_len} must be in 1..{self.context_len}")
 
     def _usable(self) -> bool:
         report = self.model.report
@@ -297,13 +283,8 @@ class ChunkSizer:
         return chunks
 
     def _times(self, chunks: Sequence[int]) -> NDArray[np.float64]:
-        return np.asarray(self.model.predict(_histories(chunks), np.asarray(chunks)))
+        return np.asarray(self.model.predict(histories(chunks), np.asarray(chunks)))
 
 
 def _up(value: int, step: int) -> int:
     return -(-value // step) * step
-
-
-def _histories(chunks: Sequence[int]) -> NDArray[np.int64]:
-    sizes = np.asarray(chunks, dtype=np.int64)
-    return np.cumsum(sizes) - sizes

@@ -126,7 +126,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "pystage/pp/forms.py": (f"{MODEL} {QUICK_FITS}", f"{MODEL} {SLOW_FITS}"),
     "pystage/pp/fitting.py": (f"{MODEL} {QUICK_FITS}", f"{MODEL} {SLOW_FITS}"),
     "pystage/pp/model.py": (f"{MODEL} {QUICK_FITS}", f"{MODEL} {SLOW_FITS}"),
-    "pystage/pp/makespan.py": ("pytest tests/test_pp_sizer.py -k 'simulation or stages'",),
+    "pystage/pp/makespan.py": (
+        "pytest tests/test_pp_sizer.py -k 'simulation or stages'",
+        "pytest tests/test_pp_choose.py -k chunks_of_one_size",
+    ),
     "pystage/pp/budget.py": ("pytest tests/test_pp_budget.py",),
     "pystage/pp/correction.py": ("pytest tests/test_pp_correction.py",),
     "pystage/pp/choice.py": ("pytest tests/test_pp_sizer.py tests/test_pp_choice.py",),

@@ -139,10 +139,6 @@ MUTANTS: Mutants = {
             "return min(self._equal_time(history_len, self.target_ms), room)",
             "return self._equal_time(history_len, self.target_ms)",
         ),
-        "plan-unusable-rest-lost": M(
-            "return [self.base_chunk] * whole<| + [rest] * bool(rest)|>", ""
-        ),
-        "plan-unusable-rest-zero": M("[rest] * <|bool(rest)|>", "1"),
         "plan-first-stretch-only": M("if plans[-1][0] <= _EVEN:", "if True:"),
         "plan-least-even": M(
             "return <|min(plans, key=lambda plan: plan[0])[1]|>\n\n    def _fewest", "max(plans)[1]"
@@ -188,9 +184,11 @@ MUTANTS: Mutants = {
 """,
             "",
         ),
-        "histories-inclusive": M("return np.cumsum(sizes)<| - sizes|>", ""),
     },
     "pystage/pp/makespan.py": {
+        "fixed-rest-lost": M("return [size] * whole<| + [rest] * bool(rest)|>", ""),
+        "fixed-rest-zero": M("[rest] * <|bool(rest)|>", "1"),
+        "histories-inclusive": M("return np.cumsum(sizes)<| - sizes|>", ""),
         "pipeline-hop-everywhere": M("        if <|stage|>:\n            arrived", "True"),
         "pipeline-no-wait": M("np.maximum.accumulate(<|arrived|> - (ends - row))", "0 * arrived"),
         "pipeline-no-queue": M("<|np.maximum.accumulate|>(arrived - (ends - row))", ""),
@@ -220,10 +218,8 @@ MUTANTS: Mutants = {
     "pystage/pp/correction.py": {
         "waits-for-nothing": M("while self._running<| and self._running[0][3].query()|>:", ""),
         "decodes-count": M(
-            """if <|len(pieces) != 1 or pieces[0][1] <= 1|>:
-            return False
-        self._running""",
-            "not pieces",
+            "return <|len(pieces) == 1 and pieces[0][1] > 1|>",
+            "bool(pieces)",
         ),
         "running-unbounded": M(
             "self._running: deque[tuple[int, int, Event, Event]] = deque(<|maxlen=pending|>)", ""
@@ -234,7 +230,7 @@ MUTANTS: Mutants = {
     },
     "pystage/pp/choice.py": {
         "cover-not-reversed": M("plans.append(<|chunks[::-1]|>)", "chunks"),
-        "cover-last-not-cut": M("<|chunks[-1] -= sum(chunks) - q.prompt_len|>", "pass"),
+        "cover-last-not-cut": M("<|chunks[-1] -= sum(chunks) - self.q.prompt_len|>", "pass"),
     },
     "pystage/pp/samples.py": {
         "sample-negative-history": M("if <|self.history_len < 0 or |>self.chunk_len <= 0:", ""),
