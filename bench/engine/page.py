@@ -10,7 +10,7 @@ from bench.common import amount, load
 from bench.engine.plans import PLANS
 from bench.engine.tables import HEADS, cells, targets, verdict
 from bench.report import svg
-from bench.suite.pages import indented, source, tabulate
+from bench.report.tables import indented, source, tabulate
 
 COLORS = {"off": "#c2660c", "on": "#1f6fb4"}
 SIDES = {"off": "baseline: SGLang", "on": "pystage in SGLang"}

@@ -1,4 +1,4 @@
-"""Tables and plots of the study of simulated models, made from the result of pp_surfaces.py."""
+"""Tables and plots of the study of simulated models, made from the result of surfaces.py."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.common import amount, load
+from bench.common import load
 from bench.report import svg
-from bench.suite.pages import tabulate
+from bench.report.tables import tabulate, target_table
 
 # Keys of the result, and their names on the pages.
 NAMES = {
@@ -68,14 +68,6 @@ def origin(result: dict[str, Any], file: str) -> str:
         f"{quick}Simulated in {result['seconds']:.0f} s on {where}, SGLang {result['sglang']}, "
         f"commit `{result['commit'][:9]}`: `{result['command']}`, `bench/results/{file}`."
     )
-
-
-def target_table(result: dict[str, Any]) -> str:
-    rows = [
-        [row["measure"], row["target"], amount(row), "yes" if row["ok"] else "no"]
-        for row in result["targets"]
-    ]
-    return tabulate(["measure", "target", "measured", "met"], rows)
 
 
 def families_table(result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The parts of the study of simulated models (pp_surfaces.py). Each function runs one item.
+"""The parts of the study of simulated models (surfaces.py). Each function runs one item.
 
 Run as a script, it is the child process of the BLAS part: it reads models as JSON from stdin and
 writes their decisions to stdout.
@@ -13,15 +13,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from bench.pp.sglang_sizes import chunks_of, sglang_class, sweep_lengths
 from bench.pp.truth import (
     FAMILIES,
     LARGEST,
@@ -33,7 +32,6 @@ from bench.pp.truth import (
     optimum,
     seed_of,
 )
-from bench.suite.peers import Sources
 from pystage.pp import BudgetSizer, ChunkSizer, LatencyModel, Sample, SamplePlan, profile_prefill
 from pystage.pp.makespan import fixed_chunks
 
@@ -76,45 +74,24 @@ def choose(sizer: ChunkSizer, prompt_len: int, ranks: int, engine: Engine | None
 def within(model: LatencyModel, prompt_len: int, cap_ms: float) -> list[int]:
     """The chunks of `BudgetSizer`: each is the largest that is predicted to stay within the cap."""
     sizer = BudgetSizer(model, budget_ms=cap_ms, page_size=PAGE, min_chunk=PAGE, max_tokens=BASE)
-    chunks: list[int] = []
-    done = 0
-    while done < prompt_len:
-        chunks.append(sizer.next_chunk(done, left=prompt_len - done))
-        done += chunks[-1]
-    return chunks
-
-
-@cache
-def sglang_class(folder: Path) -> Callable[[], Any]:
-    """SGLang's `ChunkSizePredictor` from its package. Nothing else of the package is run."""
-    smooth = SimpleNamespace(get=lambda: 0.75)  # SGLang's default
-    logger = logging.getLogger("sglang")
-    logger.setLevel(logging.CRITICAL)
-    given = {"np": np, "math": math, "logger": logger}
-    given["envs"] = SimpleNamespace(SGLANG_DYNAMIC_CHUNKING_SMOOTH_FACTOR=smooth)
-    path, name = "srt/managers/scheduler_components/dynamic_chunk_sizer.py", "ChunkSizePredictor"
-    made: Callable[[], Any] = Sources(folder).take("sglang", path, [name], given)[name]
-    return made
+    return chunks_of(prompt_len, lambda done: sizer.next_chunk(done, left=prompt_len - done))
 
 
 def sglang_plan(predictor: Any, engine: Engine, prompt_len: int) -> tuple[list[int], str]:
     """Chunk sizes of SGLang's predictor, fitted to its own sweep: 128 falling lengths, once each,
     without history. Also the reason if its fit refused, in which case the static size is used."""
-    top = BASE * 5 // 4
-    lengths = [top - i * (top // 128) for i in range(128)]
+    lengths = sweep_lengths(BASE)
     try:
         predictor.fit(lengths, [engine.ms(0, length) for length in lengths])
         predictor.set_target_latency(BASE)
     except ValueError as error:
         return fixed_chunks(BASE, prompt_len), str(error)
     predictor.is_ready = True
-    chunks: list[int] = []
-    done = 0
-    while done < prompt_len:  # the context is longer than the prompt, so its margin has no effect
-        size = predictor.predict_next_chunk_size(done, BASE, PAGE, 2 * prompt_len, LARGEST)
-        chunks.append(min(size or BASE, prompt_len - done))
-        done += chunks[-1]
-    return chunks, ""
+    # The context is longer than the prompt, so its margin has no effect.
+    next_size = predictor.predict_next_chunk_size
+    return chunks_of(
+        prompt_len, lambda done: next_size(done, BASE, PAGE, 2 * prompt_len, LARGEST) or BASE
+    ), ""
 
 
 # --- one profile, and what follows from it --------------------------------------------------------

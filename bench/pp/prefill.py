@@ -39,7 +39,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,7 +50,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench.common import write_result
 from bench.llama import SHAPES as MODELS
-from bench.suite.peers import Sources
+from bench.pp.sglang_sizes import chunks_of, sglang_class, sweep_lengths
 from pystage.pp import (
     ChunkSizer,
     LatencyModel,
@@ -324,19 +323,9 @@ class Pipeline:
 # --- SGLang's predictor, for comparison -----------------------------------------------------------
 
 
-def sglang_predictor(wheel: Path) -> Any:
-    """SGLang's own `ChunkSizePredictor`, taken from the wheel. Nothing else of it is run."""
-    smooth = SimpleNamespace(get=lambda: 0.75)  # SGLang's default
-    given = {"np": np, "math": math, "logger": logging.getLogger("sglang")}
-    given["envs"] = SimpleNamespace(SGLANG_DYNAMIC_CHUNKING_SMOOTH_FACTOR=smooth)
-    path, name = "srt/managers/scheduler_components/dynamic_chunk_sizer.py", "ChunkSizePredictor"
-    return Sources(wheel).take("sglang", path, [name], given)[name]()
-
-
 def sglang_sweep(step: Callable[[int, int], object], base: int, timer: Any) -> dict[str, Any]:
-    """SGLang's sweep: 128 falling lengths up to 1.25 base chunks, once each, without history."""
-    top = base * 5 // 4
-    lengths = [n for n in (top - i * max(1, top // 128) for i in range(128)) if n > 0]
+    """Times SGLang's sweep."""
+    lengths = sweep_lengths(base)
     began = time.perf_counter()
     times = [timer(lambda n=n: step(0, n)).host_ms for n in lengths]
     seconds = time.perf_counter() - began
@@ -348,7 +337,7 @@ class SglangSizes:
 
     def __init__(self, wheel: Path, sweep: dict[str, Any], args: argparse.Namespace) -> None:
         self.args = args
-        self.predictor = sglang_predictor(wheel)
+        self.predictor = sglang_class(wheel)()
         self.refused = ""
         try:
             self.predictor.fit(sweep["lengths"], sweep["ms"])
@@ -374,15 +363,6 @@ class SglangSizes:
 
 
 # --- what is measured -----------------------------------------------------------------------------
-
-
-def chunks_of(prompt_len: int, next_size: Callable[[int], int]) -> list[int]:
-    chunks: list[int] = []
-    done = 0
-    while done < prompt_len:
-        chunks.append(min(next_size(done), prompt_len - done))
-        done += chunks[-1]
-    return chunks
 
 
 def batches_of_one(chunks: Sequence[int]) -> list[Batch]:

@@ -52,8 +52,8 @@ from bench.pp.parts import (
     run_design,
     run_gate,
     run_model,
-    sglang_class,
 )
+from bench.pp.sglang_sizes import sglang_class
 from bench.pp.truth import FAMILIES, HARSH, NOISES
 from bench.suite.peers import Sources
 
@@ -147,6 +147,7 @@ def run(
 
 def _quiet() -> None:
     logging.disable(logging.WARNING)  # hides one line per profile
+    logging.getLogger("sglang").setLevel(logging.CRITICAL)  # hides the fits that SGLang refuses
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Tables and plots for the results of the SGLang plugin (sglang_plugin.py), the pipeline
-(pp_prefill.py) and the long run (sustained.py). The tables of the suite are in pages.py."""
+"""Tables and plots of the SGLang plugin (bench/in_sglang), the pipeline (bench/pp/prefill.py) and
+the long run (sustained.py). The other tables are beside what they show: bench/suite/pages.py,
+bench/engine/page.py, bench/pp/pages.py."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from bench.common import amount, load, newest_on_gpu
+from bench.common import load, newest_on_gpu
 from bench.engine import page as engine
 from bench.pp import pages as pp_pages
 from bench.report import svg
-from bench.suite.pages import indented, source, tabulate
+from bench.report.tables import source, tabulate, target_table
 
 RESULTS = Path("bench/results")  # this and the following paths are relative to the root
 PIPELINE = RESULTS / "pp_prefill-8b-2xnvidia-h100-80gb-hbm3.json"
@@ -72,23 +73,6 @@ def pair(cell: dict[str, float]) -> str:
 
 
 SIDES = {"without": "baseline", "with pystage": "pystage"}  # names in the results: column heads
-
-
-def target_table(result: dict[str, Any]) -> str:
-    targets = result["targets"]
-    limits = any(r.get("limit") is not None for r in targets)
-    rows = [
-        [
-            indented(r["measure"]),
-            r["target"],
-            amount(r),
-            *([amount(r, "limit")] if limits else []),
-            "yes" if r["ok"] else "no",
-        ]
-        for r in targets
-    ]
-    head = ["measure", "target", "measured", *(["at the lower bound"] if limits else []), "met"]
-    return tabulate(head, rows)
 
 
 def logits_text(path: Path | None) -> str:

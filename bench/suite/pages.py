@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.common import amount
+from bench.report.tables import indented, source, tabulate
 from bench.suite.contenders import (
     BUFFER,
     DEFERRED,
@@ -39,26 +40,6 @@ BASELINES = (SGLANG, BUFFER, UVA, RUNNER)
 HEADS = {DEFERRED: "pystage", SGLANG: "baseline: SGLang"}  # contenders as column heads
 
 
-def tabulate(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up."""
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = (
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "| " + " | ".join([first, *rest]) + " |"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
-    return "\n".join([line(head), rule, *map(line, rows)])
-
-
-def indented(measure: str) -> str:
-    """Keeps the indentation of a name, since Markdown drops leading spaces."""
-    return measure.replace("  ", "&nbsp;&nbsp;")
-
-
 def sections(result: dict[str, Any] | None) -> dict[str, str]:
     """The text for each mark, by the name of the mark. None: there is no run yet."""
     makers = {
@@ -78,18 +59,6 @@ def sections(result: dict[str, Any] | None) -> dict[str, str]:
     if result is None:
         return dict.fromkeys(makers, NOT_YET)
     return {name: make(result) for name, make in makers.items()}
-
-
-def source(result: dict[str, Any], file: str = "") -> str:
-    """The origin of the figures. ``file``: the result's file, if it is to be named."""
-    gpus = f"{result['devices']} x " if result["devices"] > 1 else ""
-    when = result["date"][:16].replace("T", " ")
-    at = f", `bench/results/{file}`" if file else ""
-    return (
-        f"{gpus}{result['device']}, {result['cores']}-core VM ({result['cpu']}), driver "
-        f"{result['driver']}, torch {result['torch']}, {when} UTC, commit "
-        f"`{result['commit'][:9]}`: `{result['command']}`{at}."
-    )
 
 
 def _cells(result: dict[str, Any], regime: str) -> dict[str, Any]:
