@@ -136,6 +136,13 @@ class _Attributes(ctypes.Structure):
     )
 
 
+def launched(profiler: torch.profiler.profile) -> list[str]:
+    """The names of the kernels and copies that ran on the GPU under the profiler, in order."""
+    gpu = torch.autograd.DeviceType.CUDA
+    events = [event for event in profiler.events() if event.device_type == gpu]
+    return [event.name for event in sorted(events, key=lambda e: e.time_range.start)]
+
+
 def cuda_runtime() -> ctypes.CDLL:
     """The CUDA runtime that torch has loaded."""
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -292,11 +299,7 @@ class Cuda(Host):
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
             call()
             torch.cuda.synchronize()
-        on_device = [
-            event.name
-            for event in profiler.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA
-        ]
+        on_device = launched(profiler)
         copies = sum(name.startswith(("Memcpy", "Memset")) for name in on_device)
         return {"kernels": len(on_device) - copies, "copies": copies}
 

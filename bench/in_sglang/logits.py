@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import sys
 import time
 from itertools import cycle, islice
@@ -24,8 +23,17 @@ from rich.console import Console
 from rich.progress import track
 
 from bench.common import write_result
+from bench.device import launched
 from bench.in_sglang import rig as sglang_rig
-from bench.in_sglang.plugin import SIDES, WITH, WITHOUT, Streams, Switch, sampling_of
+from bench.in_sglang.plugin import (
+    SIDES,
+    WITH,
+    WITHOUT,
+    Streams,
+    Switch,
+    load_plugin,
+    sampling_of,
+)
 from pystage.trace import Request, draw_ids, prefill_batches, sample_trace
 
 CHUNK, LONGEST, MOST = 512, 1500, 12  # tokens per batch and per prompt, requests per batch
@@ -61,15 +69,7 @@ class Comparison:
             device, model=True, overlap=True, max_total_tokens=1 << 16, max_running_requests=64
         )
         self.streams, self.grammars = Streams(device), grammars
-        os.environ["PYSTAGE_SGLANG_CPU"] = "1"  # a trial run without a GPU
-        from sglang.srt.plugins import load_plugins
-
-        load_plugins()
-        from pystage.integrations import sglang as plugin
-
-        self.status = plugin.status()
-        if self.status["off"] or self.status["broken"] or not self.status["active"]:
-            raise RuntimeError(f"the plugin is not in place: {self.status['line']}")
+        _, self.status = load_plugin()
         self.switch = Switch()
         self.live: dict[tuple[str, int], Any] = {}
         self.kinds = dict.fromkeys(
@@ -102,7 +102,7 @@ class Comparison:
             "seconds": round(time.monotonic() - start, 1),
         }
 
-    def _batch(self, side: str, requests: list[Request], shape: Any) -> list[torch.Tensor]:
+    def _batch(self, side: str, requests: list[Request], shape: Any) -> tuple[torch.Tensor, ...]:
         self.switch(side)
         reqs = [self._request(side, requests, r) for r in shape.requests]
         for req, first, last in zip(reqs, shape.starts, shape.stops, strict=True):
@@ -112,18 +112,7 @@ class Comparison:
         with self.streams.on_forward():
             self.rig.resolve(batch)
             torch.manual_seed(7)  # sampling is random
-            return self._forward(batch)
-
-    def _forward(self, batch: Any) -> list[torch.Tensor]:
-        from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-
-        forward = ForwardBatch.init_new(
-            batch, self.rig.runner, return_hidden_states_before_norm=False
-        )
-        output = self.rig.runner.forward(forward).logits_output
-        logits = output.next_token_logits.clone()
-        sampled = self.rig.runner.sample(output, forward)
-        return [logits, output.next_token_logits.clone(), sampled]
+            return self.rig.run(batch)
 
     def _request(self, side: str, requests: list[Request], r: int) -> Any:
         if (side, r) not in self.live:
@@ -144,7 +133,6 @@ class Comparison:
 
     def launches(self) -> dict[str, list[str]]:
         """The kernels and copies that ForwardBatch.init_new launches for 8 requests, in order."""
-        from sglang.srt.model_executor.forward_batch_info import ForwardBatch
         from torch.profiler import ProfilerActivity, profile
 
         told: dict[str, list[str]] = {}
@@ -159,15 +147,10 @@ class Comparison:
                     self.streams.settle()
                     kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
                     with profile(activities=kinds) as profiler:
-                        ForwardBatch.init_new(
-                            batch, self.rig.runner, return_hidden_states_before_norm=False
-                        )
+                        self.rig.forward_batch(batch)
                         self.streams.settle()
                 self.rig.release(*reqs)
-            device = torch.autograd.DeviceType.CUDA
-            events = [e for e in profiler.events() if e.device_type == device]
-            events.sort(key=lambda e: e.time_range.start)
-            told[side] = [e.name[:60] for e in events]
+            told[side] = [name[:60] for name in launched(profiler)]
         return told
 
 

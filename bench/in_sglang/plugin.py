@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -46,6 +46,7 @@ from bench.common import (
     summary,
     write_result,
 )
+from bench.device import launched
 from bench.in_sglang import rig as sglang_rig
 from bench.suite.bound import PARTS, Bound
 from pystage.trace import Request, draw_ids, sample_trace
@@ -55,6 +56,21 @@ PAGED = (64, 128, 64)  # requests, ids per request, tokens per page of KV memory
 WITH, WITHOUT, BELOW = "with pystage", "without", "the lower bound"
 SIDES = (WITH, WITHOUT)
 TIMED = ("host", "history", "latency")
+
+
+def load_plugin() -> tuple[ModuleType, dict[str, Any]]:
+    """Loads the plugin as a server does. Returns its module and status. Raises ``RuntimeError`` if
+    it is not in place."""
+    os.environ["PYSTAGE_SGLANG_CPU"] = "1"  # a trial run without a GPU
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from pystage.integrations import sglang as plugin
+
+    status = plugin.status()
+    if status["off"] or status["broken"] or not status["active"]:
+        raise RuntimeError(f"the plugin is not in place: {status['line']}")
+    return plugin, status
 
 
 class Switch:
@@ -119,18 +135,11 @@ class Bench:
         )
         self.streams = Streams(device)
         from sglang.srt.managers import schedule_batch
-        from sglang.srt.plugins import load_plugins
         from sglang.srt.utils.common import is_pin_memory_available
 
         self.record = _recorder(console)
-        os.environ["PYSTAGE_SGLANG_CPU"] = "1"  # a trial run without a GPU
-        load_plugins()
-        from pystage.integrations import sglang as plugin
-
-        self.status = plugin.status()
-        if self.status["off"] or self.status["broken"] or not self.status["active"]:
-            raise RuntimeError(f"the plugin is not in place: {self.status['line']}")
-        self.plugin, self.switch = plugin, Switch()
+        self.plugin, self.status = load_plugin()
+        self.switch = Switch()
         self.schedule_batch = schedule_batch
         self.pin = is_pin_memory_available(self.rig.device)
         self.bound = Bound(1 << 17) if self.streams.cuda else None
@@ -421,11 +430,7 @@ class Bench:
                     ):
                         batch.prepare_for_extend()
                         self.streams.settle()
-                device = [
-                    e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA
-                ]
-                device.sort(key=lambda e: e.time_range.start)
-                told[side] = [e.name[:60] for e in device]
+                told[side] = [name[:60] for name in launched(profile)]
         return result
 
     # --- until the ids are there

@@ -205,18 +205,27 @@ class Rig:
 
         return sys.modules.get("sglang.srt.managers.scheduler", overlap_utils)
 
-    def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and sampled ids. Stores the ids in the relay as the scheduler does."""
-        from sglang.srt.managers.overlap_utils import RelayPayload
+    def forward_batch(self, batch: Any) -> Any:
+        """SGLang's ``ForwardBatch`` of a resolved batch."""
         from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+        return ForwardBatch.init_new(batch, self.runner, return_hidden_states_before_norm=False)
+
+    def run(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Runs the model on a resolved batch. Returns its logits, the logits used for sampling and
+        the sampled ids."""
         with torch.no_grad():
-            forward = ForwardBatch.init_new(
-                batch, self.runner, return_hidden_states_before_norm=False
-            )
+            forward = self.forward_batch(batch)
             output = self.runner.forward(forward).logits_output
             logits = output.next_token_logits.clone()
             sampled = self.runner.sample(output, forward)
+            return logits, output.next_token_logits.clone(), sampled
+
+    def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and sampled ids. Stores the ids in the relay as the scheduler does."""
+        from sglang.srt.managers.overlap_utils import RelayPayload
+
+        logits, _, sampled = self.run(batch)
         self.future_map.stash(batch.req_pool_indices, RelayPayload(bonus_tokens=sampled))
         batch.input_ids = None
         return logits, sampled
