@@ -3,6 +3,7 @@ their provenance."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import gc
 import json
@@ -172,6 +173,18 @@ def arriving(requests: list[Request]) -> Iterator[Batch]:
         for batch in prefill_batches(group):
             yield replace(batch, requests=[first + r for r in batch.requests])
         first += count
+
+
+def parts_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """The type of an option that chooses parts of a benchmark, separated by commas."""
+
+    def parts(text: str) -> tuple[str, ...]:
+        chosen = tuple(text.split(","))
+        if unknown := set(chosen) - set(known):
+            raise argparse.ArgumentTypeError(f"unknown parts: {', '.join(sorted(unknown))}")
+        return chosen
+
+    return parts
 
 
 def _output(*command: str) -> str:

@@ -48,7 +48,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.common import write_result
+from bench.common import parts_of, write_result
 from bench.llama import SHAPES as MODELS
 from bench.pp.sglang_sizes import chunks_of, sglang_class, sweep_lengths
 from pystage.pp import (
@@ -688,17 +688,10 @@ def summary(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parts(text: str) -> tuple[str, ...]:
-    chosen = tuple(text.split(","))
-    if unknown := set(chosen) - set(PARTS):
-        raise argparse.ArgumentTypeError(f"unknown parts: {', '.join(sorted(unknown))}")
-    return chosen
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="tiny")
-    parser.add_argument("--parts", type=parts, default=PARTS, help=",".join(PARTS))
+    parser.add_argument("--parts", type=parts_of(PARTS), default=PARTS, help=",".join(PARTS))
     parser.add_argument("--context", type=int, help="tokens; default 131072, tiny 2048")
     parser.add_argument("--base", type=int, help="base chunk, tokens; default 8192, tiny 256")
     parser.add_argument("--page", type=int, help="tokens; default 64, tiny 8")

@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.common import BUILD, amount, write_result
+from bench.common import BUILD, amount, parts_of, write_result
 from bench.device import Absent
 from bench.pp.parts import (
     BASE,
@@ -260,13 +260,6 @@ def losers(rows: Sequence[dict[str, Any]], plan: str) -> list[str]:
     return [f"{100 * loss:+.2f} %: {where}" for loss, where in sorted(found, reverse=True)[:5]]
 
 
-def parts_of(text: str) -> tuple[str, ...]:
-    chosen = tuple(text.split(","))
-    if unknown := set(chosen) - set(PARTS):
-        raise argparse.ArgumentTypeError(f"unknown parts: {', '.join(sorted(unknown))}")
-    return chosen
-
-
 def show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -292,7 +285,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="few cells, under a minute")
-    parser.add_argument("--parts", type=parts_of, default=PARTS, help=",".join(PARTS))
+    parser.add_argument("--parts", type=parts_of(PARTS), default=PARTS, help=",".join(PARTS))
     parser.add_argument("--sglang", type=Path, help="SGLang's wheel, or a folder with its package")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, help="JSON file")

@@ -72,21 +72,31 @@ def demo(
         int,
         typer.Option(
             min=1,
-            max=10_000_000,
+            max=demo_command.MOST["batches"],
             metavar="N",
             help="Batches to measure; the trace repeats.",
         ),
     ] = demo_command.DEFAULT_BATCHES,
     chunk: Annotated[
         int,
-        typer.Option(min=1, max=1 << 24, metavar="TOKENS", help="Tokens a batch has at most."),
+        typer.Option(
+            min=1,
+            max=demo_command.MOST["chunk_tokens"],
+            metavar="TOKENS",
+            help="Tokens a batch has at most.",
+        ),
     ] = trace.DEFAULT_CHUNK_TOKENS,
     issue: Annotated[
         Issue, typer.Option(help="When the pool starts the transfer: at resolve, or at stage.")
     ] = "deferred",
     vocab: Annotated[
         int,
-        typer.Option(min=1, max=(1 << 63) - 1, metavar="N", help="Ids are drawn from 0 to N - 1."),
+        typer.Option(
+            min=1,
+            max=demo_command.MOST["vocab_size"],
+            metavar="N",
+            help="Ids are drawn from 0 to N - 1.",
+        ),
     ] = trace.DEFAULT_VOCAB_SIZE,
     no_profile: Annotated[
         bool, typer.Option("--no-profile", help="Leave out the decoder and its chunk plan.")

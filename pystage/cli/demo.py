@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .chunks import ChunkReport, Chunks
 
 DEFAULT_BATCHES = 2000
+# The largest values of the options.
+MOST = {"batches": 10_000_000, "chunk_tokens": 1 << 24, "vocab_size": (1 << 63) - 1}
 HELP = (
     "Replay a trace through a pool: every id checked, every call timed.\n\n"
     "Each prefill batch goes through a staging pool and by the plain torch path; the command fails "

@@ -47,13 +47,18 @@ def run(arguments: Sequence[str]) -> int:
 def _demo_options(parser: argparse.ArgumentParser) -> None:
     """Adds the same options as :mod:`pystage.cli.commands`."""
     parser.add_argument("--trace", type=Path, metavar="FILE", help="length trace to replay")
-    for name, dest, default, most, help_text in (
-        ("--batches", "batches", demo.DEFAULT_BATCHES, 10_000_000, "batches to measure"),
-        ("--chunk", "chunk_tokens", trace.DEFAULT_CHUNK_TOKENS, 1 << 24, "tokens a batch has"),
-        ("--vocab", "vocab_size", trace.DEFAULT_VOCAB_SIZE, (1 << 63) - 1, "ids are below this"),
+    for name, dest, default, help_text in (
+        ("--batches", "batches", demo.DEFAULT_BATCHES, "batches to measure"),
+        ("--chunk", "chunk_tokens", trace.DEFAULT_CHUNK_TOKENS, "tokens a batch has"),
+        ("--vocab", "vocab_size", trace.DEFAULT_VOCAB_SIZE, "ids are below this"),
     ):
         parser.add_argument(
-            name, dest=dest, type=_between(1, most), default=default, metavar="N", help=help_text
+            name,
+            dest=dest,
+            type=_between(1, demo.MOST[dest]),
+            default=default,
+            metavar="N",
+            help=help_text,
         )
     parser.add_argument("--issue", choices=("deferred", "eager"), default="deferred")
     parser.add_argument(
