@@ -65,30 +65,41 @@ sglang-env:  ## install SGLang for the CPU into .venv-sglang
 	@test -e $(SGLANG_STAMP) || { rm -rf $(SGLANG_VENV) && \
 	  $(PYTHON) tests/install_sglang.py $(SGLANG_VENV) && touch $(SGLANG_STAMP); }
 
+# The extension in the source folder serves both environments if they have the same torch.
+SGLANG_PY = $(abspath $(SGLANG_VENV)/bin/python)
+SGLANG_TEST = PYTHONPATH=$(CURDIR) PYSTAGE_TEST_SGLANG_OLD=$(abspath $(SGLANG_VENV)/releases) \
+  $(SGLANG_PY) $(COUNTED) -m pytest -q -W ignore tests/test_sglang.py tests/test_engine.py
+SGLANG_FITS = PYTHONPATH=$(CURDIR) $(SGLANG_PY) -c \
+  'import pystage; found = pystage.build_info(); assert found.torch_built == found.torch' 2> /dev/null
 sglang-test: sglang-env  ## test the plugin in the real SGLang, on the CPU
-	PYSTAGE_CUDA=0 $(SGLANG_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e .
-	@rm -f build/.installed-*
-	PYSTAGE_TEST_SGLANG_OLD=$(SGLANG_VENV)/releases $(SGLANG_VENV)/bin/python $(COUNTED) -m pytest -q -W ignore tests/test_sglang.py tests/test_engine.py
+	@$(SGLANG_FITS) || { rm -f build/.installed-* && \
+	  PYSTAGE_CUDA=0 $(SGLANG_PY) -m pip install --quiet --no-build-isolation --no-deps -e .; }
+	$(SGLANG_TEST)
 
-# Both suites with the lines of Python that run counted, then the tests that drive the extension
-# once more, on a build that counts its own: beside a copy of the package, so that the extension in
-# the source folder stays what it is; beside those in SGLang. Needs the extra `dev`.
+# Both suites with the lines of Python that run counted, and the tests that drive the extension once
+# more, on a build that counts its own: in a copy of the package, so that the extension in the source
+# folder stays what it is. All three run at a time; SGLang's suite waits for the first if it needs
+# another build of the extension. Needs the extra `dev`.
 COVERAGE := $(CURDIR)/build/coverage
 BINDINGS := batch bindings figures gil hostile integrations ops pool process races small_tensors stage staged_tokens stateful torch_memory
 coverage: export COVERAGE_FILE = $(COVERAGE)/data
 coverage: build  ## run the tests in both environments and list the lines they miss
 	rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)/tree
-	$(MAKE) --no-print-directory test COUNTED='-m coverage run'
 	cp -r pystage tests bench docs README.md pyproject.toml $(COVERAGE)/tree
 	rm -f $(COVERAGE)/tree/pystage/*.so
-	PYSTAGE_COVERAGE=1 $(PY) setup.py -q build_ext --build-temp $(COVERAGE)/objects --build-lib $(COVERAGE)/tree
-	@set -e; (cd $(COVERAGE)/tree && PYSTAGE_TEST_SCALE=0.05 \
-	  $(abspath $(PY)) -m pytest -q $(BINDINGS:%=tests/test_%.py)) > $(COVERAGE)/bindings.log 2>&1 & \
-	bindings=$$!; without=--without-sglang; \
-	if $(MAKE) --no-print-directory sglang-env; then without=; \
-	  $(MAKE) --no-print-directory sglang-test COUNTED='-m coverage run'; \
-	else echo 'SGLang could not be installed here (see above): the plugin is NOT tested in it'; fi; \
-	wait $$bindings || { cat $(COVERAGE)/bindings.log; exit 1; }; tail -n 1 $(COVERAGE)/bindings.log; \
+	@trap 'kill $$(jobs -p) 2> /dev/null' EXIT; \
+	sglang() { $(MAKE) --no-print-directory sglang-test COUNTED='-m coverage run'; }; \
+	finish() { wait $$1 && tail -n 1 $(COVERAGE)/$$2.log || { cat $(COVERAGE)/$$2.log; exit 1; }; }; \
+	{ PYSTAGE_COVERAGE=1 $(PY) setup.py -q build_ext --build-temp $(COVERAGE)/objects \
+	    --build-lib $(COVERAGE)/tree && cd $(COVERAGE)/tree && PYSTAGE_TEST_SCALE=0.05 \
+	  $(abspath $(PY)) -m pytest -q $(BINDINGS:%=tests/test_%.py); } > $(COVERAGE)/bindings.log 2>&1 & \
+	bindings=$$!; without= beside=; \
+	$(MAKE) --no-print-directory sglang-env || { without=--without-sglang; \
+	  echo 'SGLang could not be installed here (see above): the plugin is NOT tested in it'; }; \
+	if [ -z "$$without" ] && $(SGLANG_FITS); then sglang > $(COVERAGE)/sglang.log 2>&1 & beside=$$!; fi; \
+	$(MAKE) --no-print-directory test COUNTED='-m coverage run' || exit 1; \
+	if [ -n "$$beside" ]; then finish $$beside sglang; elif [ -z "$$without" ]; then sglang || exit 1; fi; \
+	finish $$bindings bindings; \
 	$(PY) tests/measure_coverage.py $(COVERAGE) $$without
 
 cpp-test:  ## run the C++ tests of the core (needs doctest)
