@@ -526,8 +526,9 @@ class CudaDevice final : public Device {
     const InContext context(driver_);
     if (t.kind == TransferKind::kCopyEngine) {
       if (t.tail || t.wire != t.out)
-        throw DeviceError("a copy engine cannot gather, nor convert between int32 and int64 [" +
-                          name_ + "]");
+        throw DeviceError(
+            "a copy engine can neither gather ids nor convert between int32 and int64 [" + name_ +
+            "]");
       PYSTAGE_CHECK(driver_, cuMemcpyHtoDAsync, reinterpret_cast<CUdeviceptr>(t.dst), t.src,
                     t.count * size_of(t.wire), s);
       return;

@@ -38,7 +38,7 @@ PyObject* write_rows_fast(PyObject*, PyObject* const* args, Py_ssize_t given) {
     const std::shared_ptr<StagingPool> pool = pool_of(args[0]);
     const c10::Device device = pool->device();
     for (const int i : {1, 2})
-      if (!is_tensor(args[i])) throw py::type_error("table and rest are tensors");
+      if (!is_tensor(args[i])) throw py::type_error("table and rest must be tensors");
     const at::Tensor table = THPVariable_Unpack(args[1]), rest = THPVariable_Unpack(args[2]);
     const py::object prefixes = as_fast_sequence(args[3], "prefixes");
     const Ints rows(args[4], "rows"), prefix_lens(args[5], "prefix_lens"), lens(args[6], "lens");
@@ -63,7 +63,7 @@ PyObject* write_rows_fast(PyObject*, PyObject* const* args, Py_ssize_t given) {
     int64_t rest_at = 0;
     for (size_t i = 0; i < count; ++i) {
       PyObject* object = PySequence_Fast_GET_ITEM(prefixes.ptr(), static_cast<Py_ssize_t>(i));
-      if (!is_tensor(object)) throw py::type_error("prefixes are tensors");
+      if (!is_tensor(object)) throw py::type_error("prefixes must be tensors");
       const at::Tensor& prefix = THPVariable_Unpack(object);
       const int64_t row = rows[i], prefix_count = prefix_lens[i], length = lens[i];
       const bool fits = 0 <= row && row < table.size(0) && 0 <= prefix_count && 0 <= length &&

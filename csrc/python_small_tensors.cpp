@@ -100,7 +100,7 @@ void check_dtype(at::ScalarType dtype) {
   TORCH_CHECK_TYPE(
       dtype == at::kInt || dtype == at::kLong || dtype == at::kUInt64 || dtype == at::kFloat ||
           dtype == at::kBool,
-      "small tensors are int32, int64, uint64, float32 or bool, not " + name_of(dtype));
+      "small tensors must be int32, int64, uint64, float32 or bool, not " + name_of(dtype));
 }
 
 }  // namespace
@@ -133,7 +133,7 @@ namespace {
 
 at::ScalarType dtype_of(PyObject* dtype) {
   if (!THPDtype_Check(dtype))
-    throw py::type_error("a dtype is a torch.dtype, not a " + type_name(dtype));
+    throw py::type_error("dtype must be a torch.dtype, not a " + type_name(dtype));
   const at::ScalarType scalar_type = reinterpret_cast<THPDtype*>(dtype)->scalar_type;
   check_dtype(scalar_type);
   return scalar_type;
@@ -168,7 +168,7 @@ PyObject* small_tensors_fast(PyObject*, PyObject* const* args, Py_ssize_t given)
       if (is_tensor(value)) {
         const at::Tensor tensor = THPVariable_Unpack(value);
         TORCH_CHECK_VALUE(tensor.is_cpu(), name + " is on " + tensor.device().str() +
-                                               ": small tensors are made of CPU tensors");
+                                               ": small tensors are made from CPU tensors");
         check_memory(tensor, name);
         one.dtype = dtype == Py_None ? tensor.scalar_type() : dtype_of(dtype);
         check_dtype(one.dtype);
@@ -178,7 +178,7 @@ PyObject* small_tensors_fast(PyObject*, PyObject* const* args, Py_ssize_t given)
             name + " has values that " + name_of(one.dtype) + " cannot hold");
         bytes += Parcel::room(one.tensor.nbytes());
       } else if (PyList_Check(value) || PyTuple_Check(value)) {
-        if (dtype == Py_None) throw py::type_error(name + " is a list: it takes a dtype");
+        if (dtype == Py_None) throw py::type_error(name + " is a list, so it needs a dtype");
         one.dtype = dtype_of(dtype);
         one.list = py::reinterpret_borrow<py::object>(value);
         one.size = PySequence_Fast_GET_SIZE(value);

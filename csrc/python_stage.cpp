@@ -34,7 +34,8 @@ StagedTokens stage(const std::shared_ptr<StagingPool>& self, py::handle token_id
                    py::handle starts, py::handle stops, std::optional<int64_t> vocab_size) {
   Pool& pool = self->core();
   if (vocab_size && *vocab_size < 1)
-    throw py::value_error("vocab_size is " + std::to_string(*vocab_size) + ", not positive");
+    throw py::value_error("vocab_size is " + std::to_string(*vocab_size) +
+                          ", but must be positive");
   const py::object requests = as_fast_sequence(token_ids, "token_ids");
   const size_t count = static_cast<size_t>(PySequence_Fast_GET_SIZE(requests.ptr()));
   // Read these before any buffer is exported, because reading them may run Python code.

@@ -175,7 +175,8 @@ PyObject* slice_fast(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     check_count("_slice", count, 2);
     const size_t start = size_argument(args[0]), stop = size_argument(args[1]);
     if (start > stop || stop > tokens_of(self).count())
-      throw py::value_error("no such slice of " + std::to_string(tokens_of(self).count()) + " ids");
+      throw py::value_error("the slice is out of range for " +
+                            std::to_string(tokens_of(self).count()) + " ids");
     return make_staged_tokens(reinterpret_cast<StagedTokensObject*>(self)->pool,
                               tokens_of(self).slice(start, stop));
   });

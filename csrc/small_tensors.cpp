@@ -20,8 +20,8 @@ StreamHandle small_tensors_stream(c10::Device device) {
   const StreamHandle stream = current_stream_of(device);
   if (backend_of(device).capturing(stream))  // GCOV_EXCL_START: the host captures nothing
     throw CaptureError(
-        "small tensors on a stream that captures a CUDA graph: every replay would have the values "
-        "of now; make them before the capture, in tensors that the graph reads");
+        "small tensors on a stream that captures a CUDA graph: every replay would use the values "
+        "of the capture; make them before it, in tensors that the graph reads");
   // GCOV_EXCL_STOP
   return stream;
 }
@@ -87,7 +87,7 @@ std::vector<at::Tensor> small_tensors(at::TensorList values, c10::Device device)
   Device& backend = backend_of(device);
   size_t bytes = 0;
   for (const at::Tensor& tensor : values) {
-    TORCH_CHECK_VALUE(tensor.is_cpu(), "small tensors are made of CPU tensors, not of one on " +
+    TORCH_CHECK_VALUE(tensor.is_cpu(), "small tensors are made from CPU tensors, not of one on " +
                                            tensor.device().str());
     check_memory(tensor, "a small tensor");
     bytes += Parcel::room(tensor.nbytes());

@@ -45,7 +45,7 @@ std::string shape_of(const at::Tensor& tensor) {
 
 IntType int_type(at::ScalarType dtype) {
   TORCH_CHECK_TYPE(dtype == at::kLong || dtype == at::kInt,
-                   std::string("token ids are int64 or int32, not ") + c10::toString(dtype));
+                   std::string("token ids must be int64 or int32, not ") + c10::toString(dtype));
   return dtype == at::kInt ? IntType::kInt32 : IntType::kInt64;
 }
 
@@ -305,8 +305,9 @@ StreamHandle StagedTokens::resolving_stream() const {
   const StreamHandle stream = pool_->current_stream();
   if (pool_->backend_->capturing(stream))  // GCOV_EXCL_START: the host captures nothing
     throw CaptureError(
-        "resolve() on a stream that captures a CUDA graph: every replay would read a slot that is "
-        "long reused; resolve before the capture, with out= into the graph's static input");
+        "resolve() on a stream that captures a CUDA graph: every replay would read a slot that "
+        "other ids may hold by then; resolve before the capture, with out= into the graph's static "
+        "input");
   // GCOV_EXCL_STOP
   return stream;
 }

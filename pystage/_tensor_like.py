@@ -167,7 +167,7 @@ class TensorLike(_C.StagedTokens):
             _read_only(name)
         if name in _OF_STORAGE:
             raise TypeError(
-                f"{name} of staged tokens would outlive what guards their slot: use .cpu().{name}"
+                f"{name} of staged tokens would outlive the lease on their slot: use .cpu().{name}"
             )
         return getattr(self.cpu(), name)
 
@@ -218,7 +218,9 @@ def _is_in_place(name: str) -> bool:
 
 
 def _read_only(name: str) -> NoReturn:
-    raise TypeError(f"staged tokens are read-only, so no {name}: change a .cpu() copy, then stage")
+    raise TypeError(
+        f"staged tokens are read-only and have no {name}: change a copy, .cpu(), and stage it again"
+    )
 
 
 def _copy_arguments(

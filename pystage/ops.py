@@ -72,9 +72,9 @@ _INTS = (torch.int32, torch.int64)
 
 def _check(wire: Tensor, dtype: torch.dtype) -> None:
     torch._check_type(
-        wire.dtype in _INTS, lambda: f"token ids are int64 or int32, not {wire.dtype}"
+        wire.dtype in _INTS, lambda: f"token ids must be int64 or int32, not {wire.dtype}"
     )
-    torch._check_type(dtype in _INTS, lambda: f"token ids are int64 or int32, not {dtype}")
+    torch._check_type(dtype in _INTS, lambda: f"token ids must be int64 or int32, not {dtype}")
     torch._check_value(wire.dim() == 1, lambda: f"wire must be 1-D, not {list(wire.shape)}")
 
 

@@ -89,14 +89,18 @@ class StagingPool:
         _require("wire", wire, ("auto", "int64"))
         capacity_bytes = _as_bytes("capacity_bytes", capacity_bytes)
         if capacity_bytes < 4096:
-            raise ValueError(f"capacity_bytes is {capacity_bytes}; it takes at least a page (4096)")
+            raise ValueError(
+                f"capacity_bytes is {capacity_bytes}, but must be at least one page (4096 bytes)"
+            )
         if reserve_bytes is None:
             reserve_bytes = min(capacity_bytes, 8 << 20)
         reserve_bytes = _as_bytes("reserve_bytes", reserve_bytes)
         if not 0 <= reserve_bytes <= capacity_bytes:
             raise ValueError(f"reserve_bytes is {reserve_bytes}, outside [0, {capacity_bytes}]")
         if not 0 <= timeout_s <= 1e6:  # also rejects NaN
-            raise ValueError(f"timeout_s is {timeout_s}; it is seconds, from 0 on")
+            raise ValueError(
+                f"timeout_s is {timeout_s}, but must be a number of seconds, 0 or more"
+            )
         self._device = _pick_device(device)
         if self._device.type == "cuda" and _C.cuda_runtime:
             count = torch.cuda.device_count()
@@ -378,13 +382,13 @@ def _as_bytes(name: str, value: object) -> int:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(
-            f"{name} is {value!r}; it is a number of bytes, as an int: 64 << 20 is 64 MiB"
+            f"{name} is {value!r}, but must be a number of bytes as an int: 64 << 20 is 64 MiB"
         ) from None
 
 
 def _require(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it is one of {', '.join(map(repr, allowed))}")
+        raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, allowed))}")
 
 
 def _pick_device(device: torch.device | str | None) -> torch.device:

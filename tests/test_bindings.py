@@ -134,7 +134,7 @@ def test_arguments_of_another_type_or_number(
 @pytest.mark.parametrize(("start", "stop"), [(2, 1), (0, 4), (4, 4), (3, 9)])
 def test_slices_that_are_none(pool: pystage.StagingPool, start: int, stop: int) -> None:
     staged = pool.stage([ids(1, 2, 3)])
-    with pytest.raises(ValueError, match="no such slice of 3 ids"):
+    with pytest.raises(ValueError, match="the slice is out of range for 3 ids"):
         staged._slice(start, stop)
     assert staged._slice(3, 3).tolist() == []
 

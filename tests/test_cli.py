@@ -600,6 +600,7 @@ import os, signal, sys
 if {missing!r}:
     sys.modules[{missing!r}] = None
 from pystage import StagingPool, cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for jobs behind &
 stage = StagingPool.stage
 def interrupted(*arguments, **more):
     os.kill(os.getpid(), signal.SIGINT)

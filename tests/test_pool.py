@@ -248,10 +248,10 @@ def test_fallback_is_right_and_counted(device: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"capacity_bytes": 100}, "at least a page"),
-        ({"capacity_bytes": 0}, "at least a page"),
-        ({"capacity_bytes": 4095}, "at least a page"),
-        ({"capacity_bytes": -1}, "at least a page"),
+        ({"capacity_bytes": 100}, "at least one page"),
+        ({"capacity_bytes": 0}, "at least one page"),
+        ({"capacity_bytes": 4095}, "at least one page"),
+        ({"capacity_bytes": -1}, "at least one page"),
         ({"capacity_bytes": 8192, "reserve_bytes": 8193}, r"outside \[0, 8192\]"),
         ({"timeout_s": 1e7}, "timeout_s"),
         ({"timeout_s": float("inf")}, "timeout_s"),
@@ -390,7 +390,7 @@ def test_weak_references_end_with_the_tokens() -> None:
 @pytest.mark.parametrize("name", ["capacity_bytes", "reserve_bytes"])
 @pytest.mark.parametrize("value", ["64M", 1e6, 4096.0])
 def test_a_size_is_a_number_of_bytes(name: str, value: object) -> None:
-    message = f"{name} is {value!r}; it is a number of bytes, as an int: 64 << 20 is 64 MiB"
+    message = f"{name} is {value!r}, but must be a number of bytes as an int: 64 << 20 is 64 MiB"
     with pytest.raises(TypeError) as raised:
         pystage.StagingPool("cpu", **{name: value})  # type: ignore[arg-type]
     assert str(raised.value) == message

@@ -320,7 +320,7 @@ def test_rows_and_arrays_are_samples_too() -> None:
     assert LatencyModel.fit(rows).form == form
     assert LatencyModel.fit(np.array(rows)).form == form
     for wrong in ([(0, 64)], [(0, 64.5, 1.0)], ["0 64 1"], [(0, 64, 1.0, 1.0, 1.0)], [3.0]):
-        with pytest.raises(TypeError, match=r"no row of \(history_len, chunk_len, latency_ms\)"):
+        with pytest.raises(TypeError, match=r"nor a row of \(history_len, chunk_len, latency_ms\)"):
             LatencyModel.fit(wrong)
 
 

@@ -305,7 +305,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="must be positive"):
         sizer_of(page_size=0)
     for change in ({"base_chunk": 0}, {"context_len": 0}):
-        with pytest.raises(ValueError, match="positive needed"):
+        with pytest.raises(ValueError, match="both must be positive"):
             sizer_of(**{"max_chunk": 16_384} | change)
     with pytest.raises(ValueError, match="ranks=0 must be positive"):
         sizer_of().fastest_plan(1000, 0)

@@ -107,7 +107,7 @@ def test_any_length_to_the_limit_and_one_beyond(pool: pystage.StagingPool) -> No
         (["1"], torch.float32, TypeError, "is a str, not a number"),
         ([[1]], torch.int32, TypeError, "is a list, not an int"),
         ([1], torch.float16, TypeError, "not torch.float16"),
-        ([1], None, TypeError, "it takes a dtype"),
+        ([1], None, TypeError, "is a list, so it needs a dtype"),
         ([1], "int64", TypeError, "a torch.dtype, not a str"),
         (torch.tensor([1 << 40]), torch.int32, ValueError, "that torch.int32 cannot hold"),
         (torch.tensor([1.5]), torch.int64, ValueError, "cannot hold"),
@@ -554,7 +554,7 @@ def test_the_scope_puts_torch_back(pool: pystage.StagingPool) -> None:
     assert torch.tensor is not tensor
     scope.close()
     assert torch.tensor is tensor and torch.full is full
-    with pytest.raises(TypeError, match="are tuples"):
+    with pytest.raises(TypeError, match="must be tuples"):
         Scope(pool, device, [], 8, (2,), minus_one)  # type: ignore[arg-type]
     assert torch.tensor is tensor
     Scope(pool, device, codes_of(fills), 8, (2,), minus_one).close()

@@ -380,7 +380,10 @@ class LatencyModel:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LatencyModel:
         if data.get("version") != 1:
-            raise ValueError(f"unknown latency model version {data.get('version')!r}, 1 is known")
+            raise ValueError(
+                f"unknown latency model version {data.get('version')!r}: this release reads "
+                "version 1"
+            )
         report = dict(data["report"])
         for name in ("history_range", "chunk_range"):
             report[name] = tuple(report.get(name, (0, 0)))

@@ -101,8 +101,8 @@ def samples_from(samples: Any) -> tuple[Sample, ...]:
                 sample = Sample(int(history), int(chunk), *map(float, (ms, *host)))
             except (TypeError, ValueError) as error:
                 raise TypeError(
-                    f"{row!r} is no Sample and no row of (history_len, chunk_len, latency_ms): "
-                    f"{error}"
+                    f"{row!r} is neither a Sample nor a row of (history_len, chunk_len, "
+                    f"latency_ms): {error}"
                 ) from error
         out.append(sample)
     return tuple(out)

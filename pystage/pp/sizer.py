@@ -64,7 +64,9 @@ class ChunkSizer:
         if not 0.0 < smooth <= 1.0:
             raise ValueError(f"smooth={smooth} must be in (0, 1]")
         if base_chunk < 1 or context_len < 1:
-            raise ValueError(f"base_chunk={base_chunk}, context_len={context_len}: positive needed")
+            raise ValueError(
+                f"base_chunk={base_chunk}, context_len={context_len}: both must be positive"
+            )
         self.model = model
         self.base_chunk = base_chunk
         self.context_len = context_len

@@ -344,8 +344,8 @@ MUTANTS: Mutants = {
         "fake-dtype": M("wire.new_empty(wire.shape, <|dtype=dtype|>,", "dtype=wire.dtype"),
         "fake-any-dtype": M("wire.dtype in _INTS, lambda", "True, lambda"),
         "fake-any-output": M(
-            'dtype in _INTS, lambda: f"token ids are int64 or int32, not {dtype}"',
-            'True, lambda: f"token ids are int64 or int32, not {dtype}"',
+            'dtype in _INTS, lambda: f"token ids must be int64 or int32, not {dtype}"',
+            'True, lambda: f"token ids must be int64 or int32, not {dtype}"',
         ),
         "fake-any-shape": M("torch._check_value(wire.dim() == 1,", "torch._check_value(True,"),
         "fake-out-any-shape": M("out.shape == wire.shape,", "True,"),

@@ -47,10 +47,12 @@ class Pools:
         settings = state.settings
         kind = name.partition(":")[0]
         if kind == "cpu" and not settings.cpu:
-            logger.info("pystage: nothing to gain on the CPU: SGLang stages as without it")
+            logger.info(
+                "pystage: the plugin gains nothing on the CPU: SGLang stages the ids itself"
+            )
             return None
         if kind not in ("cuda", "cpu"):
-            logger.warning("pystage: no pool for %s devices: SGLang stages as without it", name)
+            logger.warning("pystage: no pool for %s devices: SGLang stages the ids itself", name)
             return None
         try:
             pool = StagingPool(
@@ -60,7 +62,9 @@ class Pools:
                 issue=settings.issue,
             )
         except (PystageError, ValueError) as error:
-            logger.warning("pystage: no pool for %s (%s): SGLang stages as without it", name, error)
+            logger.warning(
+                "pystage: no pool for %s (%s): SGLang stages the ids itself", name, error
+            )
             return None
         state.say()
         return pool

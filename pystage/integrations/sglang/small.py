@@ -66,7 +66,7 @@ class Scope:
         # 4 or 8 bytes per request and tensor, each tensor rounded up to 16 bytes.
         capacity = 8 * deliver_at[-1] * (requests + 2)
         if not _one.acquire(blocking=False):
-            raise PystageError("another thread makes small tensors")
+            raise PystageError("another thread is making small tensors")
         try:
             self._parcel = _C.parcel(
                 pool._handle, capacity, device, _tensor, codes, deliver_at, minus_one
