@@ -120,13 +120,17 @@ def test_settings() -> None:
         "PYSTAGE_SGLANG_ISSUE": "Eager",
         "PYSTAGE_SGLANG_VALIDATE_IDS": "1",
         "PYSTAGE_SGLANG_SIZER": "1",
+        "PYSTAGE_SGLANG_BUDGET_MS": "60",
+        "PYSTAGE_SGLANG_CORRECT": "1",
         "PYSTAGE_SGLANG_SMALL": "0",
         "PYSTAGE_SGLANG_CPU": "1",
     }
     assert set(given) == set(plugin.ENVIRONMENT.values())
-    assert read(given) == plugin.Settings(False, 8, "wait", "eager", True, True, False, True)
+    assert read(given) == plugin.Settings(
+        False, 8, "wait", "eager", True, True, 60, True, False, True
+    )
     for name in given:
-        with pytest.raises(ValueError, match=f"{name} is '-1'; it is "):
+        with pytest.raises(ValueError, match=f"{name} is '-1', but must be "):
             read({name: "-1"})
 
 
@@ -138,7 +142,9 @@ def test_capacity_from_1_to_2_to_the_20_mib(text: str, mib: int) -> None:
     if mib:
         assert plugin.Settings.from_environment({variable: text}).capacity_mib == mib
     else:
-        with pytest.raises(ValueError, match=f"{variable} is '{text}'; it is MiB, a number from 1"):
+        with pytest.raises(
+            ValueError, match=f"{variable} is '{text}', but must be a number of MiB"
+        ):
             plugin.Settings.from_environment({variable: text})
 
 
@@ -789,7 +795,7 @@ def test_no_pool_where_one_cannot_be_made(
     monkeypatch.setattr(plugin.process, "StagingPool", lambda *a, **k: StagingPool("cpu", 5))
     sglang.load()
     assert type(sglang.run()) is torch.Tensor and plugin.pool_stats() == []
-    assert "no pool for cpu (capacity_bytes is 5;" in caplog.text
+    assert "no pool for cpu (capacity_bytes is 5, but" in caplog.text
 
 
 # --- what stays behind after a batch --------------------------------------------------------------
@@ -936,7 +942,11 @@ def test_another_sglang_is_left_alone(
     ("variable", "text", "why"),
     [
         ("PYSTAGE_SGLANG", "0", "PYSTAGE_SGLANG=0"),
-        ("PYSTAGE_SGLANG_ISSUE", "soon", "PYSTAGE_SGLANG_ISSUE is 'soon'; it is one of deferred, "),
+        (
+            "PYSTAGE_SGLANG_ISSUE",
+            "soon",
+            "PYSTAGE_SGLANG_ISSUE is 'soon', but must be one of deferred, ",
+        ),
     ],
 )
 def test_off(
@@ -982,8 +992,8 @@ def test_sizer_by_setting(sglang: Small, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "sizer" in status["active"] and "profiler" not in status["active"]
     owner = sglang.module("managers.scheduler_components.dynamic_chunk_sizer").DynamicChunkSizer()
     assert owner.profile_and_fit() is owner
-    assert owner.predict(0) is None  # there is no sizer: the static size
-    owner.pystage_sizer = SimpleNamespace(next_chunk=lambda history: history + 1)
+    assert owner.predict(0) is None  # there are no plans: the static size
+    monkeypatch.setattr(pp.serving, "plans", SimpleNamespace(next_chunk=lambda n: n + 1))
     assert owner.predict(41) == 42
 
 

@@ -30,8 +30,13 @@ import torch
 import pystage
 from pystage.batch import forgotten_resolves
 from pystage.integrations import sglang as plugin
+from pystage.integrations.sglang import budget as limits
 from pystage.integrations.sglang import pp
+from pystage.integrations.sglang.settings import Settings
+from pystage.pp import BudgetSizer
+from pystage.pp.forms import Form
 from pystage.testing import synchronize
+from tests.test_pp_sizer import model_of
 
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("needs SGLang: make sglang-test", allow_module_level=True)
@@ -684,7 +689,7 @@ def test_pystages_profiler_and_sizer(engine: Engine, forwards: list[torch.Tensor
     model_is_usable = pp.profile_and_fit(owner)
     assert len(forwards) > 24
     assert max(int(ids.max()) for ids in forwards) < 512
-    sizes = [pp.predict(owner, history) for history in (0, 1024, 4090)]
+    sizes = [pp.predict(history) for history in (0, 1024, 4090)]
     if model_is_usable:  # a noisy machine may give none, which is right too
         assert sizes[0] in range(64, 1025, 64) and sizes[2] is None
     else:
@@ -697,7 +702,7 @@ PLAN = [640, 512, 384, 256, 256]
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> pp.Plans:
     plans = pp.Plans({1024: [512, 512], 2048: PLAN}, 4096, page_size=64, largest=1024)
-    monkeypatch.setattr(pp._serving, "plans", plans)
+    monkeypatch.setattr(pp.serving, "plans", plans)
     return plans
 
 
@@ -753,6 +758,95 @@ def test_a_batch_that_has_begun_or_that_decodes_share(engine: Engine, planned: p
     assert whole.rem_chunk_tokens == 512
 
 
+# --- a time budget and the correction of the model ------------------------------------------------
+
+# 1 ms, 0.01 ms a token, and attention: 512 tokens take 6.4 ms without history, 22.8 behind 4,000.
+LAW = model_of(Form("law", (1.0, 0.0, 0.01, 0.0, 4e-6)))
+
+
+@pytest.fixture
+def budget(monkeypatch: pytest.MonkeyPatch) -> BudgetSizer:
+    sizer = BudgetSizer(LAW, budget_ms=8.0, page_size=64, min_chunk=64, max_tokens=1024)
+    monkeypatch.setattr(limits.serving, "sizer", sizer)
+    return sizer
+
+
+def admit(adder: Any, req: Any, history: int, continued: bool = False) -> int:
+    """The tokens that SGLang's own adder takes of a request under the hook."""
+    req.init_next_round_input(None)
+    req.prefix_len = history
+    before = len(adder.can_run_list)
+    if continued:
+        plugin.sizer.add_chunked_req(type(adder).add_chunked_req, adder, req)
+    else:
+        plugin.sizer.add_one_req(type(adder).add_one_req, adder, req, False, None)
+    return req.extend_end - history if len(adder.can_run_list) > before else 0
+
+
+def test_a_batch_keeps_to_its_time(engine: Engine, budget: BudgetSizer) -> None:
+    """The longer the history, the fewer tokens; a chunk that was begun always gets on."""
+    taken = {}
+    for history in (0, 1000, 3900):
+        adder = adder_of(engine, 1024)
+        taken[history] = admit(adder, engine.rig.request(range(4000)), history, continued=True)
+        assert taken[history] == min(budget.next_chunk(history), 4000 - history)
+        assert budget.batch_ms([(history, taken[history])]) <= 8.0
+    assert 1024 > taken[0] > taken[1000] > taken[3900] > 0
+    budget.budget_ms = 0.5  # less than a forward without tokens
+    assert admit(adder_of(engine, 1024), engine.rig.request(range(4000)), 0, continued=True) == 64
+
+
+def test_who_joins_a_batch_gets_what_its_time_has_left(engine: Engine, budget: BudgetSizer) -> None:
+    adder, pieces = adder_of(engine, 1024), []
+    for length in (200, 100, 3000, 50):
+        took = admit(adder, engine.rig.request(range(length)), 0)
+        if took:
+            pieces.append((0, took))
+    assert [took for _, took in pieces[:2]] == [200, 100]
+    assert len(pieces) == 3 and 0 < pieces[2][1] < 1024 - 300
+    assert budget.batch_ms(pieces) <= 8.0 < budget.batch_ms([*pieces, (0, 64)])
+
+
+def test_decodes_of_a_mixed_batch_count(
+    engine: Engine, budget: BudgetSizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = [engine.rig.request(range(3000)) for _ in range(40)]
+
+    def taken() -> int:
+        adder = adder_of(engine, 1024)
+        adder.running_batch = SimpleNamespace(reqs=running)
+        return admit(adder, engine.rig.request(range(4000)), 0, continued=True)
+
+    alone = taken()
+    schedule = SimpleNamespace(enable_mixed_chunk=True)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_schedule", lambda: schedule)
+    decodes = [(3000, 1)] * 40
+    assert taken() == budget.next_chunk(0, decodes) < alone == budget.next_chunk(0)
+
+
+def test_the_budget_starts_with_a_profile(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("scipy")
+    monkeypatch.setattr(pp.serving, "model", None)
+    monkeypatch.setattr(pp.serving, "plans", None)
+    monkeypatch.setattr(limits.serving, "sizer", None)
+    monkeypatch.setattr(plugin.process.state, "settings", Settings(budget_ms=70, cpu=True))
+    limits.start(sizer_of(engine))
+    model = pp.serving.model
+    assert model is not None and pp.serving.plans is None
+    if model.report.usable:  # a noisy machine may give none
+        assert limits.serving.sizer is not None and limits.serving.sizer.budget_ms == 70.0
+    else:
+        assert limits.serving.sizer is None and "no time budget" in caplog.text
+    monkeypatch.setattr(pp.serving, "model", model_of(LAW.form, usable=False))
+    limits.start(sizer_of(engine))
+    assert limits.serving.sizer is None
+    assert "no time budget: median error 40% over 15%" in caplog.text
+    limits.start(SimpleNamespace(chunked_prefill_size=None))
+    assert "it needs chunked prefill" in caplog.text
+
+
 def test_a_failed_profile_keeps_the_static_size(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -763,7 +857,7 @@ def test_a_failed_profile_keeps_the_static_size(
 
     monkeypatch.setattr(engine.rig.runner, "forward", broken)
     assert not pp.profile_and_fit(owner)
-    assert pp.predict(owner, 0) is None
+    assert pp.predict(0) is None
     assert "no such kernel" in caplog.text and "static" in caplog.text
 
 
@@ -823,7 +917,7 @@ def test_off_by_its_own_setting() -> None:
 def test_a_wrong_setting_is_named_and_nothing_hooked() -> None:
     status = status_of(PYSTAGE_SGLANG_ISSUE="soon")
     assert status["active"] == []
-    assert "PYSTAGE_SGLANG_ISSUE is 'soon'; it is one of deferred, eager" in status["log"]
+    assert "PYSTAGE_SGLANG_ISSUE is 'soon', but must be one of deferred, eager" in status["log"]
 
 
 @pytest.mark.parametrize(
@@ -1101,13 +1195,34 @@ def test_sizer_by_setting() -> None:
     from sglang.srt.plugins import load_plugins
     load_plugins()
     pp.profile_and_fit = lambda owner: owner == "owner"
-    pp.predict = lambda owner, history_len: history_len + 1
+    pp.predict = lambda history_len: history_len + 1
     assert DynamicChunkSizer.profile_and_fit("owner") is True
     assert DynamicChunkSizer.predict("owner", 41) == 42
     assert "sizer" in plugin.status()["active"]
     assert "profiler" not in plugin.status()["active"]
     """
     process(code, PYSTAGE_SGLANG_SIZER="1")
+
+
+def test_budget_and_correction_by_setting() -> None:
+    code = """
+    from sglang.srt.managers.scheduler import Scheduler
+    from pystage.integrations.sglang import budget, correction
+    from sglang.srt.plugins import load_plugins
+    load_plugins()
+    started = []
+    budget.start = lambda scheduler: started.append("budget")
+    correction.start = lambda scheduler: started.append("correction")
+    active = plugin.status()["active"]
+    assert {"budget", "correction", "profiler"} <= set(active) and "sizer" not in active
+    assert plugin.status()["broken"] == [], plugin.status()
+    class Server:  # without pipeline stages SGLang makes no sizer
+        maybe_init_dynamic_chunk_sizer = Scheduler.maybe_init_dynamic_chunk_sizer
+    rig = sglang_rig.Rig()
+    Server().maybe_init_dynamic_chunk_sizer()
+    assert started == ["budget", "correction"]
+    """
+    process(code, PYSTAGE_SGLANG_BUDGET_MS="60", PYSTAGE_SGLANG_CORRECT="1")
 
 
 def test_figures_reach_prometheus(tmp_path: Path) -> None:

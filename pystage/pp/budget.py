@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pystage.pp.forms import Floats
 from pystage.pp.model import LatencyModel
 
 
@@ -94,10 +95,7 @@ class BudgetSizer:
         """
         if not pieces:
             return 0.0
-        lengths = np.asarray(pieces, dtype=np.float64).reshape(-1, 2)
-        decodes = lengths[lengths[:, 1] == 1, 0].sum()
-        ms = self.model.form.predict_batch(lengths[:, 0], lengths[:, 1])
-        return float(ms + decodes * self.decode_ms_per_token)
+        return self._ms(np.asarray(pieces, dtype=np.float64).reshape(-1, 2))
 
     def next_chunk(
         self,
@@ -112,22 +110,27 @@ class BudgetSizer:
         """
         if history_len < 0:
             raise ValueError(f"history_len={history_len} must not be negative")
-        others = list(beside)
-        room = self.max_tokens - sum(chunk for _, chunk in others)
+        batch = np.array([*beside, (history_len, 0)], dtype=np.float64)
+        room = self.max_tokens - int(batch[:, 1].sum())
         most = room if left is None else min(room, left)
+
+        def fits(size: int) -> bool:
+            batch[-1, 1] = size
+            return self._ms(batch) <= self.budget_ms
+
         if most <= 0:
             return 0
-        if left is not None and left <= room and self._fits(others, history_len, left):
+        if left is not None and left <= room and fits(left):
             return left
         low, high = 0, most // self.page_size  # in pages; more of them never take less time
         while low < high:
             middle = (low + high + 1) // 2
-            if self._fits(others, history_len, middle * self.page_size):
+            if fits(middle * self.page_size):
                 low = middle
             else:
                 high = middle - 1
         size = low * self.page_size
-        if size < self.min_chunk and all(chunk == 1 for _, chunk in others):
+        if size < self.min_chunk and bool((batch[:-1, 1] == 1).all()):
             size = min(self.min_chunk, most)
         return size
 
@@ -150,5 +153,8 @@ class BudgetSizer:
                 break
         return takes
 
-    def _fits(self, others: list[tuple[int, int]], history_len: int, size: int) -> bool:
-        return self.batch_ms([*others, (history_len, size)]) <= self.budget_ms
+    def _ms(self, pieces: Floats) -> float:
+        """The time of the pieces, [n, 2] of history_len and chunk_len."""
+        history, chunk = pieces[:, 0], pieces[:, 1]
+        ms = self.model.form.predict_batch(history, chunk)
+        return float(ms + history[chunk == 1].sum() * self.decode_ms_per_token)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ class Event(Protocol):
 
     def query(self) -> bool: ...
 
-    def elapsed_time(self, end: Event, /) -> float: ...
+    def elapsed_time(self, end: Any, /) -> float: ...
 
 
 class Correction:
@@ -93,6 +93,24 @@ class Correction:
             self._new |= changed
         return changed
 
+    def take(self) -> dict[str, Any] | None:
+        """The new model as JSON if there is one since the last call, else None.
+
+        `agree` does this. It is for engines that send the model to their ranks themselves, for
+        example in the stream of requests that all ranks handle in the same order. Every rank,
+        including this one, then calls `model.adopt`. It never waits: while a refit runs, there is
+        no new model.
+        """
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            if not self._new:
+                return None
+            self._new = False
+            return self._draft.to_json()
+        finally:
+            self._lock.release()
+
     def agree(
         self,
         group: dist.ProcessGroup | None = None,
@@ -102,16 +120,9 @@ class Correction:
         """Gives every rank the model of global rank `src` if that has a new one. Returns whether it
         had.
 
-        This is a collective call. It never waits for a refit: while one runs on `src`, there is no
-        new model.
+        This is a collective call. It never waits for a refit.
         """
-        new = None
-        if dist.get_rank() == src and self._lock.acquire(blocking=False):
-            try:
-                if self._new:
-                    new, self._new = self._draft.to_json(), False
-            finally:
-                self._lock.release()
+        new = self.take() if dist.get_rank() == src else None
         flag = torch.tensor([new is not None], dtype=torch.int64, device=device)
         dist.broadcast(flag, src=src, group=group)
         if not int(flag):

@@ -8,10 +8,13 @@ import pkgutil
 from . import metrics, ray_actors, resolving, sizer, staging, validation
 from .known_code import RESOLVE, WRITE_ROWS, end_of_fill_ids
 from .settings import Settings
-from .symbols import Hook, MissingError, look_up
+from .symbols import Hook, MissingError, is_there, look_up
 
 BATCH = "managers.schedule_batch:ScheduleBatch"
 _SIZER = "managers.scheduler_components.dynamic_chunk_sizer:DynamicChunkSizer"
+_SCHEDULER = "managers.scheduler:Scheduler"
+_START = f"{_SCHEDULER}.maybe_init_dynamic_chunk_sizer"
+_RECEIVER = "managers.scheduler_components.request_receiver:SchedulerRequestReceiver"
 _ADDER = "managers.schedule_policy:PrefillAdder"
 _MIXIN = "managers.scheduler_pp_mixin:SchedulerPPMixin"
 _COLLECTOR = "observability.metrics_collector:SchedulerMetricsCollector"
@@ -55,6 +58,31 @@ def optional(settings: Settings) -> list[Hook]:
         Hook("metrics", f"{_COLLECTOR}.__init__", ("self", "labels"), metrics.metrics_init),
         Hook("metrics", f"{_COLLECTOR}.log_stats", ("self",), metrics.log_stats),
     ]
+    budget, correct = settings.budget_ms > 0, settings.correct
+    start = Hook(
+        "budget" if budget else "correction", _START, ("self",), sizer.init_dynamic_chunk_sizer
+    )
+    if (budget or correct) and not is_there(start):
+        budget = correct = False
+    elif budget or correct:
+        hooks.append(start)
+    if settings.sizer or budget:
+        part = "sizer" if settings.sizer else "budget"
+        hooks += [
+            Hook(part, f"{_ADDER}.add_chunked_req", ("self", "req"), sizer.add_chunked_req),
+            Hook(part, f"{_ADDER}.add_one_req", ("self", "req"), sizer.add_one_req),
+        ]
+    if correct:
+        hooks += [
+            Hook("correction", f"{_SCHEDULER}.run_batch", ("self", "batch"), sizer.run_batch),
+            Hook("correction", f"{_RECEIVER}._pull_raw_reqs", ("self",), sizer.pull_raw_reqs),
+            Hook(
+                "correction",
+                f"{_SCHEDULER}.process_input_requests",
+                ("self", "recv_reqs"),
+                sizer.process_input_requests,
+            ),
+        ]
     if settings.sizer:
         hooks += [
             Hook("sizer", f"{_SIZER}.profile_and_fit", ("self",), sizer.profile_and_fit),
@@ -63,8 +91,6 @@ def optional(settings: Settings) -> list[Hook]:
             Hook(
                 "sizer", f"{_MIXIN}.predict_next_chunk_size", ("self", "history_len"), sizer.predict
             ),
-            Hook("sizer", f"{_ADDER}.add_chunked_req", ("self", "req"), sizer.add_chunked_req),
-            Hook("sizer", f"{_ADDER}.add_one_req", ("self", "req"), sizer.add_one_req),
         ]
     else:
         profilers = (f"{_SIZER}._profile_prefill_latency", f"{_MIXIN}.profile_and_init_predictor")

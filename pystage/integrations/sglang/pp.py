@@ -16,7 +16,8 @@ the whole rest (SGLang #23621). A request that does not begin its batch takes wh
 left. Sizes are whole pages and multiples of the tensor and context parallel sizes. The plugin does
 not know how long the other stages take, so the plans assume equal stages.
 
-``owner`` is SGLang's ``DynamicChunkSizer``, or its ``Scheduler`` in releases without that class.
+``owner`` is SGLang's ``DynamicChunkSizer``, or its ``Scheduler``: in releases without that class,
+and for a time budget, which needs the model alone (``budget``).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 import torch.distributed as dist
 
 from ...pp import (
+    Choice,
     ChunkSizer,
     LatencyModel,
     Profile,
@@ -41,7 +43,7 @@ from ...pp import (
     random_token_ids,
     share_json,
 )
-from ...pp.choice import size_at
+from ...pp.choice import TimeChunks, size_at
 from ...pp.profile import cuda_timer, host_timer
 
 logger = logging.getLogger("pystage.sglang")
@@ -83,53 +85,61 @@ class Plans:
         return max(min(size, most) // self.page_size, 1) * self.page_size
 
 
-class _Serving:
-    """The plans that this process uses. ``PrefillAdder`` has no reference to the sizer."""
+class Serving:
+    """What this process sizes its batches by. ``PrefillAdder`` has no reference to the sizer."""
 
+    model: LatencyModel | None = None
     plans: Plans | None = None
 
 
-_serving = _Serving()
+serving = Serving()
 
 
-def profile_and_fit(owner: Any) -> bool:
-    """Profiles, fits, and gives ``owner`` plans. Returns False if SGLang keeps its static chunk
-    size."""
+def profile_and_fit(owner: Any, with_plans: bool = True) -> bool:
+    """Profiles, fits, and chooses plans unless told not to. All ranks then have the same model and
+    plans. Returns False if SGLang keeps its static chunk size."""
     from sglang.srt.distributed import parallel_state
 
     stage, world = parallel_state.get_tp_group(), parallel_state.get_world_group()
-    owner.pystage_sizer = _serving.plans = None
+    serving.model = serving.plans = None
     try:
         step = PrefillStep(owner)
         if parallel_state.get_pp_group().is_first_rank and dist.get_rank() != 0:
             _follow(step, stage.cpu_group)
         ranks = int(parallel_state.get_pp_group().world_size)
         decision = share_json(
-            lambda: _lead(step, owner, stage, lambda *found: _decide(owner, ranks, *found)),
+            lambda: _lead(
+                step, owner, stage, lambda *found: _decide(owner, ranks, with_plans, *found)
+            ),
             group=world.cpu_group,
             device="cpu",
         )
         for line in decision["why"]:
             logger.info("pystage: %s", line)
-        if not decision["plans"]:
-            return False
-        plans = Plans(
-            by_prompt={int(n): [int(c) for c in plan] for n, plan in decision["plans"].items()},
-            context_len=int(owner.model_config.context_len),
-            page_size=_page(owner),
-            largest=_largest(owner),
-        )
+        model = LatencyModel.from_json(decision["model"])
+        plans = plans_of(owner, decision["plans"])
     except Exception as error:  # as SGLang does: the server runs on without a sizer
         logger.warning("pystage: no chunk sizer, the chunk size stays static: %r", error)
         return False
-    owner.pystage_sizer = _serving.plans = plans
-    return True
+    serving.model, serving.plans = model, plans
+    return plans is not None
 
 
-def predict(owner: Any, history_len: int) -> int | None:
+def plans_of(owner: Any, by_prompt: dict[str, list[int]]) -> Plans | None:
+    """The plans from their JSON form, or None if there are none."""
+    if not by_prompt:
+        return None
+    return Plans(
+        by_prompt={int(n): [int(c) for c in plan] for n, plan in by_prompt.items()},
+        context_len=int(owner.model_config.context_len),
+        page_size=page_of(owner),
+        largest=largest_of(owner),
+    )
+
+
+def predict(history_len: int) -> int | None:
     """The size of the next chunk behind ``history_len`` tokens, or None for the static size."""
-    plans: Plans | None = getattr(owner, "pystage_sizer", None)
-    return None if plans is None else plans.next_chunk(history_len)
+    return None if serving.plans is None else serving.plans.next_chunk(history_len)
 
 
 def fit_batch_to(adder: Any, req: Any, continued: bool) -> None:
@@ -138,10 +148,10 @@ def fit_batch_to(adder: Any, req: Any, continued: bool) -> None:
     See Note [Which size a batch gets]. ``continued`` means that SGLang has already sized the batch
     for this request, from its history.
     """
-    plans, budget = _serving.plans, adder.rem_chunk_tokens
+    plans, budget = serving.plans, adder.rem_chunk_tokens
     if plans is None or budget is None or adder.can_run_list or adder.dllm_config is not None:
         return
-    prompt_len, history_len = _lengths(req)
+    prompt_len, history_len = lengths_of(req)
     base = plans.next_chunk(history_len) if continued else None
     if not continued and prompt_len - history_len <= budget:
         return  # it fits whole, and others may share its batch
@@ -153,7 +163,7 @@ def fit_batch_to(adder: Any, req: Any, continued: bool) -> None:
     adder.rem_chunk_tokens = max(size - decodes, plans.page_size)
 
 
-def _lengths(req: Any) -> tuple[int, int]:
+def lengths_of(req: Any) -> tuple[int, int]:
     """The request's number of tokens to prefill in all, and how many of them are in the cache."""
     if hasattr(req, "prefix_len"):
         return len(req.full_untruncated_fill_ids), int(req.prefix_len)
@@ -161,36 +171,54 @@ def _lengths(req: Any) -> tuple[int, int]:
     return len(req.origin_input_ids if ids is None else ids), len(req.prefix_indices)
 
 
-def _decide(owner: Any, ranks: int, profile: Profile, run: Step) -> dict[str, Any]:
-    """The model, the plans by prompt length and the reasons, as JSON types. There are no plans if
-    the static size is as good."""
+def _decide(
+    owner: Any, ranks: int, with_plans: bool, profile: Profile, run: Step
+) -> dict[str, Any]:
+    """The model, the plans by prompt length and the reasons, as JSON types."""
     model = LatencyModel.fit(profile)
     timer = cuda_timer if torch.device(owner.device).type == "cuda" else host_timer
 
     def time(points: Sequence[tuple[int, int]]) -> list[float]:
         return [timer(lambda p=point: run(*p)).latency_ms for point in points]  # type: ignore[misc]
 
-    limit = sample_plan(owner).max_tokens
+    limit, base = sample_plan(owner).max_tokens, int(owner.chunked_prefill_size)
+    lengths = [limit >> k for k in range(_PROMPTS) if (limit >> k) > base] or [limit]
+    choices = choose(owner, ranks, model, lengths, time) if with_plans else {}
+    return {
+        "model": model.to_json(),
+        "plans": better_plans(owner, choices),
+        "why": [str(model.report), *(f"{n:,} tokens: {c}" for n, c in choices.items())],
+    }
+
+
+def choose(
+    owner: Any,
+    ranks: int,
+    model: LatencyModel,
+    lengths: Sequence[int],
+    time: TimeChunks | None = None,
+) -> dict[int, Choice]:
+    """The choice for each prompt length, the longest first. ``time`` runs chunks on the engine."""
     base = int(owner.chunked_prefill_size)
     sizer = ChunkSizer(
         model,
         base_chunk=base,
-        context_len=limit,
-        page_size=_page(owner),
+        context_len=lengths[0],
+        page_size=page_of(owner),
         min_chunk=min(512, base),
-        max_chunk=_largest(owner),
+        max_chunk=largest_of(owner),
     )
-    lengths = [limit >> k for k in range(_PROMPTS) if (limit >> k) > base] or [limit]
-    choices = {
+    return {
         n: sizer.choose(n, ranks, time=time if k < _TIMED else None, budget=_BUDGET)
         for k, n in enumerate(lengths)
     }
+
+
+def better_plans(owner: Any, choices: dict[int, Choice]) -> dict[str, list[int]]:
+    """The chosen plans as JSON types, or none if the static size is as good."""
+    base = int(owner.chunked_prefill_size)
     as_good = all(c.chunks[0] == base and len(set(c.chunks[:-1])) <= 1 for c in choices.values())
-    return {
-        "model": model.to_json(),
-        "plans": {} if as_good else {str(n): list(c.chunks) for n, c in choices.items()},
-        "why": [str(model.report), *(f"{n:,} tokens: {c}" for n, c in choices.items())],
-    }
+    return {} if as_good else {str(n): list(c.chunks) for n, c in choices.items()}
 
 
 def sample_plan(owner: Any) -> SamplePlan:
@@ -211,7 +239,7 @@ def sample_plan(owner: Any) -> SamplePlan:
     )
 
 
-def _page(owner: Any) -> int:
+def page_of(owner: Any) -> int:
     """The unit of chunk sizes: a multiple of SGLang's page and of the numbers of ranks that split a
     chunk."""
     from sglang.srt.distributed import parallel_state
@@ -224,9 +252,9 @@ def _page(owner: Any) -> int:
     return page if ranks is None or ranks() == 1 else math.lcm(page, 2 * int(ranks()))
 
 
-def _largest(owner: Any) -> int:
+def largest_of(owner: Any) -> int:
     base = int(owner.chunked_prefill_size)
-    return max(min(int(owner.max_prefill_tokens), 2 * base), _page(owner))
+    return max(min(int(owner.max_prefill_tokens), 2 * base), page_of(owner))
 
 
 # --- the ranks of the first stage ----------------------------------------------------------------

@@ -16,6 +16,8 @@ ENVIRONMENT = {
     "issue": "PYSTAGE_SGLANG_ISSUE",
     "validate_ids": "PYSTAGE_SGLANG_VALIDATE_IDS",
     "sizer": "PYSTAGE_SGLANG_SIZER",
+    "budget_ms": "PYSTAGE_SGLANG_BUDGET_MS",
+    "correct": "PYSTAGE_SGLANG_CORRECT",
     "small": "PYSTAGE_SGLANG_SMALL",
     "cpu": "PYSTAGE_SGLANG_CPU",
 }
@@ -36,6 +38,9 @@ class Settings:
             transfer starts at once on a stream of the pool, and the forward stream waits for it.
         validate_ids: refuse a text request with an id outside the vocabulary when it arrives.
         sizer: use pystage's profiler and chunk sizer (``pystage.pp``) instead of SGLang's.
+        budget_ms: limit on the predicted time of a batch that holds prefills, in ms. 0: no limit.
+        correct: keep the latency model of ``sizer`` and ``budget_ms`` accurate with the times of
+            the batches that run.
         small: send a batch's lengths, indices and sampling parameters to the device together, as
             the parameters of one kernel, and write the rows of its KV indices with another kernel.
         cpu: also stage batches of ``--device cpu``. This is for tests: SGLang alone is faster.
@@ -47,6 +52,8 @@ class Settings:
     issue: Issue = "deferred"
     validate_ids: bool = False
     sizer: bool = False
+    budget_ms: int = 0
+    correct: bool = False
     small: bool = True
     cpu: bool = False
 
@@ -77,11 +84,16 @@ def _parse(variable: str, text: str, default: object) -> bool | int | str:
     if isinstance(default, bool):
         if text in ("0", "1"):
             return text == "1"
-        raise ValueError(f"{variable} is {text!r}; it is 0 or 1")
+        raise ValueError(f"{variable} is {text!r}, but must be 0 or 1")
     if isinstance(default, int):
         if text.isascii() and text.isdigit() and 1 <= int(text) <= 1 << 20:
             return int(text)
-        raise ValueError(f"{variable} is {text!r}; it is MiB, a number from 1 to {1 << 20}")
+        unit = variable.rpartition("_")[2].replace("MIB", "MiB").replace("MS", "ms")
+        raise ValueError(
+            f"{variable} is {text!r}, but must be a number of {unit} from 1 to {1 << 20}"
+        )
     if text not in _CHOICES[variable]:
-        raise ValueError(f"{variable} is {text!r}; it is one of {', '.join(_CHOICES[variable])}")
+        raise ValueError(
+            f"{variable} is {text!r}, but must be one of {', '.join(_CHOICES[variable])}"
+        )
     return text

@@ -1,4 +1,4 @@
-"""Hooks for the profiler and the chunk sizer of pipeline-parallel prefill."""
+"""Hooks for the profiler, the chunk sizer, the time budget and the correction of the model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from . import process
 from .symbols import Function
 
 
@@ -40,18 +41,55 @@ def profile_and_fit(original: Function, owner: Any, *args: Any, **kwargs: Any) -
 def predict(original: Function, owner: Any, history_len: int) -> int | None:
     from . import pp
 
-    return pp.predict(owner, history_len)
+    return pp.predict(history_len)
+
+
+def init_dynamic_chunk_sizer(original: Function, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """The last step of a scheduler's start before it serves. SGLang makes its sizer here."""
+    from . import budget, correction
+
+    result = original(scheduler, *args, **kwargs)
+    if process.state.settings.budget_ms:
+        budget.start(scheduler)
+    if process.state.settings.correct:
+        correction.start(scheduler)
+    return result
 
 
 def add_chunked_req(original: Function, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
-    from . import pp
-
-    pp.fit_batch_to(adder, req, continued=True)
+    _fit_batch_to(adder, req, continued=True)
     return original(adder, req, *args, **kwargs)
 
 
 def add_one_req(original: Function, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
-    from . import pp
-
-    pp.fit_batch_to(adder, req, continued=False)
+    _fit_batch_to(adder, req, continued=False)
     return original(adder, req, *args, **kwargs)
+
+
+def _fit_batch_to(adder: Any, req: Any, continued: bool) -> None:
+    from . import budget, pp
+
+    pp.fit_batch_to(adder, req, continued)
+    budget.limit(adder, req)
+
+
+def run_batch(original: Function, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    from . import correction
+
+    return correction.run_batch(
+        scheduler, batch, lambda: original(scheduler, batch, *args, **kwargs)
+    )
+
+
+def pull_raw_reqs(original: Function, receiver: Any, *args: Any, **kwargs: Any) -> Any:
+    from . import correction
+
+    return correction.received(original(receiver, *args, **kwargs))
+
+
+def process_input_requests(
+    original: Function, scheduler: Any, recv_reqs: Any, *args: Any, **kwargs: Any
+) -> Any:
+    from . import correction
+
+    return original(scheduler, correction.without_messages(recv_reqs), *args, **kwargs)

@@ -29,6 +29,8 @@ def verify() -> None:
     state.broken = [f"{part} ({why})" for part, why in found.items()]
     for part, wanted in (
         ("sizer", state.settings.sizer),
+        ("budget", state.settings.budget_ms > 0),
+        ("correction", state.settings.correct),
         ("validation", state.settings.validate_ids),
     ):
         if wanted and part not in parts:

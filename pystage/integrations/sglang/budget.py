@@ -1,0 +1,85 @@
+"""A limit on the predicted time of each batch that holds prefills (PYSTAGE_SGLANG_BUDGET_MS).
+
+SGLang limits a batch's prefill in tokens. Behind a long history, a batch of that many tokens takes
+several times as long, and requests that decode wait for it, or run in it. With a limit in ms, the
+plugin profiles the engine when the scheduler starts, with any number of pipeline stages. It then
+limits what SGLang's ``PrefillAdder`` takes of each request, as ``pystage.pp.BudgetSizer`` does: the
+pieces that the batch already has count, and so do the decodes of a mixed batch.
+
+The limit only lowers SGLang's own. A batch may exceed it by what the model mispredicts, and where
+nothing fits: a request that was begun goes on with at least one page. The decodes of a mixed batch
+count as prefills of one token, which is less than they take behind long histories. The plugin does
+not size batches of diffusion models.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ...pp import BudgetSizer, Piece
+from . import pp, process
+
+logger = logging.getLogger("pystage.sglang")
+
+
+class Serving:
+    """The limit of this process, or None."""
+
+    sizer: BudgetSizer | None = None
+
+
+serving = Serving()
+
+
+def start(scheduler: Any) -> None:
+    """Makes the sizer, the same on all ranks. Profiles if the process has no latency model yet."""
+    serving.sizer = None
+    if scheduler.chunked_prefill_size is None:
+        logger.warning("pystage: no time budget: it needs chunked prefill")
+        return
+    if pp.serving.model is None:
+        pp.profile_and_fit(scheduler, with_plans=False)
+    model = pp.serving.model
+    if model is None or not model.report.usable:
+        reason = "the profile failed" if model is None else model.report.reason
+        logger.warning("pystage: no time budget: %s", reason)
+        return
+    page = pp.page_of(scheduler)
+    serving.sizer = BudgetSizer(
+        model,
+        budget_ms=float(process.state.settings.budget_ms),
+        page_size=page,
+        min_chunk=page,
+        max_tokens=max(int(scheduler.max_prefill_tokens), page),
+    )
+    logger.info("pystage: %s", serving.sizer)
+
+
+def limit(adder: Any, req: Any) -> None:
+    """Lowers the batch's token budget if the rest of ``req`` would exceed the time budget."""
+    sizer, tokens = serving.sizer, adder.rem_chunk_tokens
+    if sizer is None or tokens is None or adder.dllm_config is not None:
+        return
+    prompt_len, history_len = pp.lengths_of(req)
+    left = prompt_len - history_len
+    room = sizer.next_chunk(history_len, [*_decodes(adder), *_prefills(adder)], left)
+    if room < min(left, tokens):
+        adder.rem_chunk_tokens = room
+
+
+def _prefills(adder: Any) -> list[Piece]:
+    return [Piece(req.prefix_len, req.extend_end - req.prefix_len) for req in adder.can_run_list]
+
+
+def _decodes(adder: Any) -> list[Piece]:
+    """The running requests, if they share the batch."""
+    from sglang.srt.runtime_context import get_schedule
+
+    if not get_schedule().enable_mixed_chunk or adder.running_batch is None:
+        return []
+    found: list[Piece] | None = getattr(adder, "pystage_decodes", None)
+    if found is None:
+        found = [Piece(req.seqlen, 1) for req in adder.running_batch.reqs]
+        adder.pystage_decodes = found  # one adder makes one batch
+    return found

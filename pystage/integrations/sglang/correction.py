@@ -1,0 +1,150 @@
+"""Corrects the latency model while the server runs (PYSTAGE_SGLANG_CORRECT=1).
+
+Note [Where the ranks agree]
+All ranks must cut a prompt into the same chunks, so they must all change the model between the same
+two batches. SGLang's loops have no collective call for that. But all ranks handle the same stream
+of requests in the same order: global rank 0 receives them and sends them to the other ranks of its
+stage, and each stage sends them to the next before it makes its batch. So rank 0 puts the new model
+and its plans into that stream, and each rank takes them out before SGLang handles the requests.
+
+Rank 0 times the batches that hold one request's prefill alone (``pystage.pp.Correction``). The
+times come from events that are done, so no batch waits for its time. A thread refits after every 32
+of them. If the refit predicts unseen chunks better, the thread also chooses new plans. That takes
+about a second of Python, in which the scheduler's thread may wait some ms for the interpreter. So
+it is done at most once in ``_LEAST_S`` seconds.
+
+The stream contains a plain dict, since SGLang may only unpickle types that it knows.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ...pp import Correction, LatencyModel
+from . import pp
+
+logger = logging.getLogger("pystage.sglang")
+
+_KEY = "pystage.correction"
+_LEAST_S = 60.0
+
+
+class Leader:
+    """Rank 0's part: times batches, refits, and has the message for all ranks."""
+
+    def __init__(self, owner: Any, model: LatencyModel, ranks: int) -> None:
+        self.owner, self.ranks = owner, ranks
+        plans = pp.serving.plans
+        self.lengths = sorted(plans.by_prompt, reverse=True) if plans else []
+        self.correction = Correction(model)
+        self.cuda = torch.device(owner.device).type == "cuda"
+        self._thread: threading.Thread | None = None
+        self._after = time.monotonic() + _LEAST_S
+        self._message: dict[str, Any] | None = None
+
+    def timed(self, pieces: list[tuple[int, int]], run: Any) -> Any:
+        """Runs a batch and takes its time."""
+        if self.cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            result = run()
+            end.record()
+            self.correction.observe(pieces, begin, end)
+        else:
+            began = time.perf_counter()
+            result = run()
+            self.correction.observe_ms(pieces, 1e3 * (time.perf_counter() - began))
+        self.refit()
+        return result
+
+    def refit(self) -> None:
+        """Starts a refit if enough batches were timed and no refit is running."""
+        enough = self.correction.collect() >= LatencyModel.REFIT_EVERY
+        if not enough or (self._thread is not None and self._thread.is_alive()):
+            return
+        self._thread = threading.Thread(target=self._refit, name="pystage-refit", daemon=True)
+        self._thread.start()
+
+    def _refit(self) -> None:
+        try:
+            self.correction.refit()
+            if time.monotonic() < self._after or (model := self.correction.take()) is None:
+                return
+            self._after = time.monotonic() + _LEAST_S
+            plans = {}
+            if self.lengths:
+                new = LatencyModel.from_json(model)
+                choices = pp.choose(self.owner, self.ranks, new, self.lengths)
+                plans = {str(n): list(choice.chunks) for n, choice in choices.items()}
+            self._message = {_KEY: {"model": model, "plans": plans}}
+        except Exception as error:  # the server goes on with the model that it has
+            logger.warning("pystage: no correction of the latency model: %r", error)
+
+    def message(self) -> list[dict[str, Any]]:
+        """What the stream of requests gets: mostly nothing."""
+        message, self._message = self._message, None
+        return [] if message is None else [message]
+
+
+class Serving:
+    """This process's part: every rank has the owner of the sizes, rank 0 is also the leader."""
+
+    owner: Any = None
+    leader: Leader | None = None
+
+
+serving = Serving()
+
+
+def start(owner: Any) -> None:
+    """Begins to correct, if there is a usable model that sizes batches."""
+    from sglang.srt.distributed import parallel_state
+
+    serving.owner = serving.leader = None
+    model = pp.serving.model
+    if model is None or not model.report.usable:
+        return
+    serving.owner = owner
+    if dist.get_rank() == 0:
+        ranks = int(parallel_state.get_pp_group().world_size)
+        serving.leader = Leader(owner, model, ranks)
+
+
+def run_batch(scheduler: Any, batch: Any, run: Any) -> Any:
+    """Times a batch that is one request's prefill, on rank 0."""
+    leader = serving.leader
+    if leader is None or len(batch.reqs) != 1 or not batch.forward_mode.is_extend():
+        return run()
+    pieces = list(zip(batch.prefix_lens, batch.extend_lens, strict=True))
+    return leader.timed(pieces, run)
+
+
+def received(requests: list[Any] | None) -> list[Any] | None:
+    """The requests that a rank received, on rank 0 with the message."""
+    if serving.leader is None or requests is None:
+        return requests
+    return [*requests, *serving.leader.message()]
+
+
+def without_messages(requests: list[Any]) -> list[Any]:
+    """The requests without messages, which are applied."""
+    found = [r[_KEY] for r in requests if isinstance(r, dict) and _KEY in r]
+    if not found:
+        return requests
+    _apply(found[-1])
+    return [r for r in requests if not (isinstance(r, dict) and _KEY in r)]
+
+
+def _apply(message: dict[str, Any]) -> None:
+    if pp.serving.model is None or serving.owner is None:
+        return
+    pp.serving.model.adopt(LatencyModel.from_json(message["model"]))
+    if message["plans"]:
+        pp.serving.plans = pp.plans_of(serving.owner, message["plans"])
+    logger.info("pystage: corrected the latency model: %s", pp.serving.model.report)
