@@ -455,6 +455,91 @@ def test_the_real_engine_on_a_cpu(
         assert starved[variant]["given_up_after_s"] == 0.0005
 
 
+# In each scheduler: all forwards run, but the times are those of a law, since a busy machine may
+# not give a usable model. In service they are three times as long, so that a correction is due,
+# and there is no pause between corrections.
+SLOWER = """
+from pystage.integrations.sglang import correction, pp
+from pystage.pp import Correction, Timing, profile
+
+def law(history_len, chunk_len):
+    return 4.0 + 0.01 * chunk_len + 4e-6 * (2 * history_len + chunk_len) * chunk_len
+
+def plugin():
+    correction._LEAST_S = 0.0
+    observe, step, points = Correction.observe_ms, pp.PrefillStep.__call__, []
+    Correction.observe_ms = lambda self, pieces, ms: observe(self, pieces, 3.0 * law(*pieces[0]))
+
+    def noted(self, *point):
+        points.append(point)
+        step(self, *point)
+
+    def timer(run):
+        run()
+        return Timing(law(*points[-1]), law(*points[-1]))
+
+    pp.PrefillStep.__call__ = noted
+    profile.host_timer = pp.host_timer = timer
+"""
+
+
+def prompt(number: int, length: int) -> list[int]:
+    return [(number + i) % 500 for i in range(length)]
+
+
+@pytest.mark.sglang
+def test_two_stages_profile_and_are_corrected_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real engine with two pipeline stages on a CPU: one process each, and the real stream of
+    requests between them."""
+    pytest.importorskip("sglang.srt")
+    pytest.importorskip("scipy")
+    plan = replace(
+        PLANS["tiny"],
+        engine={**PLANS["tiny"].engine, "pp_size": 2, "enable_dynamic_chunking": True},
+        environment={
+            "PYSTAGE_SGLANG_CPU": "1",
+            "PYSTAGE_SGLANG_SIZER": "1",
+            "PYSTAGE_SGLANG_BUDGET_MS": "5000",
+            "PYSTAGE_SGLANG_CORRECT": "1",
+            "SGLANG_CPU_OMP_THREADS_BIND": "0|0",
+        },
+    )
+    experiment.prepare(tmp_path, plan)
+    (tmp_path / "site/slower.py").write_text(SLOWER)
+    entry_points = next((tmp_path / "site").glob("*.dist-info")) / "entry_points.txt"
+    entry_points.write_text(entry_points.read_text() + "slower = slower:plugin\n")
+    monkeypatch.setenv("PYSTAGE_ENGINE_CONTROL", str(tmp_path / "on.control"))
+    side = experiment.Side("on", plan, tmp_path, tmp_path, time.monotonic() + 500)
+    try:
+        side.connect(*experiment._free_ports(1))
+        side.receive(300)
+        first = [worker._ask(rank, "stats")["pystage"] for rank in range(2)]
+        assert first[0]["sizing"]["plans"] and first[0]["sizing"]["budget_ms"] == 5000
+        prompts = iter(range(1000))
+        for _ in range(30):
+            groups = [[prompt(next(prompts), 300 + 8 * i)] for i in range(8)]
+            side.ask("closed", groups=groups, gap=0.0, patience=60.0)
+            told = [worker._ask(rank, "stats")["pystage"]["sizing"] for rank in range(2)]
+            if told[0]["corrections"]:
+                break
+        assert told[0]["corrections"] >= 1, side.tail()
+        answer = side.ask("closed", groups=[[prompt(7, 1200)]], gap=0.0, patience=60.0)
+        assert answer["samples"][0]["out"]
+        # All ranks had the message before the batch that this prompt is in.
+        for _ in range(100):  # another correction may be on its way
+            told = [worker._ask(rank, "stats")["pystage"]["sizing"] for rank in range(2)]
+            if told[0] == told[1]:
+                break
+        assert told[0] == told[1] and told[0]["budget_ms"] == 5000
+        assert told[0]["coefficients"] != first[0]["sizing"]["coefficients"]
+        assert {"sizer", "budget", "correction"} <= set(first[1]["active"])
+        assert first[0]["broken"] == first[1]["broken"] == []
+    finally:
+        side.close(gently=True)
+
+
 @pytest.mark.sglang
 def test_logits_are_equal_with_and_without(tmp_path: Path) -> None:
     pytest.importorskip("sglang.srt")

@@ -234,7 +234,7 @@ class Planner:
         gain, error = self.believed(ranked[0], best) if ranked else (0.0, 0.0)
         if ranked and gain > _LEAST_GAIN:
             chosen = ranked[0]
-            why = f"gains {gain:.1%} of the best fixed size after its margin"
+            why = f"gains {-math.expm1(-gain):.1%} of the best fixed size after its margin"
         return self._choice(chosen, best, fixed, error if chosen is not best else 0.0, 0, why)
 
     def static(self, why: str) -> Choice:
@@ -300,10 +300,11 @@ class Planner:
         chosen = min(free, key=lambda c: c.timed, default=best)
         error = math.hypot(chosen.timed_error, best.timed_error)
         gain = -math.log(chosen.timed / best.timed)
+        saved = -math.expm1(-gain)
         if chosen is best or gain <= max(error, _LEAST_GAIN):
-            why = f"timed: the best other plan gains {gain:.1%}, within the noise of {error:.1%}"
+            why = f"timed: the best other plan gains {saved:.1%}, within the noise of {error:.1%}"
             return self._choice(best, best, fixed, 0.0, forwards, why)
-        why = f"timed: gains {gain:.1%}, noise {error:.1%}"
+        why = f"timed: gains {saved:.1%}, noise {error:.1%}"
         return self._choice(chosen, best, fixed, error, forwards, why)
 
     def _time(self, plan: Candidate, time: TimeChunks, forwards: int) -> int:

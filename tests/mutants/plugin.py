@@ -241,12 +241,12 @@ MUTANTS: Mutants = {
         "wanted-not-there": M("if wanted and part not in parts:", "if False:"),
     },
     "pystage/integrations/sglang/pp.py": {
-        "static-is-as-good": M('"plans": {} if <|as_good|> else', "False"),
+        "static-is-as-good": M("return {} if <|as_good|> else", "False"),
         "failure-ends-the-server": M(
             "    except Exception as error:  # as SGLang",
             "    except ZeroDivisionError as error:  # as SGLang",
         ),
-        "sizer-left": M("    owner.pystage_sizer = _serving.plans = None\n", ""),
+        "sizer-left": M("    serving.model = serving.plans = None\n", ""),
         "follow-not": M("is_first_rank and dist.get_rank() != 0:", "is_first_rank and False:"),
         "plan-beyond-cache": M("max(page, min(context, <|free - page, |>row - page))", ""),
         "plan-beyond-row": M("max(page, min(context, free - page<|, row - page|>))", ""),
@@ -255,10 +255,11 @@ MUTANTS: Mutants = {
         ),
         "plan-largest": M("max_chunk=int(owner.max_prefill_tokens),", "max_chunk=None,"),
         "sizer-largest": M(
-            "return max(<|min(int(owner.max_prefill_tokens), 2 * base)|>, _page(owner))", "2 * base"
+            "return max(<|min(int(owner.max_prefill_tokens), 2 * base)|>, page_of(owner))",
+            "2 * base",
         ),
         "predict-always": M(
-            "return None if plans is None else plans.next_chunk(<|history_len|>)", "0"
+            "serving.plans is None else serving.plans.next_chunk(<|history_len|>)", "0"
         ),
         "leader-does-not-tell": M(
             "        if together:\n            _tell((history_len, chunk_len), stage.cpu_group)\n",
@@ -282,6 +283,25 @@ MUTANTS: Mutants = {
         "short-tail-left": M("if 0 < rest <= min(", "if 0 > rest <= min("),
         "one-vocabulary": M(
             "random_token_ids(tokens, <|int(self.owner.model_config.vocab_size)|>, self.count)", "8"
+        ),
+    },
+    "pystage/integrations/sglang/budget.py": {
+        "decodes-are-free": M("[<|*_decodes(adder), |>*_prefills(adder)]", ""),
+        "prefills-are-free": M("[*_decodes(adder)<|, *_prefills(adder)|>]", ""),
+        "decodes-of-other-batches": M("if <|not get_schedule().enable_mixed_chunk or |>adder", ""),
+        "unusable-budget": M("if model is None<| or not model.report.usable|>:", ""),
+        "no-limit": M("        adder.rem_chunk_tokens = room\n", "        pass\n"),
+    },
+    "pystage/integrations/sglang/correction.py": {
+        "not-sent": M("return [*requests<|, *serving.leader.message()|>]", ""),
+        "handled-by-sglang": M(
+            "    return [r for r in requests if not (", "    return requests or ("
+        ),
+        "not-applied": M("    _apply(found[-1])\n", ""),
+        "too-few-batches": M("<|self.correction.collect() >= LatencyModel.REFIT_EVERY|>", "False"),
+        "old-plans": M(
+            '        pp.serving.plans = pp.plans_of(serving.owner, message["plans"])\n',
+            "        pass\n",
         ),
     },
 }

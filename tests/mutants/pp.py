@@ -197,21 +197,21 @@ MUTANTS: Mutants = {
     },
     "pystage/pp/budget.py": {
         "constant-each-piece": M(
-            "self.model.form.predict_batch(lengths[:, 0], lengths[:, 1])",
-            "self.model.form.predict(lengths[:, 0], lengths[:, 1]).sum()",
+            "self.model.form.predict_batch(history, chunk)",
+            "self.model.form.predict(history, chunk).sum()",
         ),
-        "decodes-not-read": M("ms<| + decodes * self.decode_ms_per_token|>", ""),
-        "chunks-are-decodes": M("lengths[lengths[:, 1] <|==|> 1, 0]", ">="),
-        "budget-over": M("(history_len, size)]) <= <|self.budget_ms|>", "self.budget_ms * 1.1"),
-        "tokens-unbounded": M("room = self.max_tokens<| - sum(chunk for _, chunk in others)|>", ""),
+        "decodes-not-read": M("ms<| + history[chunk == 1].sum() * self.decode_ms_per_token|>", ""),
+        "chunks-are-decodes": M("history[chunk <|==|> 1]", ">="),
+        "budget-over": M("self._ms(batch) <= <|self.budget_ms|>", "self.budget_ms * 1.1"),
+        "tokens-unbounded": M("room = self.max_tokens<| - int(batch[:, 1].sum())|>", ""),
         "rest-in-pages": M(
-            "if <|left is not None and left <= room and |>self._fits(others, history_len, left):",
+            "if <|left is not None and left <= room and |>fits(left):",
             "False and ",
         ),
         "nobody-gets-on": M(
-            "if <|size < self.min_chunk and all(chunk == 1 for _, chunk in others)|>:", "False"
+            "if <|size < self.min_chunk and bool((batch[:-1, 1] == 1).all())|>:", "False"
         ),
-        "all-get-on": M("size < self.min_chunk<| and all(chunk == 1 for _, chunk in others)|>", ""),
+        "all-get-on": M("size < self.min_chunk<| and bool((batch[:-1, 1] == 1).all())|>", ""),
         "order-not-kept": M("if takes[i] < left:\n                <|break|>", "continue"),
         "unusable-is-fine": M("if not model.report.usable:", "if False:"),
     },
@@ -224,8 +224,8 @@ MUTANTS: Mutants = {
         "running-unbounded": M(
             "self._running: deque[tuple[int, int, Event, Event]] = deque(<|maxlen=pending|>)", ""
         ),
-        "new-forever": M("new, self._new = self._draft.to_json(), <|False|>", "True"),
-        "new-without-news": M("                if self._new:\n", "                if True:\n"),
+        "new-forever": M("            self._new = <|False|>\n            return", "True"),
+        "new-without-news": M("            if not self._new:\n", "            if False:\n"),
         "draft-is-the-model": M("<|LatencyModel.from_json(model.to_json())|>", "model"),
     },
     "pystage/pp/choice.py": {

@@ -97,6 +97,7 @@ class Serving:
 
     owner: Any = None
     leader: Leader | None = None
+    corrections: int = 0
 
 
 serving = Serving()
@@ -147,4 +148,5 @@ def _apply(message: dict[str, Any]) -> None:
     pp.serving.model.adopt(LatencyModel.from_json(message["model"]))
     if message["plans"]:
         pp.serving.plans = pp.plans_of(serving.owner, message["plans"])
+    serving.corrections += 1
     logger.info("pystage: corrected the latency model: %s", pp.serving.model.report)

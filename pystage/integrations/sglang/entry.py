@@ -13,7 +13,7 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
-from . import process
+from . import process, sizer
 from .hooks import history_hook, needed_symbols, optional
 from .known_code import OtherCodeError
 from .ray_actors import cannot_load_in_ray_actors
@@ -90,6 +90,7 @@ def status() -> dict[str, Any]:
         "left": process.state.left,
         "counts": process.counts(),
         "settings": asdict(process.state.settings),
+        "sizing": sizer.state(),
         "line": str(process.state),
     }
 

@@ -32,6 +32,22 @@ def profile_prefill_latency(original: Function, owner: Any, *args: Any, **kwargs
         module.Req = request  # type: ignore[attr-defined]
 
 
+def state() -> dict[str, Any]:
+    """What this process sizes its batches by at the moment, if it does."""
+    settings = process.state.settings
+    if not (settings.sizer or settings.budget_ms):
+        return {}
+    from . import budget, correction, pp
+
+    plans, limit = pp.serving.plans, budget.serving.sizer
+    return {
+        "plans": {} if plans is None else {str(n): plan for n, plan in plans.by_prompt.items()},
+        "budget_ms": None if limit is None else limit.budget_ms,
+        "coefficients": [] if pp.serving.model is None else pp.serving.model.form.coefficients,
+        "corrections": correction.serving.corrections,
+    }
+
+
 def profile_and_fit(original: Function, owner: Any, *args: Any, **kwargs: Any) -> bool:
     from . import pp
 
