@@ -105,9 +105,13 @@ coverage: build  ## run the tests in both environments and list the lines they m
 cpp-test:  ## run the C++ tests of the core (needs doctest)
 	$(MAKE) -C csrc/tests
 
-TIDY ?= csrc/gather.cpp csrc/host_device.cpp csrc/pool.cpp
-tidy:  ## run clang-tidy on the C++ that needs no torch (pip install clang-tidy; TIDY='FILES')
-	$(or $(wildcard $(VENV)/bin/clang-tidy),clang-tidy) --quiet $(TIDY) -- -std=c++20
+TIDY ?= csrc/*.cpp
+TIDY_FLAGS = -std=c++20 -DPYSTAGE_TORCH_VERSION='""' $$($(PY) -c "import pybind11, sysconfig; \
+  from torch.utils.cpp_extension import include_paths; \
+  paths = [*include_paths(), pybind11.get_include(), sysconfig.get_paths()['include']]; \
+  print(' '.join('-isystem' + path for path in paths))")
+tidy: build  ## run clang-tidy, minutes (pip install clang-tidy; TIDY='FILES')
+	$(or $(wildcard $(VENV)/bin/clang-tidy),clang-tidy) --quiet $(TIDY) -- $(TIDY_FLAGS)
 
 mutants: build  ## put single faults into the code; do the tests notice? (ARGS='--only pool.cpp --list')
 	$(PY) -m tests.mutants --sglang $(SGLANG_VENV)/bin/python $(ARGS)

@@ -27,8 +27,7 @@ PyObject* guarded(Body body) noexcept {
       e.restore();
     } catch (const py::builtin_exception& e) {
       e.set_error();
-    } catch (const Interrupted&) {
-      // the Python error is already set
+    } catch (const Interrupted&) {  // NOLINT(bugprone-empty-catch): the Python error is set already
     } catch (...) {
       translate(std::current_exception());  // rethrows what is not pystage's
     }

@@ -32,7 +32,8 @@ auto call_python(Call call) noexcept {
   }
 }
 
-// A signal handler has raised, and the Python error is set. guarded() passes it on to Python.
+// A signal handler has raised, and the Python error is set. guarded() passes it on to Python. It
+// does not derive from std::exception, so that no handler on the way takes it for its own error.
 struct Interrupted {};
 
 // Releases the GIL for a scope if `release` is true, so that other Python threads can run.
@@ -50,7 +51,7 @@ class ReleaseGil {
     restore();
     const int raised = call_python([] { return PyErr_CheckSignals(); });
     state_ = PyEval_SaveThread();
-    if (raised) throw Interrupted();
+    if (raised) throw Interrupted();  // NOLINT(bugprone-std-exception-baseclass)
   }
 
  private:

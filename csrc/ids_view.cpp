@@ -91,6 +91,7 @@ struct Export {
 // Whether a reader assumes that the items are contiguous. PyBUF_STRIDES includes PyBUF_ND's bit.
 bool wants_contiguous(int flags) {
   constexpr int kContiguous =
+      // NOLINTNEXTLINE(misc-redundant-expression): the macros have bits in common
       (PyBUF_C_CONTIGUOUS | PyBUF_F_CONTIGUOUS | PyBUF_ANY_CONTIGUOUS) & ~PyBUF_STRIDES;
   return (flags & PyBUF_STRIDES) != PyBUF_STRIDES || (flags & kContiguous);
 }

@@ -164,6 +164,7 @@ void raise_as(const char* name, const E& error) {
 
 }  // namespace
 
+// NOLINTNEXTLINE(performance-unnecessary-value-param): pybind11 passes it by value
 void translate(std::exception_ptr pointer) {
   if (!pointer) return;
   try {

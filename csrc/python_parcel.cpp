@@ -247,6 +247,7 @@ PyObject* parcel_fast(PyObject*, PyObject* const* args, Py_ssize_t given) {
     if (!PyTuple_Check(args[4]) || !PyTuple_Check(args[5]) || !PyTuple_GET_SIZE(args[5]))
       throw py::type_error("codes and deliver_at must be tuples");
     std::vector<size_t> deliver_at;
+    deliver_at.reserve(static_cast<size_t>(PyTuple_GET_SIZE(args[5])));
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[5]); ++i)
       deliver_at.push_back(size_argument(PyTuple_GET_ITEM(args[5], i)));
     std::unique_ptr<Parcel> parcel;

@@ -38,10 +38,10 @@ py::object finish(Resolved resolved, Device& device, bool blocking) {
       device.synchronize(resolved.fence);
     }
     if (resolved.tail && resolved.tail->bad) {
-      const RelayTail& tail = *resolved.tail;
-      throw py::index_error("indices[" + std::to_string(tail.bad->position) + "] is " +
-                            std::to_string(tail.bad->value) + ", outside a relay of " +
-                            std::to_string(tail.relay_size) + " ids");
+      const auto& bad = *resolved.tail->bad;
+      throw py::index_error("indices[" + std::to_string(bad.position) + "] is " +
+                            std::to_string(bad.value) + ", outside a relay of " +
+                            std::to_string(resolved.tail->relay_size) + " ids");
     }
   }
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(resolved.ids)));

@@ -4,6 +4,7 @@
 
 #include <limits>
 #include <optional>
+#include <string_view>
 
 #include "errors.h"
 #include "gil.h"
@@ -135,11 +136,12 @@ bool read_part(const Part& part, void* dst, IntType wire, const Bounds* bounds) 
 // Accepts signed native integers of 4 or 8 bytes, with any format letter that this platform uses.
 bool int_format(const Py_buffer& view, IntType* type) {
   const char* f = view.format ? view.format : "B";
-  if (*f == '@' || *f == '=') ++f;
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-  else if (*f == '<')
-    ++f;
+  constexpr std::string_view kNative = "@=<";
+#else
+  constexpr std::string_view kNative = "@=";
 #endif
+  if (*f && kNative.find(*f) != kNative.npos) ++f;
   if ((*f != 'i' && *f != 'l' && *f != 'q' && *f != 'n') || f[1] != '\0') return false;
   if (view.itemsize == 4)
     *type = IntType::kInt32;

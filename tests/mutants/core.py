@@ -572,7 +572,7 @@ MUTANTS: Mutants = {
             "read_id(part, i);\n    ok &= <|value >= bounds.lo && value <= bounds.hi|>;",
             "value >= bounds.lo && value < bounds.hi",
         ),
-        "format-prefix-refused": M("if (<|*f == '@' || *f == '='|>) ++f;", "false"),
+        "format-prefix-refused": M("if (<|*f && kNative.find(*f) != kNative.npos|>) ++f;", "false"),
         "format-n-refused": M("&& <|*f != 'n'|>)", "true"),
         "format-q-refused": M("&& <|*f != 'q'|> &&", "true"),
         "format-unsigned-taken": M("if ((<|*f != 'i'|> &&", "*f != 'i' && *f != 'L'"),
