@@ -31,7 +31,7 @@ import pystage
 from pystage.batch import forgotten_resolves
 from pystage.integrations import sglang as plugin
 from pystage.integrations.sglang import budget as limits
-from pystage.integrations.sglang import pp
+from pystage.integrations.sglang import correction, pp
 from pystage.integrations.sglang.settings import Settings
 from pystage.pp import BudgetSizer
 from pystage.pp.forms import Form
@@ -845,6 +845,45 @@ def test_the_budget_starts_with_a_profile(
     assert "no time budget: median error 40% over 15%" in caplog.text
     limits.start(SimpleNamespace(chunked_prefill_size=None))
     assert "it needs chunked prefill" in caplog.text
+
+
+def test_prefills_of_one_request_are_timed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that nothing else slows: no other request, no decode, no KV that is loaded back."""
+    rig, times = engine.rig, []
+    leader = correction.Leader(sizer_of(engine), LAW, ranks=1)
+    monkeypatch.setattr(correction.serving, "leader", leader)
+    monkeypatch.setattr(
+        leader.correction, "observe_ms", lambda pieces, ms: times.append((pieces, ms > 0))
+    )
+
+    def run(*reqs: Any, load_back: int = -1) -> Any:
+        batch = rig.batch(list(reqs))
+        batch.prepare_for_extend()
+        batch.hicache_consumer_index = load_back
+        rig.resolve(batch)
+        for req, token in zip(reqs, timed(batch), strict=True):
+            req.output_ids.append(int(token))
+        return batch
+
+    def timed(batch: Any) -> Any:
+        return plugin.sizer.forward_batch_generation(
+            lambda worker, batch: rig.forward(batch)[1], None, batch
+        )
+
+    one, two, three = (rig.request(range(n, n + 300)) for n in (0, 20, 40))
+    one.extend_end = 200
+    run(one)
+    rig.next_chunk(one)
+    batch = run(one)
+    assert times == [([(0, 200)], True), ([(200, 100)], True)]
+    run(two, three)
+    run(four := rig.request(range(60, 90)), load_back=3)
+    batch.prepare_for_decode()
+    rig.resolve(batch)
+    timed(batch)
+    plugin.sizer.forward_batch_generation(lambda worker, batch: None, None, None)
+    assert len(times) == 2
+    rig.release(one, two, three, four)
 
 
 def test_a_failed_profile_keeps_the_static_size(

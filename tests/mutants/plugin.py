@@ -298,6 +298,8 @@ MUTANTS: Mutants = {
             "    return [r for r in requests if not (", "    return requests or ("
         ),
         "not-applied": M("    _apply(found[-1])\n", ""),
+        "load-backs-timed": M("\n        or batch.hicache_consumer_index >= 0", ""),
+        "decodes-timed": M("\n        or not batch.forward_mode.is_extend()", ""),
         "too-few-batches": M("<|self.correction.collect() >= LatencyModel.REFIT_EVERY|>", "False"),
         "old-plans": M(
             '        pp.serving.plans = pp.plans_of(serving.owner, message["plans"])\n',

@@ -21,7 +21,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,8 @@ from ...pp import Correction, LatencyModel
 from . import pp
 
 logger = logging.getLogger("pystage.sglang")
+
+T = TypeVar("T")
 
 _KEY = "pystage.correction"
 _LEAST_S = 60.0
@@ -48,8 +51,8 @@ class Leader:
         self._after = time.monotonic() + _LEAST_S
         self._message: dict[str, Any] | None = None
 
-    def timed(self, pieces: list[tuple[int, int]], run: Any) -> Any:
-        """Runs a batch and takes its time."""
+    def timed(self, pieces: list[tuple[int, int]], run: Callable[[], T]) -> T:
+        """Runs a forward on the current stream and takes its time."""
         if self.cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -117,10 +120,17 @@ def start(owner: Any) -> None:
         serving.leader = Leader(owner, model, ranks)
 
 
-def run_batch(scheduler: Any, batch: Any, run: Any) -> Any:
-    """Times a batch that is one request's prefill, on rank 0."""
+def forward(batch: Any, run: Callable[[], T]) -> T:
+    """Runs a forward on the forward stream. On rank 0 it is timed if it is one request's prefill,
+    and does not wait for KV that is loaded back from the host."""
     leader = serving.leader
-    if leader is None or len(batch.reqs) != 1 or not batch.forward_mode.is_extend():
+    if (
+        leader is None
+        or batch is None
+        or len(batch.reqs) != 1
+        or not batch.forward_mode.is_extend()
+        or batch.hicache_consumer_index >= 0
+    ):
         return run()
     pieces = list(zip(batch.prefix_lens, batch.extend_lens, strict=True))
     return leader.timed(pieces, run)

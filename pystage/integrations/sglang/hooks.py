@@ -14,6 +14,7 @@ BATCH = "managers.schedule_batch:ScheduleBatch"
 _SIZER = "managers.scheduler_components.dynamic_chunk_sizer:DynamicChunkSizer"
 _SCHEDULER = "managers.scheduler:Scheduler"
 _START = f"{_SCHEDULER}.maybe_init_dynamic_chunk_sizer"
+_FORWARD = "managers.tp_worker:TpModelWorker.forward_batch_generation"
 _RECEIVER = "managers.scheduler_components.request_receiver:SchedulerRequestReceiver"
 _ADDER = "managers.schedule_policy:PrefillAdder"
 _MIXIN = "managers.scheduler_pp_mixin:SchedulerPPMixin"
@@ -74,7 +75,7 @@ def optional(settings: Settings) -> list[Hook]:
         ]
     if correct:
         hooks += [
-            Hook("correction", f"{_SCHEDULER}.run_batch", ("self", "batch"), sizer.run_batch),
+            Hook("correction", _FORWARD, ("self", "batch"), sizer.forward_batch_generation),
             Hook("correction", f"{_RECEIVER}._pull_raw_reqs", ("self",), sizer.pull_raw_reqs),
             Hook(
                 "correction",

@@ -89,12 +89,12 @@ def _fit_batch_to(adder: Any, req: Any, continued: bool) -> None:
     budget.limit(adder, req)
 
 
-def run_batch(original: Function, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+def forward_batch_generation(
+    original: Function, worker: Any, batch: Any, *args: Any, **kwargs: Any
+) -> Any:
     from . import correction
 
-    return correction.run_batch(
-        scheduler, batch, lambda: original(scheduler, batch, *args, **kwargs)
-    )
+    return correction.forward(batch, lambda: original(worker, batch, *args, **kwargs))
 
 
 def pull_raw_reqs(original: Function, receiver: Any, *args: Any, **kwargs: Any) -> Any:
