@@ -288,6 +288,9 @@ class Planner:
                 break
             for plan in finalists:
                 forwards += self._time(plan, time, each)
+            noise = _noise([c for c in (*near, *kinds) if c.work])
+            for plan in finalists:
+                self._correct(plan, noise)
             if keep:
                 first = _best_fixed(finalists)
                 free = [c for c in finalists if c.kind != "fixed"]
@@ -308,7 +311,7 @@ class Planner:
         return self._choice(chosen, best, fixed, error, forwards, why)
 
     def _time(self, plan: Candidate, time: TimeChunks, forwards: int) -> int:
-        """Times some chunks of the plan and corrects its makespan by the result."""
+        """Times some chunks of the plan."""
         history = histories(plan.chunks)
         slow = forwards // 3
         share = np.cumsum(plan.ms) / plan.ms.sum()
@@ -325,14 +328,16 @@ class Planner:
         ratio = np.log(took / plan.ms[index])
         plan.work += ratio[: spread.size].tolist()
         plan.slowest += ratio[spread.size :].tolist()
-        self._correct(plan)
         return int(index.size)
 
-    def _correct(self, plan: Candidate) -> None:
+    def _correct(self, plan: Candidate, noise: float) -> None:
+        """Corrects the plan's makespan by its timings; `noise` is that of one timing."""
         q = self.q
         prior = max(self.model.report.holdout_median, 0.01)
-        work, work_error = _shrunk(plan.work, prior)
-        slow, slow_error = _shrunk(plan.slowest, prior) if plan.slowest else (work, work_error)
+        work, work_error = _shrunk(plan.work, prior, noise)
+        slow, slow_error = work, work_error
+        if plan.slowest:
+            slow, slow_error = _shrunk(plan.slowest, prior, noise)
         ms = plan.ms * math.exp(work)
         total = makespan(ms, q.factors, q.overhead_ms)
         bubbles = q.bubbles * max(q.factors) * float(plan.ms.max())
@@ -342,29 +347,46 @@ class Planner:
 
 
 def _best_fixed(plans: Sequence[Candidate]) -> Candidate:
-    """The fixed size with the lowest predicted time, unless another was clearly faster."""
+    """The fixed size with the lowest predicted time, unless another was clearly faster: by three
+    standard errors, since several are compared."""
     sizes = sorted((c for c in plans if c.kind == "fixed"), key=lambda c: c.total)
     best = sizes[0]
     for other in sizes[1:]:
         error = math.hypot(best.timed_error, other.timed_error)
-        if math.log(best.timed / other.timed) > 2.0 * error:
+        if math.log(best.timed / other.timed) > 3.0 * error:
             best = other
     return best
 
 
-def _shrunk(ratios: Sequence[float], prior: float) -> tuple[float, float]:
+def _without_spikes(ratios: Sequence[float]) -> Floats:
+    """The log ratios, with the median in place of the spikes, if they are few."""
+    values = np.asarray(ratios)
+    centre = float(np.median(values))
+    spikes = values > centre + math.log(_SPIKE)
+    return np.where(spikes, centre, values) if spikes.mean() <= 0.2 else values
+
+
+def _noise(plans: Sequence[Candidate]) -> float:
+    """The standard deviation of one timing, in log, from the median absolute deviation. All plans
+    run on one engine, so it is estimated from the timings of all: those of one plan are so few that
+    they may agree by chance."""
+    groups = [np.asarray(r) for c in plans for r in (c.work, c.slowest) if len(r) > 1]
+    if not groups:
+        return 0.0
+    deviations = np.concatenate([np.abs(values - np.median(values)) for values in groups])
+    degrees = deviations.size - len(groups)
+    return 1.4826 * float(np.median(deviations)) * math.sqrt(deviations.size / degrees)
+
+
+def _shrunk(ratios: Sequence[float], prior: float, noise: float) -> tuple[float, float]:
     """The mean of log ratios without spikes, shrunk towards 0 by its share of noise; its error.
 
     `prior` is the model's own error, one sigma. A mean far outside of both the noise and that error
     is not shrunk: there the model is wrong, so its prediction carries no information.
     """
-    values = np.asarray(ratios)
-    centre = float(np.median(values))
-    spikes = values > centre + math.log(_SPIKE)
-    if spikes.mean() <= 0.2:
-        values = np.where(spikes, centre, values)
+    values = _without_spikes(ratios)
     mean = float(values.mean())
-    error = max(float(values.std()), 0.003) / math.sqrt(values.size)
+    error = max(noise, 0.003) / math.sqrt(values.size)
     if abs(mean) > 3.0 * math.hypot(prior, error):
         return mean, error
     keep = prior**2 / (prior**2 + error**2)
