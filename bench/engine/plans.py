@@ -180,6 +180,17 @@ PLANS = {
         {**GPU, "context_length": 16384, "max_total_tokens": 36864, "cpu_offload_gb": 4},
         (Workload("prompt", 2048, 10, 3, traced=4), Workload("prompt", 8192, 6, 3)),
     ),
+    "budget": Plan(
+        "an 8B model; with the plugin also a time budget of 80 ms (PYSTAGE_SGLANG_BUDGET_MS)",
+        LLAMA_8B,
+        GPU,
+        (
+            Workload("open", rate=3, blocks=5, count=12, tokens=32),
+            Workload("prompt", 8192, 10, 3),
+            Workload("prompt", 32768, 3, 1),
+        ),
+        environment={"PYSTAGE_SGLANG_BUDGET_MS": "80"},
+    ),
     "tp2": ranks("2 GPUs, --tp-size 2", 32768, tp_size=2),
     "pp2": ranks("2 GPUs, --pp-size 2", 32768, pp_size=2),
     "pp4": ranks("4 GPUs, --pp-size 4", 65536, pp_size=4),
