@@ -343,7 +343,7 @@ def test_the_gate_looks_at_the_95th_percentile_of_the_errors_left_out() -> None:
     many = LatencyModel.fit(off_in(8), forms=["law"], gate=gate).report
     assert not many.usable and "p95 error 2" in many.reason and "over 10%" in many.reason
     assert many.holdout_p95 == pytest.approx(0.25, abs=0.05) and many.holdout_median < 0.01
-    assert LatencyModel.fit(off_in(8), forms=["law"]).report.usable  # the default is 60 %
+    assert LatencyModel.fit(off_in(8), forms=["law"]).report.usable  # the default is 90 %
 
 
 def test_each_limit_of_the_gate_itself_still_passes() -> None:

@@ -45,16 +45,20 @@ class FitError(ValueError):
 
 @dataclass(frozen=True)
 class QualityGate:
-    """Limits within which a fitted model may decide chunk sizes. Errors are relative (0.15 is
-    15 %)."""
+    """Limits within which a fitted model may decide chunk sizes. Errors are relative (0.30 is
+    30 %).
 
-    max_holdout_median: float = 0.15
+    They are wide: a plan can be good although its times are not exact, since the best fixed size is
+    its floor and the finalists can be timed. In the study of docs/pp.md, 100 profiles with noise of
+    1 to 30 % were accepted, and no plan was worse than chunks of 8,192."""
+
+    max_holdout_median: float = 0.30
     """Limit on the median error of samples left out of the fit, after the scatter of repeats has
     been subtracted. `max_uncertainty` limits the effect of that scatter."""
-    max_holdout_p95: float = 0.60
+    max_holdout_p95: float = 0.90
     max_rejected: float = 0.34
     min_samples: int = 10
-    max_uncertainty: float = 0.25
+    max_uncertainty: float = 0.35
     max_unseen: float = 0.04
     """The same limit without history, if no sample was without: there only the form determines
     the prediction."""
