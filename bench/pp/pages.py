@@ -82,31 +82,30 @@ def families_table(result: dict[str, Any]) -> str:
 
 
 def budget_table(result: dict[str, Any]) -> str:
-    """Throughput with a cap on the time of a chunk, over all prompts and kinds of noise."""
+    """Throughput with a cap on the time of a chunk, over all kinds of noise."""
+    prompts = sorted({row["prompt"] for row in result["budget"]})
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in result["budget"]:
         groups.setdefault((row["family"], row["cap_ms"]), []).append(row)
     rows = []
     for (family, cap), runs in groups.items():
         cells = [row for row in runs if row["fixed"] is not None]
-        if not cells:
-            rows.append([family, f"{cap:.0f}", "none", "", "", "", ""])
-            continue
-        gains = [100 * row["gain"] for row in cells]
-        sizes = sorted({row["fixed"] for row in cells})
-        rows.append(
-            [
-                family,
-                f"{cap:.0f}",
-                ", ".join(f"{size:,}" for size in sizes),
-                f"{np.mean(gains):+.1f}%",
-                f"{min(gains):+.1f}%",
+        shown = [family, f"{cap:.0f}"]
+        for prompt in prompts:
+            here = [row for row in cells if row["prompt"] == prompt]
+            gain = f"{100 * np.mean([row['gain'] for row in here]):+.1f}%" if here else ""
+            shown += [f"{here[0]['fixed']:,}" if here else "none", gain]
+        if cells:
+            shown += [
+                f"{100 * min(row['gain'] for row in cells):+.1f}%",
                 f"{100 * np.mean([row['over_cap_5%'] for row in cells]):.1f}%",
                 f"{max(row['slowest_ms'] for row in cells):.0f}",
             ]
-        )
-    head = ["model, one stage", "cap, ms", "best fixed sizes within it", "tokens/s, mean", "worst"]
-    return tabulate([*head, "chunks over the cap by 5%", "slowest, ms"], rows)
+        rows.append(shown + [""] * (5 + 2 * len(prompts) - len(shown)))
+    head = ["model, one stage", "cap, ms"]
+    for prompt in prompts:
+        head += [f"{prompt:,} ids: best fixed size", "tokens/s, mean"]
+    return tabulate([*head, "worst", "chunks over the cap by 5%", "slowest, ms"], rows)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
