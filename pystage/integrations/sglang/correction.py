@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -49,7 +50,7 @@ class Leader:
         self.cuda = torch.device(owner.device).type == "cuda"
         self._thread: threading.Thread | None = None
         self._after = time.monotonic() + _LEAST_S
-        self._message: dict[str, Any] | None = None
+        self._messages: deque[dict[str, Any]] = deque()  # of the thread, for the scheduler's
 
     def timed(self, pieces: list[tuple[int, int]], run: Callable[[], T]) -> T:
         """Runs a forward on the current stream and takes its time."""
@@ -85,14 +86,13 @@ class Leader:
                 new = LatencyModel.from_json(model)
                 choices = pp.choose(self.owner, self.ranks, new, self.lengths)
                 plans = {str(n): list(choice.chunks) for n, choice in choices.items()}
-            self._message = {_KEY: {"model": model, "plans": plans}}
+            self._messages.append({_KEY: {"model": model, "plans": plans}})
         except Exception as error:  # the server goes on with the model that it has
             logger.warning("pystage: no correction of the latency model: %r", error)
 
     def message(self) -> list[dict[str, Any]]:
         """What the stream of requests gets: mostly nothing."""
-        message, self._message = self._message, None
-        return [] if message is None else [message]
+        return [self._messages.popleft()] if self._messages else []
 
 
 class Serving:
