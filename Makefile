@@ -67,14 +67,13 @@ sglang-env:  ## install SGLang for the CPU into .venv-sglang
 
 # The extension in the source folder serves both environments if they have the same torch.
 SGLANG_PY = $(abspath $(SGLANG_VENV)/bin/python)
-SGLANG_TEST = PYTHONPATH=$(CURDIR) PYSTAGE_TEST_SGLANG_OLD=$(abspath $(SGLANG_VENV)/releases) \
-  $(SGLANG_PY) $(COUNTED) -m pytest -q -W ignore tests/test_sglang.py tests/test_engine_runs.py
 SGLANG_FITS = PYTHONPATH=$(CURDIR) $(SGLANG_PY) -c \
   'import pystage; found = pystage.build_info(); assert found.torch_built == found.torch' 2> /dev/null
 sglang-test: sglang-env  ## test the plugin in the real SGLang, on the CPU
 	@$(SGLANG_FITS) || { rm -f build/.installed-* && \
 	  PYSTAGE_CUDA=0 $(SGLANG_PY) -m pip install --quiet --no-build-isolation --no-deps -e .; }
-	$(SGLANG_TEST)
+	PYTHONPATH=$(CURDIR) PYSTAGE_TEST_SGLANG_OLD=$(abspath $(SGLANG_VENV)/releases) \
+	  $(SGLANG_PY) $(COUNTED) -m pytest -q -W ignore tests/test_sglang.py tests/test_engine_runs.py
 
 # Both suites with the lines of Python that run counted, and the tests that drive the extension once
 # more, on a build that counts its own: in a copy of the package, so that the extension in the source

@@ -358,14 +358,6 @@ def _best_fixed(plans: Sequence[Candidate]) -> Candidate:
     return best
 
 
-def _without_spikes(ratios: Sequence[float]) -> Floats:
-    """The log ratios, with the median in place of the spikes, if they are few."""
-    values = np.asarray(ratios)
-    centre = float(np.median(values))
-    spikes = values > centre + math.log(_SPIKE)
-    return np.where(spikes, centre, values) if spikes.mean() <= 0.2 else values
-
-
 def _noise(plans: Sequence[Candidate]) -> float:
     """The standard deviation of one timing, in log, from the median absolute deviation. All plans
     run on one engine, so it is estimated from the timings of all: those of one plan are so few that
@@ -384,7 +376,11 @@ def _shrunk(ratios: Sequence[float], prior: float, noise: float) -> tuple[float,
     `prior` is the model's own error, one sigma. A mean far outside of both the noise and that error
     is not shrunk: there the model is wrong, so its prediction carries no information.
     """
-    values = _without_spikes(ratios)
+    values = np.asarray(ratios)
+    centre = float(np.median(values))
+    spikes = values > centre + math.log(_SPIKE)
+    if spikes.mean() <= 0.2:
+        values = np.where(spikes, centre, values)
     mean = float(values.mean())
     error = max(noise, 0.003) / math.sqrt(values.size)
     if abs(mean) > 3.0 * math.hypot(prior, error):

@@ -294,9 +294,7 @@ MUTANTS: Mutants = {
     },
     "pystage/integrations/sglang/correction.py": {
         "not-sent": M("return [*requests<|, *serving.leader.message()|>]", ""),
-        "handled-by-sglang": M(
-            "    return [r for r in requests if not (", "    return requests or ("
-        ),
+        "handled-by-sglang": M("return [r for r in requests if <|not _is_message(r)|>]", "True"),
         "not-applied": M("    _apply(found[-1])\n", ""),
         "load-backs-timed": M("\n        or batch.hicache_consumer_index >= 0", ""),
         "decodes-timed": M("\n        or not batch.forward_mode.is_extend()", ""),

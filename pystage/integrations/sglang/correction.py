@@ -145,11 +145,15 @@ def received(requests: list[Any] | None) -> list[Any] | None:
 
 def without_messages(requests: list[Any]) -> list[Any]:
     """The requests without messages, which are applied."""
-    found = [r[_KEY] for r in requests if isinstance(r, dict) and _KEY in r]
+    found = [r[_KEY] for r in requests if _is_message(r)]
     if not found:
         return requests
     _apply(found[-1])
-    return [r for r in requests if not (isinstance(r, dict) and _KEY in r)]
+    return [r for r in requests if not _is_message(r)]
+
+
+def _is_message(request: Any) -> bool:
+    return isinstance(request, dict) and _KEY in request
 
 
 def _apply(message: dict[str, Any]) -> None:

@@ -59,13 +59,15 @@ def optional(settings: Settings) -> list[Hook]:
         Hook("metrics", f"{_COLLECTOR}.__init__", ("self", "labels"), metrics.metrics_init),
         Hook("metrics", f"{_COLLECTOR}.log_stats", ("self",), metrics.log_stats),
     ]
-    budget, correct = settings.budget_ms > 0, settings.correct
     start = Hook(
-        "budget" if budget else "correction", _START, ("self",), sizer.init_dynamic_chunk_sizer
+        "budget" if settings.budget_ms else "correction",
+        _START,
+        ("self",),
+        sizer.init_dynamic_chunk_sizer,
     )
-    if (budget or correct) and not is_there(start):
-        budget = correct = False
-    elif budget or correct:
+    starts = bool(settings.budget_ms or settings.correct) and is_there(start)
+    budget, correct = starts and settings.budget_ms > 0, starts and settings.correct
+    if starts:
         hooks.append(start)
     if settings.sizer or budget:
         part = "sizer" if settings.sizer else "budget"

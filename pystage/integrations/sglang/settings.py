@@ -79,6 +79,8 @@ _CHOICES = {
     "PYSTAGE_SGLANG_ISSUE": ("deferred", "eager"),
 }
 
+_UNITS = {"PYSTAGE_SGLANG_CAPACITY_MIB": "MiB", "PYSTAGE_SGLANG_BUDGET_MS": "ms"}
+
 
 def _parse(variable: str, text: str, default: object) -> bool | int | str:
     if isinstance(default, bool):
@@ -88,9 +90,9 @@ def _parse(variable: str, text: str, default: object) -> bool | int | str:
     if isinstance(default, int):
         if text.isascii() and text.isdigit() and 1 <= int(text) <= 1 << 20:
             return int(text)
-        unit = variable.rpartition("_")[2].replace("MIB", "MiB").replace("MS", "ms")
         raise ValueError(
-            f"{variable} is {text!r}, but must be a number of {unit} from 1 to {1 << 20}"
+            f"{variable} is {text!r}, but must be a number of {_UNITS[variable]} "
+            f"from 1 to {1 << 20}"
         )
     if text not in _CHOICES[variable]:
         raise ValueError(
