@@ -1,10 +1,13 @@
-"""Configurations of Llama models, for random weights."""
+"""Configurations of Llama models, and random weights for them."""
 
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
+
+import torch
 
 # The published shapes of Llama 3.2 1B and Llama 3.1 8B, and one for tests.
 SHAPES: dict[str, dict[str, int]] = {
@@ -41,6 +44,23 @@ TINY_LLAMA: dict[str, Any] = {
     "eos_token_id": 2,
     "torch_dtype": "float32",
 }
+
+INIT_STD = 0.02
+
+
+def draw_weights(model: torch.nn.Module) -> None:
+    """Draws weights from a normal distribution, the same in each process. SGLang's own dummy
+    weights are so small that the output hardly depends on the prompt, which would hide a wrong
+    id."""
+    for name, parameter in model.state_dict().items():
+        if not torch.is_floating_point(parameter) or "cos_sin_cache" in name or "inv_freq" in name:
+            continue
+        if "norm" in name:
+            parameter.fill_(1.0)
+            continue
+        generator = torch.Generator(device=parameter.device)
+        generator.manual_seed(zlib.crc32(name.encode()))
+        parameter.normal_(0.0, INIT_STD, generator=generator)
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """Checks which contexts and current devices pools leave behind on a machine with two GPUs.
 
-    python bench/two_gpus.py [--out two_gpus.json] ['only GPU 1' ...]
+    python -m bench.two_gpus [--out two_gpus.json] ['only GPU 1' ...]
 
-Every scenario runs in its own process, because a context stays once it is made. Prints JSON. The
+Every scenario runs in its own process, because a context stays once it is made. Nothing else may
+use the GPUs meanwhile, because the memory in use is compared. Writes JSON to bench/results. The
 exit code is 1 if a scenario failed. csrc/tests/test_cuda_device.cpp has the same checks with a stub
 of the driver.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import random
 import subprocess
 import sys
@@ -26,10 +28,11 @@ from typing import Any
 import torch
 
 import pystage
+from bench.common import write_result
 from pystage.testing import hold_transfers, synchronize
 
-# CUpointer_attribute
-DEVICE_ORDINAL = 9
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE_ORDINAL = 9  # a CUpointer_attribute
 
 
 class Driver:
@@ -72,6 +75,24 @@ class Driver:
 @cache
 def driver() -> Driver:
     return Driver()
+
+
+def nvidia_smi(what: str, *fields: str) -> list[list[str]]:
+    command = ["nvidia-smi", f"--query-{what}={','.join(fields)}", "--format=csv,noheader,nounits"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [line.split(", ") for line in text.splitlines()]
+
+
+def used_mib() -> list[int]:
+    """The memory in use on each GPU, by all processes."""
+    return [int(mib) for (mib,) in nvidia_smi("gpu", "memory.used")]
+
+
+def gpus_of_this_process() -> list[int]:
+    """The GPUs on which nvidia-smi lists this process."""
+    gpus = [uuid for (uuid,) in nvidia_smi("gpu", "uuid")]
+    apps = nvidia_smi("compute-apps", "pid", "gpu_uuid")
+    return sorted(gpus.index(uuid) for pid, uuid in apps if int(pid) == os.getpid())
 
 
 Step = tuple[str, Callable[[], Any]]
@@ -173,6 +194,7 @@ VARIANTS: list[dict[str, Any]] = [{}, {"issue": "eager"}, {"transfer": "copy_eng
 def only_one(device: int) -> dict[str, Any]:
     """Nothing here needs the other GPU, so no thread may make a context on it."""
     other = 1 - device
+    before = used_mib()[other]
     done: list[str] = []
     for options in VARIANTS:
         for name, where in (("main", directly), ("thread", in_thread)):
@@ -182,7 +204,9 @@ def only_one(device: int) -> dict[str, Any]:
                 done.append(f"{options} {name} {step}")
                 assert not driver().has_context(other), f"a context on GPU {other} after {done[-1]}"
     assert driver().has_context(device)
-    return {"steps": len(done)}
+    listed, after = gpus_of_this_process(), used_mib()[other]
+    assert other not in listed and after == before, (listed, before, after)
+    return {"steps": len(done), "listed_on": listed, "other_gpu_mib": [before, after]}
 
 
 def other_is_current() -> dict[str, Any]:
@@ -196,6 +220,7 @@ def other_is_current() -> dict[str, Any]:
     work.add_(1)
     torch.cuda.synchronize(0)
     free, allocated = torch.cuda.mem_get_info(0)[0], torch.cuda.memory_allocated(0)
+    used = used_mib()[0]
     done = 0
     for options in VARIANTS:
         for name, step in Life(1, options).steps(directly):
@@ -206,7 +231,9 @@ def other_is_current() -> dict[str, Any]:
     assert torch.cuda.memory_allocated(0) == allocated
     assert torch.cuda.mem_get_info(0)[0] == free
     assert work[0].item() == 2 + done
-    return {"steps": done}
+    after = used_mib()[0]
+    assert after == used, (used, after)
+    return {"steps": done, "other_gpu_mib": [used, after]}
 
 
 def both() -> dict[str, Any]:
@@ -281,6 +308,23 @@ def lazy_current() -> dict[str, Any]:
     return {}
 
 
+def peers() -> dict[str, Any]:
+    """Ids of one GPU are copied to the other, while both read each other's memory directly."""
+    direct = all(torch.cuda.can_device_access_peer(d, 1 - d) for d in (0, 1))
+    block = [torch.ones(64 << 20, device=f"cuda:{d}") for d in (0, 1)]
+    pools = [pystage.StagingPool(f"cuda:{d}", 8 << 20) for d in (0, 1)]
+    for i in range(50):
+        for d in (0, 1):
+            block[1 - d].copy_(block[d], non_blocking=True)  # busy with the other's memory
+            out = pystage.resolve(pools[d].stage([ids(i, 40_000)]))
+            there = out.to(f"cuda:{1 - d}", non_blocking=True)
+            assert driver().device_of(out) == d and driver().device_of(there) == 1 - d
+            expect(there, i, 40_000)
+    for pool in pools:
+        pool.close()
+    return {"batches": 100, "direct": direct}
+
+
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "only GPU 1": lambda: only_one(1),
     "only GPU 0": lambda: only_one(0),
@@ -288,13 +332,13 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "both": both,
     "no current context": no_current,
     "lazy current device": lazy_current,
+    "peers": peers,
 }
 
 
 def run_apart(name: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, __file__, "--here", name], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "bench.two_gpus", "--here", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
         return {"ok": False, "error": done.stderr[-4000:], "rc": done.returncode}
     return {"ok": True, **json.loads(done.stdout.splitlines()[-1])}
@@ -303,7 +347,7 @@ def run_apart(name: str) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scenarios", nargs="*", help=f"of {', '.join(SCENARIOS)}; default: all")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--out", type=Path, help="JSON file; default in bench/results")
     parser.add_argument("--here", choices=list(SCENARIOS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
@@ -311,16 +355,13 @@ def main() -> int:
         return 0
     if torch.cuda.device_count() < 2:
         parser.error(f"needs two GPUs, here are {torch.cuda.device_count()}")
-    report: dict[str, Any] = {
-        "gpus": [torch.cuda.get_device_properties(d).name for d in (0, 1)],
-        "torch": torch.__version__,
-        "scenarios": {name: run_apart(name) for name in options.scenarios or SCENARIOS},
-    }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
-    return 0 if all(s["ok"] for s in report["scenarios"].values()) else 1
+    found: dict[str, Any] = {}
+    for name in options.scenarios or SCENARIOS:
+        found[name] = run_apart(name)
+        print(f"{name}: {found[name]}", flush=True)
+    kind = torch.cuda.get_device_name(0).lower().replace(" ", "-")
+    print("written to", write_result(f"two-gpus-{kind}", {"scenarios": found}, options.out))
+    return 0 if all(s["ok"] for s in found.values()) else 1
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from .conftest import run_of
 
 pytestmark = pytest.mark.gpu
 
-SCRIPT = Path(__file__).parent.parent / "bench/two_gpus.py"
+ROOT = Path(__file__).parent.parent
 VARIANTS: list[dict[str, Any]] = [{}, {"issue": "eager"}, {"transfer": "copy_engine"}]
 
 
@@ -54,6 +54,7 @@ def test_threads_get_no_context() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus() -> None:
-    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=False)
+def test_two_gpus(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.two_gpus", "--out", str(tmp_path / "two.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -34,7 +34,8 @@ def test_commands_run_something(command: str) -> None:
     if program == "pytest":
         assert selected(words)
     elif program == "python":
-        assert (ROOT / words[0]).exists()
+        module = words[0] == "-m"
+        assert (ROOT / (words[1].replace(".", "/") + ".py" if module else words[0])).exists()
     elif program == "make":
         folder = ROOT / (words[1] if words[0] == "-C" else "")
         rules = (folder / "Makefile").read_text()

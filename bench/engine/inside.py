@@ -19,7 +19,6 @@ import socket
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -27,9 +26,9 @@ from typing import Any
 
 from bench.copies import Copies
 from bench.device import HostEvent
+from bench.llama import draw_weights
 
 logger = logging.getLogger("pystage.engine")
-INIT_STD = 0.02
 
 
 def plugin() -> None:
@@ -43,20 +42,7 @@ def plugin() -> None:
 
 
 def _weights(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> None:
-    """Draws weights from a normal distribution, the same in each process. SGLang's own dummy
-    weights are so small that the output hardly depends on the prompt, which would hide a wrong
-    id."""
-    import torch
-
-    for name, parameter in model.state_dict().items():
-        if not torch.is_floating_point(parameter) or "cos_sin_cache" in name or "inv_freq" in name:
-            continue
-        if "norm" in name:
-            parameter.fill_(1.0)
-            continue
-        generator = torch.Generator(device=parameter.device)
-        generator.manual_seed(zlib.crc32(name.encode()))
-        parameter.normal_(0.0, INIT_STD, generator=generator)
+    draw_weights(model)
 
 
 def _run_event_loop(

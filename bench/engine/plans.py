@@ -123,11 +123,14 @@ def loadback(backend: str, how: str) -> Plan:
 
 
 def ranks(about: str, long: int, **sizes: int) -> Plan:
-    """A plan over several GPUs: alone, then with copies to the first GPU."""
+    """A plan over several GPUs: alone, then with copies to the first GPU.
+
+    Tensor parallelism uses NCCL: SGLang's own all-reduce may use NVLink multicast, which a machine
+    that is shared with others may not allow."""
     return Plan(
         f"{about}: an 8B model, nothing else on the GPUs, then copies to the first of them",
         LLAMA_8B,
-        {**GPU, **sizes},
+        {**GPU, "disable_custom_all_reduce": True, **sizes},
         (
             Workload("prompt", 2048, 12, 3),
             Workload("prompt", 8192, 10, 3, traced=4),

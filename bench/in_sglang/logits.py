@@ -1,6 +1,6 @@
 """Logits in the real SGLang, with and without the plugin: python -m bench.in_sglang.logits
 
-Runs batches of a trace, with shortened prompts, through a tiny Llama with random weights. It uses
+Runs batches of a trace, with shortened prompts, through a small Llama with random weights. It uses
 SGLang's own prepare_for_extend, resolve_forward_inputs, ForwardBatch.init_new, forward and
 sampling. Each batch runs with and without the plugin, on equal requests with separate rows and KV
 memory. The model's logits, the logits used for sampling (with logit bias, penalties and a grammar's

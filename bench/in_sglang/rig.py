@@ -1,5 +1,5 @@
 """The parts of the real SGLang around prefill batches, without its kernels: requests, batches,
-pools, radix cache, relay; on a CPU also a model with random weights. Used by tests/test_sglang.py
+pools, radix cache, relay, and if wanted a model with random weights. Used by tests/test_sglang.py
 and bench/in_sglang/plugin.py.
 
 stand_ins.py provides stubs for packages that are not installed (on most machines, kernels).
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bench.in_sglang.stand_ins import CUDA_KERNELS, KERNELS, stand_in
-from bench.llama import TINY_LLAMA, write_config
+from bench.llama import SHAPES, TINY_LLAMA, draw_weights, write_config
 
 __all__ = ["CUDA_KERNELS", "KERNELS", "Rig", "let_configs_be_replaced", "model_folder", "stand_in"]
 
@@ -43,6 +43,15 @@ def let_configs_be_replaced() -> None:
 # --- a model's configuration ---------------------------------------------------------------------
 
 
+# Two layers as wide as those of an 8B model: SGLang's kernels for a GPU need such widths.
+WIDE = {
+    **SHAPES["8b"],
+    "num_hidden_layers": 2,
+    "vocab_size": TINY_LLAMA["vocab_size"],
+    "torch_dtype": "bfloat16",
+}
+
+
 def model_folder(**changes: Any) -> str:
     """A folder with the configuration of a tiny Llama. Loading it generates random weights."""
     return write_config(Path(tempfile.mkdtemp(prefix="tiny-llama-")), {**TINY_LLAMA, **changes})
@@ -53,7 +62,8 @@ def model_folder(**changes: Any) -> str:
 
 class Rig:
     """Makes real requests and batches on a device. Without a model, the pools have ``kv_tokens``
-    and ``row_tokens``. With one (CPU), they are those of the model runner."""
+    and ``row_tokens``. With one, they are those of the model runner. Its layers are tiny on a CPU
+    and ``WIDE`` on a GPU."""
 
     def __init__(
         self,
@@ -74,16 +84,17 @@ class Rig:
         self.device, self.overlap = device, overlap
         self.no_spec = SpeculativeAlgorithm.NONE
         context = 4096 if model else row_tokens
+        shape = WIDE if model and device != "cpu" else TINY_LLAMA
         server = ServerArgs(
             **{
-                "model_path": model_folder(max_position_embeddings=context),
+                "model_path": model_folder(**{**shape, "max_position_embeddings": context}),
                 "device": device.partition(":")[0],
                 "load_format": "dummy",
                 "attention_backend": "torch_native" if device == "cpu" else "triton",
                 "sampling_backend": "pytorch",
                 "grammar_backend": "none",
                 "skip_tokenizer_init": True,
-                "dtype": "float32",
+                "dtype": shape["torch_dtype"],
                 "disable_cuda_graph": True,
                 "chunked_prefill_size": 512 if model else 8192,
                 "mem_fraction_static": 0.1,
@@ -121,6 +132,7 @@ class Rig:
             nccl_port=ports.nccl_port,
             server_args=self.server,
         )
+        draw_weights(self.runner.model)
         self.runner.alloc_memory_pool()
         self.runner.init_attention_backends()
         self.runner.init_cuda_graphs()

@@ -567,7 +567,11 @@ class Bench:
         warm: set[int] = set()
         order = random.Random(args.seed)  # the same on all ranks
         for prompt_len in args.prompts:
-            plans = {name: policy(prompt_len) for name, policy in self.policies.items()}
+            plans = {
+                name: policy(prompt_len)
+                for name, policy in self.policies.items()
+                if name not in args.without
+            }
             stages = {}
             for name, chunks in plans.items():
                 # The first forward of a size loads kernels, which takes tens of ms. This is not
@@ -702,6 +706,13 @@ def arguments() -> argparse.Namespace:
         "--prompts",
         type=lambda text: [int(n) for n in text.split(",")],
         help="their tokens; default: a quarter, half and all of the context",
+    )
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="PLAN",
+        help="plans that ttft leaves out, such as 'sglang cold' fastest",
     )
     parser.add_argument("--sglang-wheel", type=Path, help="of 0.5.20 or later, or a folder of it")
     parser.add_argument("--first", choices=("ours", "sglang"), default="sglang")
