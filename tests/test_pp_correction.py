@@ -128,7 +128,10 @@ def test_real_events_are_not_waited_for() -> None:
     pool = pystage.StagingPool(device="cuda")
     correction = Correction(model())
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    a = torch.ones(512, 512, device="cuda")
+    a = torch.ones(512, 512, device="cuda") @ torch.ones(512, 512, device="cuda")
+    begin.record()  # what torch and CUDA load or make first would wait for the held stream
+    end.record()
+    end.synchronize()
     with hold_transfers(pool):
         begin.record()
         a = a @ a
