@@ -21,7 +21,7 @@ StreamHandle small_tensors_stream(c10::Device device) {
   if (backend_of(device).capturing(stream))  // GCOV_EXCL_START: the host captures nothing
     throw CaptureError(
         "small tensors on a stream that captures a CUDA graph: every replay would use the values "
-        "of the capture; make them before it, in tensors that the graph reads");
+        "of the capture; make them before the capture, in tensors that the graph reads");
   // GCOV_EXCL_STOP
   return stream;
 }
