@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -144,6 +144,77 @@ def test_times_that_cannot_be_are_refused() -> None:
     for wrong in ([1.0], [0.0] * 64, [float("nan")] * 64):
         with pytest.raises(ValueError, match="time gave"):
             sizer_of().choose(65_536, 4, time=lambda points, w=wrong: w[: len(points)])
+
+
+class Pipeline:
+    """Runs plans through eight stages, each `slower(size)` times what the model predicts, with
+    noise. The first run of a plan takes 100 ms more."""
+
+    def __init__(self, slower: Callable[[int], float], noise: float = 0.002) -> None:
+        self.slower, self.noise = slower, noise
+        self.plans: list[tuple[int, ...]] = []
+        self.rng = np.random.default_rng(5)
+
+    def truth(self, chunks: Sequence[int]) -> float:
+        ms = STAIRS.predict(histories(chunks), np.asarray(chunks))
+        return makespan(ms * [self.slower(size) for size in chunks], (1.0,) * 8)
+
+    def __call__(self, chunks: Sequence[int]) -> float:
+        cold = tuple(chunks) not in self.plans
+        self.plans.append(tuple(chunks))
+        return self.truth(chunks) * self.rng.normal(1.0, self.noise) + 100.0 * cold
+
+
+def test_a_run_decides_where_stages_slow_each_other_down() -> None:
+    """Chunks over 1,024 tokens take 10 % longer than on a stage alone, so the timings of one stage
+    name a plan that is slower than 1,024."""
+
+    def time(points: Sequence[tuple[int, int]]) -> list[float]:
+        return [STAIRS.predict(h, c) for h, c in points]
+
+    sizer = sizer_of(STAIRS)
+    run = Pipeline(lambda size: 1.10 if size > 1024 else 1.0)
+    blind = sizer.choose(131_072, 8, time=time)
+    best = min(run.truth(fixed_chunks(n, 131_072)) for n in FIXED)
+    assert run.truth(blind.chunks) > 1.02 * best
+    choice = sizer.choose(131_072, 8, time=time, run=run)
+    assert run.truth(choice.chunks) <= 1.002 * best
+    assert choice.runs == len(run.plans) <= 24 and choice.forwards == blind.forwards
+    assert choice.fixed_size == 1024 and "run: " in choice.why
+    assert choice.predicted_ms == pytest.approx(run.truth(choice.chunks), rel=0.005)
+
+
+def test_a_run_confirms_a_plan_that_is_faster() -> None:
+    sizer = sizer_of(STAIRS)
+    run = Pipeline(lambda size: 1.02)
+    choice = sizer.choose(131_072, 8, run=run)
+    best = min(run.truth(fixed_chunks(n, 131_072)) for n in FIXED)
+    assert choice.kind != "fixed" and choice.forwards == 0
+    assert run.truth(choice.chunks) < best
+    assert choice.gain == pytest.approx(1 - run.truth(choice.chunks) / best, abs=0.004)
+
+
+def test_a_gain_within_the_noise_of_the_runs_is_none() -> None:
+    lost = []
+    for seed in range(20):
+        run = Pipeline(lambda size: 1.0, noise=0.05)
+        run.rng = np.random.default_rng(seed)
+        choice = sizer_of(STAIRS).choose(131_072, 8, run=run)
+        best = min(run.truth(fixed_chunks(n, 131_072)) for n in FIXED)
+        lost.append(run.truth(choice.chunks) / best - 1)
+        assert choice.kind == "fixed" or choice.gain > choice.error > 0.005
+    assert np.mean(lost) < 0.01 and max(lost) < 0.05
+
+
+@pytest.mark.parametrize("runs", [0, 1, 2, 5, 9, 24])
+def test_runs_keep_to_their_budget(runs: int) -> None:
+    run = Pipeline(lambda size: 1.0)
+    choice = sizer_of(STAIRS).choose(131_072, 8, run=run, runs=runs)
+    assert choice.runs == len(run.plans) <= runs
+    assert sum(choice.chunks) == 131_072
+    for ms in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"run gave .* ms for chunks"):
+            sizer_of(STAIRS).choose(131_072, 8, run=lambda _chunks, ms=ms: ms)
 
 
 def test_overhead_makes_chunks_longer_and_more_stages_shorter() -> None:

@@ -35,7 +35,7 @@ import random
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -52,6 +52,7 @@ from bench.common import parts_of, write_result
 from bench.llama import SHAPES as MODELS
 from bench.pp.sglang_sizes import chunks_of, sglang_class, sweep_lengths
 from pystage.pp import (
+    Choice,
     ChunkSizer,
     LatencyModel,
     SamplePlan,
@@ -226,6 +227,8 @@ class Pipeline:
         self.device = stage.device
         self.pool = pystage.StagingPool(device=self.device) if stage.first else None
         self._resolve = pystage.resolve
+        self.piped_ms: list[float] = []
+        """Times of the last run's chunks on this stage, in ms."""
         self.dtype = next(stage.layers.parameters()).dtype
 
     def ids(self, batch: Batch, prompts: Sequence[array[int]]) -> torch.Tensor:
@@ -291,7 +294,9 @@ class Pipeline:
         if not (self.stage.first or self.stage.last) and self.device.type == "cuda":
             torch.cuda.synchronize()
         assert int(token[0]) >= 0  # waits for the token
-        return (time.perf_counter() - began) * 1e3
+        took = (time.perf_counter() - began) * 1e3
+        self.piped_ms = clock.read()
+        return took
 
     def _receive(self, batch: Batch) -> tuple[Any, torch.Tensor]:
         shape = (1, sum(p.count for p in batch), self.stage.hidden)
@@ -387,6 +392,10 @@ def batches_of_many(lengths: Sequence[int], next_size: Callable[[int], int]) -> 
     return batches
 
 
+def _told(choice: Choice, seconds: float) -> dict[str, Any]:
+    return {**asdict(choice), "gain": choice.gain, "seconds": seconds}
+
+
 def spread(times: Sequence[float]) -> float:
     """(max - min) / mean"""
     return float(np.ptp(times) / np.mean(times))
@@ -455,6 +464,7 @@ class Bench:
         self.policies["equal time, base x 2"] = self._sizer(sizer.model, 2 * args.base).plan
         self.policies["fastest"] = lambda n: sizer.fastest_plan(n, self.ranks)
         self.policies["choose"] = self._choose
+        self.policies["choose, run"] = self._choose_by_runs
         self.next_sizes["equal time"] = lambda history: sizer.next_chunk(history) or args.base
 
     def _choose(self, prompt_len: int) -> list[int]:
@@ -470,15 +480,27 @@ class Bench:
                     self.timer(lambda p=p: self.step(*p)).latency_ms for p in points
                 ],
             )
-            told = {"kind": choice.kind, "gain": choice.gain, "error": choice.error}
-            told |= {"fixed_size": choice.fixed_size, "forwards": choice.forwards}
-            told |= {"predicted_ms": choice.predicted_ms, "fixed_ms": choice.fixed_ms}
-            told |= {"why": choice.why, "seconds": time.perf_counter() - began}
-            return told | {"chunks": list(choice.chunks)}
+            return _told(choice, time.perf_counter() - began)
 
         told = self.results[f"choice {prompt_len}"] = self.on_rank0(choose)
         chunks: list[int] = told["chunks"]
         return chunks
+
+    def _choose_by_runs(self, prompt_len: int) -> list[int]:
+        """As `_choose`, but whole prompts are run through all stages. Each rank chooses, and all
+        ranks use the times of rank 0, so that they run the same plans."""
+        assert self.sizer is not None
+        box: list[Any] = [None]
+
+        def run(chunks: Sequence[int]) -> float:
+            box[0] = self.pipeline.run(batches_of_one(chunks), [self.prompt])
+            dist.broadcast_object_list(box, src=0)
+            return float(box[0])
+
+        began = time.perf_counter()
+        choice = self.sizer.choose(prompt_len, self.ranks, run=run)
+        self.results[f"choice {prompt_len} by runs"] = _told(choice, time.perf_counter() - began)
+        return list(choice.chunks)
 
     def _sizer(self, model: LatencyModel, base: int) -> ChunkSizer:
         return ChunkSizer(
@@ -583,32 +605,38 @@ class Bench:
                 stages[name] = [[0.0]] * self.ranks
                 dist.all_gather_object(stages[name], alone)
             runs: dict[str, list[float]] = {name: [] for name in plans}
+            piped = {name: [[0.0]] * self.ranks for name in plans}
             for _ in range(args.reps):
                 for name in order.sample([*plans], len(plans)):
                     runs[name].append(self.pipeline.run(batches_of_one(plans[name]), [self.prompt]))
+                    dist.all_gather_object(piped[name], self.pipeline.piped_ms)
             for name, chunks in plans.items():
-                self._told_ttft(prompt_len, name, chunks, stages[name], runs[name], per_token)
+                told = self._told_ttft(chunks, stages[name], piped[name], runs[name], per_token)
+                self.results[f"ttft {prompt_len} {name}"] = told
 
     def _told_ttft(
         self,
-        prompt_len: int,
-        name: str,
         chunks: list[int],
         stages: list[list[float]],
+        piped: list[list[float]],
         runs: list[float],
         per_token: float,
-    ) -> None:
+    ) -> dict[str, Any]:
+        """`stages` are the times of the chunks on each stage alone, `piped` those in the last
+        run."""
         hops = [per_token * c for c in chunks]
         simulated = simulate_pipeline(stages, hops)
         layers = np.mean(stages, axis=0) * self.ranks
-        self.results[f"ttft {prompt_len} {name}"] = {
+        return {
             "chunks": chunks,
             "stage_ms": stages,
+            "piped_ms": piped,
             "spread": spread(stages[0]),
             "ttft_ms": float(np.median(runs)),
             "runs_ms": runs,
             "simulated_ms": simulated,
             "simulation_error": simulated / float(np.median(runs)) - 1,
+            "simulated_from_piped_ms": simulate_pipeline(piped, hops),
             "simulated_ms_by_ranks": {
                 n: simulate_pipeline([layers / n] * n, hops) for n in range(2, 17)
             },

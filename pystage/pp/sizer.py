@@ -8,7 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pystage.pp.choice import Choice, Planner, Question, TimeChunks, cheapest_covers
+from pystage.pp.choice import (
+    Choice,
+    Planner,
+    Question,
+    RunPlan,
+    TimeChunks,
+    cheapest_covers,
+)
 from pystage.pp.makespan import fixed_chunks, histories, makespan
 from pystage.pp.makespan import simulate_pipeline as simulate_pipeline  # noqa: PLC0414
 from pystage.pp.model import LatencyModel
@@ -172,6 +179,8 @@ class ChunkSizer:
         *,
         time: TimeChunks | None = None,
         budget: int = 64,
+        run: RunPlan | None = None,
+        runs: int = 24,
         stage_factors: Sequence[float] | None = None,
         overhead_ms: float = 0.0,
     ) -> Choice:
@@ -185,6 +194,10 @@ class ChunkSizer:
                 of each in ms. If given, the finalists are timed. Otherwise predictions alone
                 decide, and a plan must gain more.
             budget: the most forwards that timing may run.
+            run: runs a whole prompt of `prompt_len` tokens, in the given chunks, through all
+                stages, and returns its time to first token in ms. If given, these runs decide:
+                they include what the stages do to each other, which single forwards do not.
+            runs: the most prompts that may be run; none are if it is less than 4.
             stage_factors: time of each stage as a multiple of the model's, [ranks]; default all 1.
             overhead_ms: time that the engine adds to each chunk on each stage, in ms.
 
@@ -209,7 +222,7 @@ class ChunkSizer:
         planner = Planner(self.model, question)
         if not self._usable():
             return planner.static(f"the latency model is not usable: {self.model.report.reason}")
-        return planner.choose(time, budget)
+        return planner.choose(time, budget, run, runs)
 
     def predicted_ms(self, chunks: Sequence[int], ranks: int, overhead_ms: float = 0.0) -> float:
         """Predicted time to first token, in ms, of a prompt in these chunks over `ranks` equal
