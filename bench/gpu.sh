@@ -5,6 +5,9 @@
 #                                              each goes on where the JSON in OUT, or in
 #                                              bench/results, ends
 #   SGLANG_WHEELS=DIR bench/gpu.sh sglang      the plugin in SGLang, installed from the wheels in DIR
+#   bench/gpu.sh two [pipeline]                two GPUs: contexts and memory; the pipeline (GPUS=2), with
+#                                              SGLang's predictor from the wheel or folder SGLANG_WHEEL
+#   bench/gpu.sh logits                        in SGLang's own environment: logits with and without
 #   PLAN=copies,direct bench/gpu.sh engine     the real SGLang engine, in SGLang's own environment; see
 #                                              bench/engine. SECONDS_AT_MOST (500), DISCLOSE
 # Results go to ${OUT:-bench/results}, with all that was printed in gpu.log. Give the commit as
@@ -52,6 +55,12 @@ for part in $parts; do
                tail -n 20 "$logs/sustained.log" ;;
     sglang) step sglang "$python" -m bench.in_sglang.plugin --sglang-wheels "${SGLANG_WHEELS:?}" \
               --out "$out/sglang.json"; cat "$logs/sglang.log" ;;
+    two) step two "$python" -m bench.two_gpus --out "$out/two-gpus.json"; cat "$logs/two.log" ;;
+    pipeline) step pipeline "$python" -m torch.distributed.run --nproc-per-node "${GPUS:-2}" \
+                -m bench.pp.prefill --model 8b ${SGLANG_WHEEL:+--sglang-wheel "$SGLANG_WHEEL"} \
+                --out "$out/pp_prefill.json"; tail -n 30 "$logs/pipeline.log" ;;
+    logits) step logits "$python" -m bench.in_sglang.logits --out "$out/logits.json"
+            tail -n 12 "$logs/logits.log" ;;
     engine) step engine "$python" -m bench.engine --plan "${PLAN:-copies}" --seconds "${SECONDS_AT_MOST:-500}" \
               --out "$out/engine.json" ${DISCLOSE:+--disclose "$DISCLOSE"}; cat "$logs/engine.log" ;;
     demo) step demo "$python" -m pystage demo --json "$out/demo.json"; tail -n 45 "$logs/demo.log" ;;

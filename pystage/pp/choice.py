@@ -48,6 +48,7 @@ _PER_OCTAVE = 8
 _FREEDOM = {"fixed": 0.0, "steps": 0.1, "equal time": 0.15, "fastest": 0.3}
 """By kind of plan: the share of the hold-out error that is subtracted from its predicted gain."""
 _LEAST_GAIN = 0.002
+_CLOSE = 1.06  # fixed sizes up to this multiple of the best predicted time may be finalists
 _FEWEST_RUNS = 4  # two plans, twice each
 _SPIKE = 1.35  # timings over this multiple of the plan's median ratio count as the median
 
@@ -302,7 +303,9 @@ class Planner:
         """Spends half of the budget on all finalists, and the other half on the best fixed size and
         the best other plan among them."""
         by_total = sorted(fixed.values(), key=lambda c: c.total)
-        near = [c for c in by_total[:3] if c.total <= 1.06 * by_total[0].total]
+        rivals = [c for c in fixed.values() if c.total <= _CLOSE * by_total[0].total]
+        # The smallest shows whether the model favours long chunks, as it did on two H200s.
+        near = list(dict.fromkeys([*by_total[:2], rivals[0]]))
         if fixed[self.q.base] not in near:
             near.append(fixed[self.q.base])  # in case the predictions are useless
         kinds: list[Candidate] = []

@@ -231,6 +231,22 @@ MUTANTS: Mutants = {
     "pystage/pp/choice.py": {
         "cover-not-reversed": M("plans.append(<|chunks[::-1]|>)", "chunks"),
         "cover-last-not-cut": M("<|chunks[-1] -= sum(chunks) - self.q.prompt_len|>", "pass"),
+        "runs-not-asked": M("if run is not None and <|runs >= _FEWEST_RUNS|>:", "runs > 99"),
+        "runs-of-nothing": M("if run is not None and runs >= <|_FEWEST_RUNS|>:", "0"),
+        "runs-search-upwards-only": M("for step in (<|-1, 1|>):", "1,"),
+        "runs-search-downwards-only": M("for step in (<|-1, 1|>):", "-1,"),
+        "runs-search-does-not-stop": M(
+            "if fastest(sizes[at + step]) >= fastest(sizes[at]):", "if False:"
+        ),
+        "runs-over-budget": M("len(sizes)<| and spent + 4 <= most|>:", ""),
+        "runs-over-budget-at-the-end": M("if <|spent + len(tried) > most|>:", "times > 24"),
+        "runs-first-counts": M("steady = <|plan.took[1:] or |>plan.took", ""),
+        "runs-any-time": M("if not (<|math.isfinite(ms) and |>ms > 0):", ""),
+        "runs-no-other-plan": M("for plan in <|free[:2]|>:", "[]"),
+        "runs-within-noise": M("better = saved > <|max(error, _LEAST_GAIN)|>", "0.0"),
+        "smallest-rival-not-timed": M(
+            "near = list(dict.fromkeys([*by_total[:2]<|, rivals[0]|>]))", ""
+        ),
     },
     "pystage/pp/samples.py": {
         "sample-negative-history": M("if <|self.history_len < 0 or |>self.chunk_len <= 0:", ""),
