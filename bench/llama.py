@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-# The published shapes of Llama 3.2 1B and Llama 3.1 8B, and one for tests.
+# The published shapes of Llama 3.2 1B, Llama 3.1 8B and Qwen2.5 32B, and one for tests.
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
     | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512},
@@ -17,6 +17,8 @@ SHAPES: dict[str, dict[str, int]] = {
     | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
+    "32b": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
+    | {"num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 152064},
 }
 _LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

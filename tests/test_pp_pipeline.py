@@ -70,7 +70,7 @@ def test_chunks_through_two_stages_compute_what_transformers_does_at_once(
 def test_a_batch_of_prompts_computes_what_each_does_alone(bench: ModuleType) -> None:
     lengths = [70, 9, 120, 33]
     prompts = [random_token_ids(n, 512, seed=n) for n in lengths]
-    batches = bench.batches_of_many(lengths, lambda _history: 50)
+    batches = bench.batches_of_many(lengths, lambda _history, _prompt: 50)
     assert [sum(p.count for p in b) for b in batches] == [50, 50, 50, 50, 32]
     together = hidden_of(bench, stages_of(bench, 1), batches, prompts)
     alone = [
@@ -122,6 +122,15 @@ def test_two_ranks_prefill_a_prompt_and_report(tmp_path: Path) -> None:
             # The last chunk cannot be done before the first stage has done them all.
             assert run["simulated_ms"] >= sum(run["stage_ms"][0])
             assert len(run["simulated_ms_by_ranks"]) == 15
+            assert [len(stage) for stage in run["piped_ms"]] == [len(run["chunks"])] * 2
+            assert run["simulated_from_piped_ms"] >= sum(run["piped_ms"][0]) > 0
+    for prompt_len in (512, 1024):
+        choice = results[f"choice {prompt_len} by runs"]
+        assert 4 <= choice["runs"] <= 24 and sum(choice["chunks"]) == prompt_len
     trace = results["trace"]
+    for policy in ("fixed 128", "equal time", "choose"):
+        first = trace[policy]["ttft_ms"]
+        assert len(first) == len(trace["lengths"]) and first == sorted(first)
+        assert first[0] <= trace[policy]["ttft_p95_ms"] <= first[-1]
     assert sum(trace["lengths"]) <= 512
     assert trace["fixed 128"]["forwards"] == -(-sum(trace["lengths"]) // 128)

@@ -16,7 +16,8 @@ Parts (`--parts`, default all):
   ttft      for prompts of a quarter, half and all of the context (--prompts): chunk times alone on
             each stage, their spread, time to first token through the pipeline (plans in a new
             random order each round), and a comparison with the simulation
-  trace     makespan of a batch of prompts with the lengths of a conversation trace
+  trace     prompts with the lengths of a conversation trace, all there at the start: makespan, and
+            time to first token of each
 
 On 2 x H100, `--model 8b` with all parts takes about ten minutes; `--prompts 65536 --reps 2` takes a
 third of that, `--model 1b` about a quarter. PYSTAGE_COMMIT names the commit where there is no git.
@@ -61,6 +62,7 @@ from pystage.pp import (
     share_profile,
     simulate_pipeline,
 )
+from pystage.pp.choice import size_at
 from pystage.pp.profile import cuda_timer, host_timer
 
 logger = logging.getLogger("pp_prefill")
@@ -213,10 +215,19 @@ class ChunkClock:
             self.marks[-1 - IN_FLIGHT][1].synchronize()
 
     def read(self) -> list[float]:
+        return [self._between(begin, end) for begin, end in self._done()]
+
+    def since(self, start: Any) -> list[float]:
+        """When each chunk ended, in ms after `start`."""
+        return [self._between(start, end) for _, end in self._done()]
+
+    def _done(self) -> list[tuple[Any, Any]]:
         if self.cuda:
             torch.cuda.synchronize()
-            return [begin.elapsed_time(end) for begin, end in self.marks]
-        return [(end - begin) * 1e3 for begin, end in self.marks]
+        return self.marks
+
+    def _between(self, begin: Any, end: Any) -> float:
+        return float(begin.elapsed_time(end) if self.cuda else (end - begin) * 1e3)
 
 
 class Pipeline:
@@ -229,6 +240,8 @@ class Pipeline:
         self._resolve = pystage.resolve
         self.piped_ms: list[float] = []
         """Times of the last run's chunks on this stage, in ms."""
+        self.ended_ms: list[float] = []
+        """When they ended, in ms after the run's start."""
         self.dtype = next(stage.layers.parameters()).dtype
 
     def ids(self, batch: Batch, prompts: Sequence[array[int]]) -> torch.Tensor:
@@ -267,6 +280,7 @@ class Pipeline:
             torch.cuda.synchronize()
         began = time.perf_counter()
         clock = ChunkClock(self.device)
+        start = clock.start()
         sending = []
         # The next receive is posted before this forward is enqueued, so it overlaps with it.
         coming = None if self.stage.first else self._receive(batches[0])
@@ -295,7 +309,7 @@ class Pipeline:
             torch.cuda.synchronize()
         assert int(token[0]) >= 0  # waits for the token
         took = (time.perf_counter() - began) * 1e3
-        self.piped_ms = clock.read()
+        self.piped_ms, self.ended_ms = clock.read(), clock.since(start)
         return took
 
     def _receive(self, batch: Batch) -> tuple[Any, torch.Tensor]:
@@ -375,13 +389,17 @@ def batches_of_one(chunks: Sequence[int]) -> list[Batch]:
     return [[Piece(0, 0, int(a), int(b))] for a, b in pairwise(starts)]
 
 
-def batches_of_many(lengths: Sequence[int], next_size: Callable[[int], int]) -> list[Batch]:
+NextSize = Callable[[int, int], int]
+"""The size of the next chunk, by the tokens that are done and the length of the prompt."""
+
+
+def batches_of_many(lengths: Sequence[int], next_size: NextSize) -> list[Batch]:
     """Batches in order of arrival. The next prompts fill what a prompt leaves of a chunk."""
     rows = np.cumsum([0, *lengths])
     batches: list[Batch] = []
     prompt = done = 0
     while prompt < len(lengths):
-        budget, batch = next_size(done), []
+        budget, batch = next_size(done, lengths[prompt]), []
         while budget > 0 and prompt < len(lengths):
             take = min(budget, lengths[prompt] - done)
             batch.append(Piece(prompt, int(rows[prompt]), done, done + take))
@@ -408,9 +426,9 @@ class Bench:
         self.timer = cuda_timer if pipeline.device.type == "cuda" else host_timer
         self.results: dict[str, Any] = {}
         self.policies: dict[str, Callable[[int], list[int]]] = {}
-        self.next_sizes: dict[str, Callable[[int], int]] = {}
-        for size in (args.base // 8, args.base // 4, args.base // 2, args.base):
-            self.next_sizes[f"fixed {size}"] = lambda _history, size=size: size
+        self.next_sizes: dict[str, NextSize] = {}
+        for size in args.fixed:
+            self.next_sizes[f"fixed {size}"] = lambda _history, _prompt, size=size: size
         self.sizer: ChunkSizer | None = None
         self.sglang: dict[str, SglangSizes] = {}
         vocab = pipeline.stage.vocab
@@ -457,7 +475,7 @@ class Bench:
         sizer = self.sizer
         assert sizer is not None
         self.policies = {
-            name: lambda n, next_size=next_size: chunks_of(n, next_size)
+            name: lambda n, next_size=next_size: chunks_of(n, lambda h: next_size(h, n))
             for name, next_size in self.next_sizes.items()
         }
         self.policies["equal time"] = sizer.plan
@@ -465,7 +483,7 @@ class Bench:
         self.policies["fastest"] = lambda n: sizer.fastest_plan(n, self.ranks)
         self.policies["choose"] = self._choose
         self.policies["choose, run"] = self._choose_by_runs
-        self.next_sizes["equal time"] = lambda history: sizer.next_chunk(history) or args.base
+        self.next_sizes["equal time"] = lambda history, _: sizer.next_chunk(history) or args.base
 
     def _choose(self, prompt_len: int) -> list[int]:
         """Rank 0 chooses the chunks. It times the finalists on its own stage."""
@@ -541,7 +559,7 @@ class Bench:
         p = sizes.predictor
         fitted = [p.quadratic_coeff_a, p.linear_coeff_b, p.constant_coeff_c]
         self.results[f"profile {name}"] = {**sweep, "fit": fitted, "refused": sizes.refused}
-        self.next_sizes[name] = sizes.next_size
+        self.next_sizes[name] = lambda history, _prompt: sizes.next_size(history)
 
     def heldout(self) -> None:
         args = self.args
@@ -651,12 +669,37 @@ class Bench:
             lengths.append(length)
         vocab = self.pipeline.stage.vocab
         prompts = [random_token_ids(n, vocab, args.seed + i) for i, n in enumerate(lengths)]
-        self.results["trace"] = {"lengths": lengths}
-        for name, next_size in self.next_sizes.items():
+        told = self.results["trace"] = {"lengths": lengths}
+        # As the SGLang plugin does: plans for a few lengths, and a size is looked up by history.
+        plans = {n: self._choose(n) for n in (args.context // 4 >> k for k in range(3))}
+
+        def chosen(history: int, prompt: int) -> int:
+            return size_at(plans[min(n for n in plans if n >= prompt)], history)
+
+        for name, next_size in {**self.next_sizes, "choose": chosen}.items():
+            if name in args.without:
+                continue
             batches = batches_of_many(lengths, next_size)
+            last = [
+                max(i for i, b in enumerate(batches) if p in {x.prompt for x in b})
+                for p in range(len(lengths))
+            ]
             self.pipeline.run(batches, prompts)  # warm-up
-            runs = [self.pipeline.run(batches, prompts) for _ in range(args.reps)]
-            self.results["trace"][name] = {"ms": float(np.median(runs)), "forwards": len(batches)}
+            runs, first = [], []
+            for _ in range(args.reps):
+                runs.append(self.pipeline.run(batches, prompts))
+                ended: list[Any] = [self.pipeline.ended_ms]
+                dist.broadcast_object_list(ended, src=self.ranks - 1)
+                first.append([ended[0][i] for i in last])
+            ttft = np.median(first, axis=0)
+            told[name] = {
+                "ms": float(np.median(runs)),
+                "runs_ms": runs,
+                "forwards": len(batches),
+                "ttft_ms": ttft.tolist(),
+                "ttft_p50_ms": float(np.median(ttft)),
+                "ttft_p95_ms": float(np.percentile(ttft, 95)),
+            }
 
 
 def trace_lengths(path: Path | None, seed: int, longest: int) -> Iterator[int]:
@@ -716,7 +759,11 @@ def summary(results: dict[str, Any]) -> str:
                 f"{r['spread']:.1%}, simulation {r['simulation_error']:+.1%}"
             )
         elif name == "trace":
-            lines += [f"trace {k}: {v['ms']:.1f} ms" for k, v in r.items() if isinstance(v, dict)]
+            lines += [
+                f"trace {k}: {v['ms']:.1f} ms, first token p95 {v['ttft_p95_ms']:.1f} ms"
+                for k, v in r.items()
+                if isinstance(v, dict)
+            ]
     return "\n".join(lines)
 
 
@@ -728,6 +775,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", type=int, help="base chunk, tokens; default 8192, tiny 256")
     parser.add_argument("--page", type=int, help="tokens; default 64, tiny 8")
     parser.add_argument("--min-chunk", type=int, help="tokens; default 512, tiny 16")
+    parser.add_argument(
+        "--fixed",
+        type=lambda text: [int(n) for n in text.split(",")],
+        help="fixed sizes to compare; default: an eighth, a quarter, half and all of the base",
+    )
     parser.add_argument("--heldout", type=int, default=49, help="held-out points")
     parser.add_argument("--reps", type=int, default=3, help="pipeline runs of every plan")
     parser.add_argument(
@@ -755,6 +807,7 @@ def arguments() -> argparse.Namespace:
     for name, (usual, small) in (defaults | {"min_chunk": (512, 16)}).items():
         if getattr(args, name) is None:
             setattr(args, name, small if tiny else usual)
+    args.fixed = args.fixed or [args.base // 8, args.base // 4, args.base // 2, args.base]
     args.prompts = args.prompts or [args.context // 4, args.context // 2, args.context]
     if not all(0 < n <= args.context for n in args.prompts):
         parser.error(f"--prompts {args.prompts}: between 1 and the context, {args.context}")

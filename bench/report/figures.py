@@ -40,6 +40,7 @@ def sections(root: Path) -> dict[str, str]:
         "sglang-in-place": in_place_table(plugin),
         "pp-errors": pipeline_errors(pipeline["results"], ours_first["results"]),
         "pp-plans": pipeline_plans(pipeline["results"]),
+        "pp-trace": pipeline_trace(pipeline["results"]),
         "pp-targets": pipeline_targets(pipeline["results"], ours_first["results"]),
         "pp-source": f"1. {source(pipeline, PIPELINE.name)}\n"
         f"2. {source(ours_first, OURS_FIRST.name)}",
@@ -259,7 +260,7 @@ def pipeline_plans(measured: dict[str, Any]) -> str:
             rows.append(
                 [
                     f"{prompt:,}",
-                    re.sub(r"(\d)(\d{3})$", r"\1,\2", name.replace("sglang", "SGLang,")),
+                    sized_by(name),
                     f"{len(plan['chunks'])}",
                     f"{plan['ttft_ms']:,.0f}",
                     f"{min(runs):,.0f} to {max(runs):,.0f}",
@@ -269,6 +270,30 @@ def pipeline_plans(measured: dict[str, Any]) -> str:
             )
     head = ["prompt", "chunks sized by", "chunks", "first token, ms", f"{len(runs)} runs"]
     return tabulate([*head, "against the best fixed size", "simulated"], rows)
+
+
+def pipeline_trace(measured: dict[str, Any]) -> str:
+    """Prompts with the lengths of a trace: the time of all, and the first token of each. Empty if
+    the run did not include them."""
+    if "trace" not in measured:
+        return ""
+    trace = measured["trace"]
+    rows = [
+        [sized_by(name), *(f"{plan[k]:,.0f}" for k in ("ttft_p50_ms", "ttft_p95_ms", "ms"))]
+        for name, plan in trace.items()
+        if isinstance(plan, dict)
+    ]
+    head = ["chunks sized by", "first token, ms, p50", "p95", "all prompts, ms"]
+    return (
+        f"{len(trace['lengths'])} prompts of a conversation trace, all there at the start, run one "
+        "after the other and share chunks where one ends (`--parts trace`):\n\n"
+        f"{tabulate(head, rows)}"
+    )
+
+
+def sized_by(policy: str) -> str:
+    """A policy's name in words: ``fixed 1024`` is "fixed 1,024"."""
+    return re.sub(r"(\d)(\d{3})$", r"\1,\2", policy.replace("sglang", "SGLang,"))
 
 
 def pipeline_targets(measured: dict[str, Any], ours_first: dict[str, Any]) -> str:
