@@ -203,6 +203,9 @@ def test_other_outputs_are_counted_where_batches_are_the_same() -> None:
     found = samples([sample(1.0, 7), sample(1.0, 8)], times(1.0), [sample(1.0, 7), sample(1.0, 9)])
     assert tables.row_of("prompt-8", found)["different_outputs"] == 1
     assert tables.row_of("open-2/s", found)["compared"] == 0
+    other_chunks = tables.row_of("prompt-8", found, same_chunks=False)
+    assert other_chunks["compared"] == other_chunks["different_outputs"] == 0
+    assert other_chunks["sooner_than_off_ms"] is not None
 
 
 def test_targets_name_the_worst_workload_and_know_noise() -> None:

@@ -245,7 +245,8 @@ class Experiment:
         for workload in self._plan.workloads:
             samples = self._workload(workload, off, on)
             if samples["off"] and samples["on"]:
-                self.result["rows"].append(row_of(workload.name, samples))
+                row = row_of(workload.name, samples, self._plan.same_chunks)
+                self.result["rows"].append(row)
                 self._say(line(self.result["rows"][-1]))
             if workload.traced:
                 self._trace(workload, off, on)

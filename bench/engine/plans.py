@@ -78,6 +78,8 @@ class Plan:
     conversations: int = 8
     gap_s: float = 0.035
     environment: dict[str, str] = field(default_factory=dict)
+    same_chunks: bool = True
+    """Whether all variants cut prompts into the same chunks."""
 
     @property
     def gpus(self) -> int:
@@ -141,6 +143,20 @@ def ranks(about: str, long: int, **sizes: int) -> Plan:
     )
 
 
+def sized(stages: int) -> Plan:
+    """A plan for SGLang's dynamic chunking, whose sizes are SGLang's own or pystage's. The pool is
+    of no account here: the second engine without it has pystage's sizes too."""
+    return Plan(
+        f"{stages} GPUs, --pp-size {stages} --enable-dynamic-chunking: an 8B model, whose chunk "
+        "sizes are SGLang's in the baseline and pystage's in the other two (PYSTAGE_SGLANG_SIZER)",
+        LLAMA_8B,
+        {**GPU, "pp_size": stages, "enable_dynamic_chunking": True},
+        (Workload("prompt", 32768, 4, 1), Workload("prompt", 65536, 3, 1)),
+        environment={"PYSTAGE_SGLANG_SIZER": "1"},
+        same_chunks=False,
+    )
+
+
 PLANS = {
     "copies": Plan(
         "an 8B model, nothing else on the GPU, then copies on another stream beside it",
@@ -193,10 +209,13 @@ PLANS = {
             Workload("prompt", 32768, 3, 1),
         ),
         environment={"PYSTAGE_SGLANG_BUDGET_MS": "80"},
+        same_chunks=False,
     ),
     "tp2": ranks("2 GPUs, --tp-size 2", 32768, tp_size=2),
     "pp2": ranks("2 GPUs, --pp-size 2", 32768, pp_size=2),
     "pp4": ranks("4 GPUs, --pp-size 4", 65536, pp_size=4),
+    "pp2-sized": sized(2),
+    "pp4-sized": sized(4),
     "tp8": ranks("8 GPUs, --tp-size 8", 65536, tp_size=8),
     "tp2-pp4": ranks("8 GPUs, --tp-size 2 --pp-size 4", 65536, tp_size=2, pp_size=4),
     "tiny": Plan(

@@ -50,8 +50,10 @@ def quantiles(blocks: Blocks) -> dict[str, Any]:
     return {**told, "max": round(max(ms), 3)}
 
 
-def row_of(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    """A workload's row, made from the blocks of its variants (lists of ``worker``'s answers)."""
+def row_of(name: str, found: dict[str, Any], same_chunks: bool = True) -> dict[str, Any]:
+    """A workload's row, made from the blocks of its variants (lists of ``worker``'s answers).
+    Outputs are compared if the variants cut prompts into the same chunks: other shapes round
+    differently."""
     row: dict[str, Any] = {"workload": name, "traffic_gb_per_s": found.get("traffic_gb_per_s")}
     times: dict[str, list[list[float]]] = {}
     for variant in VARIANTS:
@@ -83,8 +85,9 @@ def row_of(name: str, found: dict[str, Any]) -> dict[str, Any]:
     pairs = [block for block in pairs if block]
     if name.startswith("open"):  # batches vary, and other shapes round differently
         pairs = []
-    row["compared"] = sum(map(len, pairs))
-    row["different_outputs"] = sum(a["out"] != b["out"] for block in pairs for a, b in block)
+    compared = pairs if same_chunks else []
+    row["compared"] = sum(map(len, compared))
+    row["different_outputs"] = sum(a["out"] != b["out"] for block in compared for a, b in block)
     if pairs:
         gain = [[a["ttft_ms"] - b["ttft_ms"] for a, b in block] for block in pairs]
         row["sooner_than_off_ms"] = round(float(np.median(flat(gain))), 3)
