@@ -8,6 +8,8 @@ This is one file because all tests share one engine, whose start takes most of a
 
 from __future__ import annotations
 
+import atexit
+import functools
 import gc
 import importlib
 import importlib.util
@@ -15,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import tracemalloc
 import warnings
@@ -921,12 +924,75 @@ PRELUDE = """
 
 PATH = os.environ.get("PYTHONPATH", "")
 
+# Importing SGLang takes most of such a process. So it is done once, in a process that forks before
+# anything is hooked or a setting is read.
+FORKS = """
+    import json, os, signal, sys
+    sys.path.insert(0, {root!r})
+    from bench.in_sglang import rig as sglang_rig
+    sglang_rig.stand_in()
+    import sglang.srt.managers.schedule_batch
+    assert len(os.listdir("/proc/self/task")) == 1, "a thread would be lost in the forks"
+    for line in sys.stdin:
+        asked = json.loads(line)
+        child = os.fork()
+        if not child:
+            signal.alarm(300)
+            for fd, name in ((0, os.devnull), (1, asked["out"]), (2, asked["err"])):
+                os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), fd)
+            os.environ.clear()
+            os.environ.update(asked["environment"])
+            exec(compile(asked["code"], "<string>", "exec"), {{"__name__": "__main__"}})
+            break
+        print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
+"""
 
-def process(*parts: str, path: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    code = [textwrap.dedent(part).strip() for part in (PRELUDE, *parts)]
+
+def script(*parts: str) -> str:
+    code = [textwrap.dedent(part).strip() for part in parts]
     code[0] = code[0].format(root=str(ROOT))
+    return "\n".join(code)
+
+
+@functools.cache
+def forks() -> subprocess.Popen[str]:
+    server = subprocess.Popen(
+        [sys.executable, "-c", script(FORKS)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), PATH]),
+            "OPENBLAS_NUM_THREADS": "1",
+        },
+    )
+    atexit.register(server.communicate)
+    return server
+
+
+def process(*parts: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the code in a process that has imported SGLang."""
+    server = forks()
+    assert server.stdin and server.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        asked = {
+            "code": script(PRELUDE, *parts),
+            "environment": {**os.environ, **environment},
+            "out": os.path.join(folder, "out"),
+            "err": os.path.join(folder, "err"),
+        }
+        print(json.dumps(asked), file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        out, err = (Path(asked[name]).read_text() for name in ("out", "err"))
+    assert status == 0, err[-4000:]
+    return subprocess.CompletedProcess(parts, status, out, err)
+
+
+def fresh_process(*parts: str, path: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the code in a process that has imported nothing, with ``path`` in front of others."""
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(code)],
+        [sys.executable, "-c", script(PRELUDE, *parts)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -1156,7 +1222,7 @@ def test_schedulers_of_ray_load_plugins(tmp_path: Path) -> None:
     common.configure_logger(SimpleNamespace(log_level="info"))
     print(found())
     """
-    done = process(code, path=str(tmp_path))
+    done = fresh_process(code, path=str(tmp_path))
     assert "found: ['staging', 'resolve', 'mixed', 'guard'" in done.stdout
 
 
@@ -1371,7 +1437,7 @@ def test_other_releases(release: str, settings: dict[str, str]) -> None:
     print(json.dumps(plugin.status()))
     """
     path = os.pathsep.join([str(folder), str(Path(OLD) / "extra")])
-    done = process(code, path=path, **settings)
+    done = fresh_process(code, path=path, **settings)
     status = json.loads(done.stdout.splitlines()[-1])
     assert status["sglang"] == release
     expected = EVERYTHING - {"profiler"} | {"sizer"} if settings else EVERYTHING
