@@ -126,7 +126,9 @@ def test_two_ranks_prefill_a_prompt_and_report(tmp_path: Path) -> None:
             assert run["simulated_from_piped_ms"] >= sum(run["piped_ms"][0]) > 0
     for prompt_len in (512, 1024):
         choice = results[f"choice {prompt_len} by runs"]
-        assert 4 <= choice["runs"] <= 24 and sum(choice["chunks"]) == prompt_len
+        assert sum(choice["chunks"]) == prompt_len
+        # A profile of a busy machine may give no usable model; then nothing is run.
+        assert choice["runs"] == 0 if choice["kind"] == "static" else 4 <= choice["runs"] <= 24
     trace = results["trace"]
     for policy in ("fixed 128", "equal time", "choose"):
         first = trace[policy]["ttft_ms"]
