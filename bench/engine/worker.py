@@ -38,7 +38,7 @@ def control(op: str, ranks: int = 1, **given: Any) -> dict[str, Any]:
 def _ask(rank: int, op: str, **given: Any) -> dict[str, Any]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         link.settimeout(60)
-        link.connect(f"{os.environ['PYSTAGE_ENGINE_CONTROL']}.{rank}")
+        _connect(link, f"{os.environ['PYSTAGE_ENGINE_CONTROL']}.{rank}")
         with link.makefile("rw") as file:
             file.write(json.dumps({"op": op, **given}) + "\n")
             file.flush()
@@ -46,6 +46,18 @@ def _ask(rank: int, op: str, **given: Any) -> dict[str, Any]:
     if "error" in answer:
         raise RuntimeError(f"in the scheduler of rank {rank}: {answer['error']}")
     return answer
+
+
+def _connect(link: socket.socket, path: str) -> None:
+    """Connects. An engine is up before all of its schedulers listen, so this waits for them."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return link.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
 
 
 class Worker:
