@@ -35,7 +35,7 @@ def cells() -> list[dict[str, float]]:
         model = LatencyModel.fit(device.profile(PLAN))
         assert model.report.usable, name
         sizer = ChunkSizer(model, base_chunk=8192, context_len=131_072)
-        for prompt_len, ranks in ((32_768, 4), (131_072, 16)):
+        for prompt_len, ranks in ((32_768, 4), (131_072, 2), (131_072, 16)):
             best = min(first_token_ms(surface, fixed_chunks(n, prompt_len), ranks) for n in FIXED)
             usual = first_token_ms(surface, fixed_chunks(8192, prompt_len), ranks)
             before = device.forwards

@@ -247,7 +247,7 @@ class Experiment:
             if samples["off"] and samples["on"]:
                 row = row_of(workload.name, samples, self._plan.same_chunks)
                 self.result["rows"].append(row)
-                self._say(line(self.result["rows"][-1]))
+                self._say(line(row))
             if workload.traced:
                 self._trace(workload, off, on)
 

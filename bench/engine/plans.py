@@ -144,8 +144,8 @@ def ranks(about: str, long: int, **sizes: int) -> Plan:
 
 
 def sized(stages: int) -> Plan:
-    """A plan for SGLang's dynamic chunking, whose sizes are SGLang's own or pystage's. The pool is
-    of no account here: the second engine without it has pystage's sizes too."""
+    """A plan that compares the chunk sizes of SGLang's dynamic chunking with pystage's. The second
+    engine uses pystage's sizes also while its pool is taken away."""
     return Plan(
         f"{stages} GPUs, --pp-size {stages} --enable-dynamic-chunking: an 8B model, whose chunk "
         "sizes are SGLang's in the baseline and pystage's in the other two (PYSTAGE_SGLANG_SIZER)",

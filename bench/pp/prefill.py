@@ -680,17 +680,15 @@ class Bench:
             if name in args.without:
                 continue
             batches = batches_of_many(lengths, next_size)
-            last = [
-                max(i for i, b in enumerate(batches) if p in {x.prompt for x in b})
-                for p in range(len(lengths))
-            ]
+            # Later batches replace earlier ones: where each prompt ends, in the prompts' order.
+            last = {piece.prompt: i for i, batch in enumerate(batches) for piece in batch}
             self.pipeline.run(batches, prompts)  # warm-up
             runs, first = [], []
             for _ in range(args.reps):
                 runs.append(self.pipeline.run(batches, prompts))
                 ended: list[Any] = [self.pipeline.ended_ms]
                 dist.broadcast_object_list(ended, src=self.ranks - 1)
-                first.append([ended[0][i] for i in last])
+                first.append([ended[0][i] for i in last.values()])
             ttft = np.median(first, axis=0)
             told[name] = {
                 "ms": float(np.median(runs)),

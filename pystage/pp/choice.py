@@ -13,10 +13,9 @@ ratio of its true work to the predicted work. A plan that is still not clearly b
 fixed size is dropped in favour of that size.
 
 Forwards that are timed on one stage do not show what the stages do to each other. On two H200s that
-was more than what the plans differ by: prompts took up to 7 % longer than simulated from the times
-of each stage alone, with chunks of 2,048, and up to 1 % less with chunks of 8,192. So if a whole
-prompt can be run, that decides: from the best predicted fixed size, the search goes to the next
-smaller and larger ones as long as they are faster.
+was more than what the plans differ by (docs/pp.md). So if a whole prompt can be run, that decides:
+from the best predicted fixed size, the search goes to the next smaller and larger ones as long as
+they are faster.
 """
 
 from __future__ import annotations
@@ -381,11 +380,10 @@ class Planner:
                 fastest(plan)
         tried = sorted((c for c in sizes if c.took), key=lambda c: min(c.took))[:2] or [sizes[at]]
         tried += sorted((c for c in free if c.took), key=lambda c: min(c.took))[:1]
-        for times in range(1, most):  # in turns, so that a drift meets all of them
-            if spent + len(tried) > most:
-                break
-            for plan in tried if times % 2 else tried[::-1]:
+        while spent + len(tried) <= most:
+            for plan in tried:
                 fastest(plan, len(plan.took) + 1)
+            tried.reverse()  # so that a drift of the engine's speed meets all of them
         noise = _noise([np.log(c.took[1:]) for c in (*sizes, *ranked) if len(c.took) > 2])
         for plan in (c for c in (*sizes, *ranked) if c.took):
             steady = plan.took[1:] or plan.took

@@ -239,7 +239,7 @@ MUTANTS: Mutants = {
             "if fastest(sizes[at + step]) >= fastest(sizes[at]):", "if False:"
         ),
         "runs-over-budget": M("len(sizes)<| and spent + 4 <= most|>:", ""),
-        "runs-over-budget-at-the-end": M("if <|spent + len(tried) > most|>:", "times > 24"),
+        "runs-over-budget-at-the-end": M("while <|spent + len(tried) <= most|>:", "spent < most"),
         "runs-first-counts": M("steady = <|plan.took[1:] or |>plan.took", ""),
         "runs-any-time": M("if not (<|math.isfinite(ms) and |>ms > 0):", ""),
         "runs-no-other-plan": M("for plan in <|free[:2]|>:", "[]"),
