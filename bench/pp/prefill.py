@@ -423,6 +423,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, pipeline: Pipeline) -> None:
         self.args, self.pipeline = args, pipeline
         self.rank, self.ranks = pipeline.rank, pipeline.ranks
+        self.seconds: dict[str, float] = {}
         self.timer = cuda_timer if pipeline.device.type == "cuda" else host_timer
         self.results: dict[str, Any] = {}
         self.policies: dict[str, Callable[[int], list[int]]] = {}
@@ -631,6 +632,18 @@ class Bench:
             for name, chunks in plans.items():
                 told = self._told_ttft(chunks, stages[name], piped[name], runs[name], per_token)
                 self.results[f"ttft {prompt_len} {name}"] = told
+            self.write()  # a run of ten minutes may be cut
+
+    def write(self) -> Path | None:
+        """Writes what has been measured. Only rank 0 does."""
+        if self.rank > 0:
+            return None
+        args, device = self.args, self.pipeline.device
+        kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        name = f"pp_prefill-{args.model}-{self.ranks}x{kind.lower().replace(' ', '-')}"
+        name += "-ours-first" if args.first == "ours" else ""
+        body = {"ranks": self.ranks, "first": args.first, "seconds": self.seconds}
+        return write_result(name, {**body, "results": self.results}, args.out)
 
     def _told_ttft(
         self,
@@ -819,22 +832,16 @@ def main() -> None:
     try:
         stage = build_stage(MODELS[args.model], rank, ranks, args.context, device)
         bench = Bench(args, Pipeline(stage, rank, ranks))
-        seconds = {}
         # The other parts need the profile, so it always runs, and runs first.
         for part in ("profile", *(p for p in args.parts if p != "profile")):
             began = time.perf_counter()
             getattr(bench, part)()
-            seconds[part] = time.perf_counter() - began
+            bench.seconds[part] = time.perf_counter() - began
             if rank == 0:
-                print(f"{part}: {seconds[part]:.0f} s", flush=True)
+                print(f"{part}: {bench.seconds[part]:.0f} s", flush=True)
         if rank == 0:
-            kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-            name = f"pp_prefill-{args.model}-{ranks}x{kind.lower().replace(' ', '-')}"
-            name += "-ours-first" if args.first == "ours" else ""
-            body = {"ranks": ranks, "first": args.first, "seconds": seconds}
-            body["results"] = bench.results
             print(summary(bench.results))
-            print("written to", write_result(name, body, args.out))
+            print("written to", bench.write())
     finally:
         dist.destroy_process_group()
 
