@@ -29,7 +29,7 @@ from pystage.cli import output
 from pystage.cli import replay as replay_module
 from pystage.pp import random_token_ids
 
-pytest.importorskip("typer")
+typer = pytest.importorskip("typer", minversion="0.19")
 
 
 @pytest.fixture(autouse=True)
@@ -337,7 +337,7 @@ def test_host_time_is_in_microseconds() -> None:
         (["--issue", "later"], "'later' is not one of 'deferred', 'eager'"),
         (["--trace", "/none/of.csv"], "--trace: cannot read /none/of.csv: No such file"),
         (["--trace", "/"], "--trace: cannot read /: Is a directory"),
-        (["--sizes", "1"], "o such option: --sizes"),
+        (["--sizes", "1"], "No such option"),
     ],
 )
 def test_wrong_arguments(
@@ -461,13 +461,28 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 # --- without typer
 
 
+@pytest.fixture
+def commands_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "pystage.cli.commands", raising=False)
+    monkeypatch.delattr(cli, "commands", raising=False)
+
+
 @pytest.fixture(params=["typer", "rich"])
-def no_typer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_typer(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, commands_anew: None
+) -> None:
     """Neither of them, or a typer without the rich that belongs to it."""
     for name in (request.param, "rich", "rich.console"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "pystage.cli.commands", raising=False)
-    monkeypatch.delattr(cli, "commands", raising=False)
+
+
+@pytest.mark.usefixtures("commands_anew")
+def test_a_typer_that_is_too_old_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(typer, "__version__", "0.18.3")
+    assert cli.main(["demo", "--sizes", "1"]) == 2
+    assert "unrecognized arguments: --sizes" in capsys.readouterr().err  # argparse says so
 
 
 @pytest.mark.usefixtures("no_typer")

@@ -1,7 +1,8 @@
 """The command line: ``pystage demo``, ``info`` and ``doctor``, or ``python -m pystage``.
 
-It uses typer and rich if they are installed (extra ``cli``). If not, :mod:`pystage.cli.fallback`
-runs the same commands in plain text, so all commands work without additional packages.
+It uses typer and rich if they are installed (extra ``cli``). If not, or if they are too old,
+:mod:`pystage.cli.fallback` runs the same commands in plain text, so all commands work without
+additional packages.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     try:
         from . import commands
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if error.name not in ("typer", "rich"):
             raise
         from . import fallback

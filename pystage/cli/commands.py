@@ -16,6 +16,9 @@ from . import doctor as doctor_command
 from . import info as info_command
 from .output import DEVICE_HELP, EXIT_STATUS, JSON_HELP
 
+if [int(part) for part in typer.__version__.split(".")[:2]] < [0, 19]:  # it knows no Literal
+    raise ImportError(f"typer {typer.__version__} is older than 0.19", name="typer")
+
 app = typer.Typer(
     help="Stages prefill token ids in pinned memory and brings them to the GPU. "
     "These commands try it, and look at this machine and at the build.",
