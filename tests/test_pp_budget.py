@@ -79,6 +79,18 @@ def test_a_prompt_gets_on_where_nothing_fits_and_only_if_nobody_else_does() -> N
     assert sizer.next_chunk(100_000, [Piece(0, 300)]) == 0
 
 
+def test_the_smallest_chunk_is_the_smallest_that_was_profiled() -> None:
+    """Of a smaller one the model knows nothing, and it may take as long."""
+    report = dataclasses.replace(LAW.report, chunk_range=(512, 10_240))
+    profiled = LatencyModel(LAW.form, report, ())
+    sizer = sizer_of(profiled, budget_ms=60.0)
+    history = next(h for h in range(0, 10**7, 10_000) if sizer.batch_ms([(h, 512)]) > 60.0)
+    assert sizer.next_chunk(history) == 512
+    assert sizer_of(profiled, min_chunk=64).next_chunk(history) < 512
+    assert sizer.next_chunk(history, [Piece(0, 300)]) < 512  # somebody else gets on
+    assert sizer_of(profiled, max_tokens=256).min_chunk == 256
+
+
 def test_what_a_request_has_left_is_taken_whole_if_it_fits() -> None:
     sizer = sizer_of()
     assert sizer.next_chunk(0, left=777) == 777
@@ -146,4 +158,4 @@ def test_what_is_wrong_is_said_and_shown() -> None:
     assert repr(model).startswith("<LatencyModel: law form, hold-out error median 0.0%")
     sizer = ChunkSizer(model, base_chunk=8192, context_len=131072)
     assert "base 8,192 of a context of 131,072, chunks of 512 to 16,384 tokens" in repr(sizer)
-    assert repr(BudgetSizer(model, budget_ms=60)).startswith("<BudgetSizer: 60 ms, at most 8,192 t")
+    assert repr(BudgetSizer(model, budget_ms=60)).startswith("<BudgetSizer: 60 ms, 512 to 8,192 t")

@@ -161,17 +161,19 @@ def test_a_small_size_that_the_model_puts_too_high_is_found() -> None:
 
 
 class Pipeline:
-    """Runs plans through eight stages, each `slower(size)` times what the model predicts, with
-    noise. The first run of a plan takes 100 ms more."""
+    """Runs plans through stages, each `slower(size)` times what the model predicts, with noise. The
+    first run of a plan takes 100 ms more."""
 
-    def __init__(self, slower: Callable[[int], float], noise: float = 0.002) -> None:
-        self.slower, self.noise = slower, noise
+    def __init__(
+        self, slower: Callable[[int], float], noise: float = 0.002, stages: int = 8
+    ) -> None:
+        self.slower, self.noise, self.stages = slower, noise, stages
         self.plans: list[tuple[int, ...]] = []
         self.rng = np.random.default_rng(5)
 
     def truth(self, chunks: Sequence[int]) -> float:
         ms = STAIRS.predict(histories(chunks), np.asarray(chunks))
-        return makespan(ms * [self.slower(size) for size in chunks], (1.0,) * 8)
+        return makespan(ms * [self.slower(size) for size in chunks], (1.0,) * self.stages)
 
     def __call__(self, chunks: Sequence[int]) -> float:
         cold = tuple(chunks) not in self.plans
@@ -196,6 +198,19 @@ def test_a_run_decides_where_stages_slow_each_other_down() -> None:
     assert choice.runs == len(run.plans) <= 24 and choice.forwards == blind.forwards
     assert choice.fixed_size == 1024 and "run: " in choice.why
     assert choice.predicted_ms == pytest.approx(run.truth(choice.chunks), rel=0.005)
+
+
+@pytest.mark.parametrize("prompt_len", [32_768, 131_072])
+def test_a_run_looks_past_a_size_that_is_slow(prompt_len: int) -> None:
+    """As on two H200s: 1,024 is faster than 2,048, but 1,536 is slower than both. Towards longer
+    chunks the same: 4,096 is faster, 3,072 slower."""
+    for fast, slow in ((1024, 1536), (4096, 3072)):
+        slower = {fast: 0.9, slow: 1.3}
+        run = Pipeline(lambda size, slower=slower: slower.get(size, 1.0), stages=2)
+        sizer = sizer_of(STAIRS)
+        assert sizer.choose(prompt_len, 2).fixed_size == 2048
+        choice = sizer.choose(prompt_len, 2, run=run)
+        assert choice.fixed_size == fast and choice.runs <= 24
 
 
 def test_a_run_confirms_a_plan_that_is_faster() -> None:

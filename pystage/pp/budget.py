@@ -44,7 +44,9 @@ class BudgetSizer:
         budget_ms: predicted time of a batch on one stage that must not be exceeded, in ms.
         page_size: sizes are multiples of it, in tokens, unless they finish a request.
         min_chunk: a batch that has no prefill yet takes this many tokens even if they exceed the
-            budget, so that a prompt makes progress: behind a long enough history nothing fits.
+            budget. Behind a long history, the attention of one token can take as long as that of
+            512 (measured in SGLang, docs/pp.md), so smaller batches would only cost throughput.
+            Default: the smallest chunk of the model's profile; it does not know smaller ones.
         max_tokens: most tokens of a batch, decodes included.
         decode_ms_per_token: time in ms per cached token that a decode reads. The model was fitted
             to prefills, whose attention works on many rows at once; the attention of a decode is
@@ -61,7 +63,7 @@ class BudgetSizer:
         *,
         budget_ms: float,
         page_size: int = 64,
-        min_chunk: int = 64,
+        min_chunk: int | None = None,
         max_tokens: int = 8192,
         decode_ms_per_token: float = 0.0,
     ) -> None:
@@ -69,6 +71,8 @@ class BudgetSizer:
             raise ValueError(f"the latency model is not usable: {model.report.reason}")
         if not budget_ms > 0:
             raise ValueError(f"budget_ms={budget_ms} must be positive")
+        if min_chunk is None:
+            min_chunk = max(min(model.report.chunk_range[0], max_tokens), page_size)
         if page_size < 1 or not 0 < min_chunk <= max_tokens:
             raise ValueError(
                 f"page_size={page_size} must be positive, "
@@ -83,8 +87,8 @@ class BudgetSizer:
 
     def __repr__(self) -> str:
         return (
-            f"<BudgetSizer: {self.budget_ms:g} ms, at most {self.max_tokens:,} tokens, "
-            f"pages of {self.page_size}>"
+            f"<BudgetSizer: {self.budget_ms:g} ms, {self.min_chunk:,} to {self.max_tokens:,} "
+            f"tokens, pages of {self.page_size}>"
         )
 
     def batch_ms(self, pieces: Sequence[tuple[int, int]]) -> float:

@@ -14,8 +14,10 @@ fixed size is dropped in favour of that size.
 
 Forwards that are timed on one stage do not show what the stages do to each other. On two H200s that
 was more than what the plans differ by (docs/pp.md). So if a whole prompt can be run, that decides:
-from the best predicted fixed size, the search goes to the next smaller and larger ones as long as
-they are faster.
+from the best predicted fixed size, the search goes to smaller and larger ones as long as they are
+faster. One slower size does not end it, but two do: attention works in waves of rows, so every
+second size may be slow. There, 1,024 was the fastest, 2,048 came next, and 1,536 was slower than
+both.
 """
 
 from __future__ import annotations
@@ -165,6 +167,28 @@ class Question:
     def bubbles(self) -> float:
         """How many times the slowest chunk counts on top of the sum of all chunks."""
         return sum(self.factors) / max(self.factors) - 1.0
+
+
+class _Runs:
+    """Runs plans through the pipeline, at most `most` times in all."""
+
+    def __init__(self, run: RunPlan, most: int) -> None:
+        self._run, self._most, self.spent = run, most, 0
+
+    @property
+    def left(self) -> int:
+        return self._most - self.spent
+
+    def fastest(self, plan: Candidate, times: int = 2) -> float:
+        """The shortest time of the plan after `times` runs in all. The first run of a plan may load
+        kernels, so it takes two to know it."""
+        while len(plan.took) < times:
+            ms = float(self._run(list(plan.chunks)))
+            self.spent += 1
+            if not (math.isfinite(ms) and ms > 0):
+                raise ValueError(f"run gave {ms} ms for chunks {list(plan.chunks)}")
+            plan.took.append(ms)
+        return min(plan.took)
 
 
 class Planner:
@@ -353,36 +377,15 @@ class Planner:
         most: int,
         forwards: int,
     ) -> Choice:
-        """Searches the best fixed size, then compares it with the best other plans. The first run
-        of a plan may load kernels, so each plan is run at least twice."""
-        spent = 0
-
-        def fastest(plan: Candidate, times: int = 2) -> float:
-            nonlocal spent
-            while len(plan.took) < times:
-                ms = float(run(list(plan.chunks)))
-                if not (math.isfinite(ms) and ms > 0):
-                    raise ValueError(f"run gave {ms} ms for chunks {list(plan.chunks)}")
-                plan.took.append(ms)
-                spent += 1
-            return min(plan.took)
-
+        """Chooses by runs: at most `most`, of which the search of the plans to compare takes a
+        part, and repeats of these plans the rest."""
+        runs = _Runs(run, most)
         sizes = list(fixed.values())
-        at = min(range(len(sizes)), key=lambda i: sizes[i].expected)
-        for step in (-1, 1):
-            while 0 <= at + step < len(sizes) and spent + 4 <= most:
-                if fastest(sizes[at + step]) >= fastest(sizes[at]):
-                    break
-                at += step
         free = sorted((c for c in ranked if c.timed), key=lambda c: c.timed) or ranked
-        for plan in free[:2]:
-            if spent + 2 <= most:
-                fastest(plan)
-        tried = sorted((c for c in sizes if c.took), key=lambda c: min(c.took))[:2] or [sizes[at]]
-        tried += sorted((c for c in free if c.took), key=lambda c: min(c.took))[:1]
-        while spent + len(tried) <= most:
+        tried = self._searched(sizes, free, runs)
+        while runs.left >= len(tried):
             for plan in tried:
-                fastest(plan, len(plan.took) + 1)
+                runs.fastest(plan, len(plan.took) + 1)
             tried.reverse()  # so that a drift of the engine's speed meets all of them
         noise = _noise([np.log(c.took[1:]) for c in (*sizes, *ranked) if len(c.took) > 2])
         for plan in (c for c in (*sizes, *ranked) if c.took):
@@ -399,7 +402,25 @@ class Planner:
             why = f"run: gains {saved:.1%}, noise {error:.1%}"
         chosen = other if better else best
         choice = self._choice(chosen, best, fixed, error if better else 0.0, forwards, why)
-        return replace(choice, runs=spent)
+        return replace(choice, runs=runs.spent)
+
+    def _searched(
+        self, sizes: list[Candidate], free: list[Candidate], runs: _Runs
+    ) -> list[Candidate]:
+        """The two best fixed sizes of those that were run, and the best of the other plans."""
+        at = min(range(len(sizes)), key=lambda i: sizes[i].expected)
+        for step in (-1, 1):
+            ahead = 1
+            while ahead <= 2 and 0 <= at + ahead * step < len(sizes) and runs.left >= 4:
+                if runs.fastest(sizes[at + ahead * step]) < runs.fastest(sizes[at]):
+                    at, ahead = at + ahead * step, 1
+                else:
+                    ahead += 1
+        for plan in free[:2]:
+            if runs.left >= 2:
+                runs.fastest(plan)
+        tried = sorted((c for c in sizes if c.took), key=lambda c: min(c.took))[:2] or [sizes[at]]
+        return tried + sorted((c for c in free if c.took), key=lambda c: min(c.took))[:1]
 
     # --- timing parts of a plan --------------------------------------------------------------
 

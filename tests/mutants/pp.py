@@ -211,6 +211,9 @@ MUTANTS: Mutants = {
         "nobody-gets-on": M(
             "if <|size < self.min_chunk and bool((batch[:-1, 1] == 1).all())|>:", "False"
         ),
+        "floor-of-a-page": M(
+            "min_chunk = max(<|min(model.report.chunk_range[0], max_tokens)|>, page_size)", "1"
+        ),
         "all-get-on": M("size < self.min_chunk<| and bool((batch[:-1, 1] == 1).all())|>", ""),
         "order-not-kept": M("if takes[i] < left:\n                <|break|>", "continue"),
         "unusable-is-fine": M("if not model.report.usable:", "if False:"),
@@ -235,11 +238,10 @@ MUTANTS: Mutants = {
         "runs-of-nothing": M("if run is not None and runs >= <|_FEWEST_RUNS|>:", "0"),
         "runs-search-upwards-only": M("for step in (<|-1, 1|>):", "1,"),
         "runs-search-downwards-only": M("for step in (<|-1, 1|>):", "-1,"),
-        "runs-search-does-not-stop": M(
-            "if fastest(sizes[at + step]) >= fastest(sizes[at]):", "if False:"
-        ),
-        "runs-over-budget": M("len(sizes)<| and spent + 4 <= most|>:", ""),
-        "runs-over-budget-at-the-end": M("while <|spent + len(tried) <= most|>:", "spent < most"),
+        "runs-search-stops-at-once": M("while ahead <= <|2|> and", "1"),
+        "runs-search-does-not-move": M("at, ahead = <|at + ahead * step|>, 1", "at"),
+        "runs-over-budget": M("len(sizes)<| and runs.left >= 4|>:", ""),
+        "runs-over-budget-at-the-end": M("while <|runs.left >= len(tried)|>:", "runs.left > 0"),
         "runs-first-counts": M("steady = <|plan.took[1:] or |>plan.took", ""),
         "runs-any-time": M("if not (<|math.isfinite(ms) and |>ms > 0):", ""),
         "runs-no-other-plan": M("for plan in <|free[:2]|>:", "[]"),

@@ -6,8 +6,9 @@ plugin profiles the engine when the scheduler starts, with any number of pipelin
 limits what SGLang's ``PrefillAdder`` takes of each request, as ``pystage.pp.BudgetSizer`` does: the
 pieces that the batch already has count, and so do the decodes of a mixed batch.
 
-The limit only lowers SGLang's own. A batch may exceed it by what the model mispredicts, and where
-nothing fits: a request that was begun goes on with at least one page. The decodes of a mixed batch
+The limit only lowers SGLang's own. A batch may exceed it by what the model mispredicts, and behind
+histories so long that the smallest profiled chunk (512 tokens) does not fit: a request goes on with
+that many. The decodes of a mixed batch
 count as prefills of one token, which is less than they take behind long histories. The plugin does
 not size batches of diffusion models.
 """
@@ -50,7 +51,6 @@ def start(scheduler: Any) -> None:
         model,
         budget_ms=float(process.state.settings.budget_ms),
         page_size=page,
-        min_chunk=page,
         max_tokens=max(int(scheduler.max_prefill_tokens), page),
     )
     logger.info("pystage: %s", serving.sizer)
