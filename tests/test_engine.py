@@ -232,11 +232,14 @@ def test_targets_name_the_worst_workload_and_know_noise() -> None:
 
 def test_a_trace_counts_the_batches_whose_ids_waited() -> None:
     batches = [
-        {"device_resolve_ms": 1.0, "device_ids_ms": 1.0 + ids, "device_end_ms": 9.0}
+        {"device_resolve_ms": 1.0, "device_ids_ms": 1.0 + ids, "device_end_ms": 9.0 + ids}
         for ids in (0.01, 0.02, 40.0)
     ]
     row = tables.trace_row(batches)
     assert row is not None and row["gated"] == 1 and row["ids_ms"] == 0.02
+    assert row["longest_forward_ms"] is None
+    row = tables.trace_row([{**batch, "device_forward_ms": 2.0} for batch in batches])
+    assert row is not None and row["longest_forward_ms"] == 47.0
     assert tables.trace_row([]) is None
     told = tables.targets([], {"w": {"on": row, "off": None}})
     assert {t["measure"]: t for t in told}["traced batches whose ids waited, with pystage"][
@@ -303,6 +306,31 @@ def test_the_page_has_the_newest_run_of_each_plan_on_a_gpu(tmp_path: Path) -> No
         and "loaded back" not in first
     )
     assert "no answer in 20 s" in first and "engine-b.json" in first
+
+
+def test_a_plan_that_changes_the_chunks_is_shown_and_not_judged(tmp_path: Path) -> None:
+    slow = made_up_run("budget", date="2026-02-01T00:00:00+00:00")
+    found = slow["plans"]["budget"]
+    gaps = [sample(50.0, itl_ms=[5.0, 6.0, 90.0])]
+    found["rows"] = [
+        tables.row_of("prompt-8192", samples(times(100), times(200), times(300)), False),
+        tables.row_of("open-3/s", samples(gaps, gaps, gaps), False),
+    ]
+    sides = {"off": {"longest_forward_ms": 310.0}, "on": {"longest_forward_ms": 79.5}}
+    found["traces"] = {"prompt-8192": sides}
+    (tmp_path / "engine-budget.json").write_text(json.dumps(slow))
+    text = page.table(written(tmp_path, ("", "copies", "01", 1)))
+    assert "a prompt of 8,192 ids" in text and "3.00 x" not in text
+    assert "The targets leave out `budget`, which change the chunks." in text
+    assert "6.0 / 88.3 / 90.0" in text
+    assert (
+        "Longest forward of a prompt of 8,192 ids: 310.0 ms in the baseline, 79.5 ms with pystage."
+        in text
+    )
+    slow["plans"]["copies"] = {**found, "rows": found["rows"][:1], "traces": {}}
+    (tmp_path / "engine-budget.json").write_text(json.dumps(slow))
+    text = page.table(page.newest_runs(tmp_path))  # the same rows of a plan that is judged
+    assert "3.00 x" in text
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.common import amount, load
 from bench.engine.plans import PLANS
-from bench.engine.tables import HEADS, cells, targets, verdict
+from bench.engine.tables import HEADS, VARIANTS, cells, targets, verdict
 from bench.report import svg
 from bench.report.tables import indented, source, tabulate
 
@@ -28,7 +28,7 @@ def label(workload: str) -> str:
         "chat": f"a chat turn of {size} ids",
         "loadback": f"{int(size):,} ids, after KV cache is loaded back" if size.isdigit() else "",
         "beside": "a prompt of 2,048 ids, while another's KV cache is loaded back",
-        "open": f"{size} requests of a trace".replace("/s", " a second,"),
+        "open": f"requests of a trace, {size}".replace("/s", " a second"),
     }[kind]
     return f"{text}, {BESIDE.get(beside, 'while copies run')}" if beside else text
 
@@ -69,16 +69,21 @@ class Run:
 
 def newest_runs(folder: Path) -> dict[str, Run]:
     """The newest run of each plan, in the order of the plans. Skips plans that no longer exist."""
-    files = [(load(path), path.name) for path in folder.glob("engine*.json")]
-    files = [(result, name) for result, name in files if result["devices"]]
-    files.sort(key=lambda file: str(file[0]["date"]))
-    newest = {
-        plan: Run(plan, found, result, name)
-        for result, name in files
-        for plan, found in result["plans"].items()
-        if found["rows"]
-    }
+    newest: dict[str, Run] = {}
+    for path in sorted(folder.glob("engine*.json"), key=lambda path: str(load(path)["date"])):
+        newest |= runs_of(path)
     return {plan: newest[plan] for plan in PLANS if plan in newest}
+
+
+def runs_of(path: Path) -> dict[str, Run]:
+    """The runs of a file, by plan. None if no GPU was measured."""
+    result = load(path)
+    name = f"earlier/{path.name}" if path.parent.name == "earlier" else path.name
+    return {
+        plan: Run(plan, found, result, name)
+        for plan, found in result["plans"].items()
+        if found["rows"] and result["devices"]
+    }
 
 
 def table(runs: dict[str, Run]) -> str:
@@ -92,20 +97,60 @@ def table(runs: dict[str, Run]) -> str:
             f"`{run.plan}`: {run.found['about']}.",
             tabulate(["time to first token, ms, p50 / p99", *HEADS], rows),
         ]
+        if gaps := [gap_cells(row) for row in run.found["rows"] if "itl_ms" in row["on"]]:
+            head = ["between two tokens, ms, p50 / p99 / longest", *HEADS[:3]]
+            parts.append(tabulate(head, gaps))
+        parts += longest_forwards(run)
         parts += [f"This run is not complete: {cut}." for cut in run.found["cut"]]
     rows = []
-    every = [row for run in runs.values() for row in run.found["rows"]]
-    traces = {f"{r.plan}: {w}": t for r in runs.values() for w, t in r.found["traces"].items()}
+    judged = [run for run in runs.values() if PLANS[run.plan].same_chunks]
+    every = [row for run in judged for row in run.found["rows"]]
+    traces = {f"{r.plan}: {w}": t for r in judged for w, t in r.found["traces"].items()}
     for row in targets(every, traces):
         where = label(row["where"]) if "where" in row else ""
         rows.append(
             [indented(measure(row["measure"])), row["target"], amount(row), verdict(row), where]
         )
     parts.append(tabulate(["measure", "target", "measured", "met", "where"], rows))
+    if others := [f"`{run.plan}`" for run in runs.values() if run not in judged]:
+        parts.append(f"The targets leave out {' and '.join(others)}, which change the chunks.")
     disclosed = dict.fromkeys(text for run in runs.values() for text in run.result["disclosed"])
     parts += [f"What differs from a usual installation: {text}." for text in disclosed]
     sources = dict.fromkeys(run.source for run in runs.values())
     return "\n\n".join([*parts, *sources])
+
+
+def gap_cells(row: dict[str, Any]) -> list[str]:
+    """A workload's gaps between tokens in the three variants."""
+    told = [label(row["workload"])]
+    for variant in VARIANTS:
+        ms = row[variant]["itl_ms"]
+        told.append(f"{ms['p50']:,.1f} / {ms['p99']:,.1f} / {ms['max']:,.1f}")
+    return told
+
+
+def budget_table(run: Run) -> str:
+    """The two sides of a time budget per batch: gaps between tokens, and the time to the first."""
+    rows = [
+        [f"between two tokens (and the longest), {name}", off, on]
+        for name, off, _, on in (gap_cells(r) for r in run.rows.values() if "itl_ms" in r["on"])
+    ]
+    for row in run.rows.values():
+        off, _, on, _ = cells(row)
+        rows.append([f"first token, {label(row['workload'])}", off, on])
+    return "\n\n".join([tabulate(["ms, p50 / p99", "baseline", "with a budget"], rows), run.source])
+
+
+def longest_forwards(run: Run) -> list[str]:
+    """The longest forward of traced prefills, where the plan changes the chunks."""
+    if PLANS[run.plan].same_chunks:
+        return []
+    return [
+        f"Longest forward of {label(workload)}: {traced['off']['longest_forward_ms']:,.1f} ms in "
+        f"the baseline, {traced['on']['longest_forward_ms']:,.1f} ms with pystage."
+        for workload, traced in run.found["traces"].items()
+        if all(side and side.get("longest_forward_ms") for side in traced.values())
+    ]
 
 
 def first_table(runs: dict[str, Run]) -> str:

@@ -206,7 +206,7 @@ PLANS = {
         (
             Workload("open", rate=3, blocks=5, count=12, tokens=32),
             Workload("prompt", 8192, 10, 3),
-            Workload("prompt", 32768, 3, 1),
+            Workload("prompt", 32768, 3, 1, traced=2),
         ),
         environment={"PYSTAGE_SGLANG_BUDGET_MS": "80"},
         same_chunks=False,

@@ -113,6 +113,12 @@ def trace_row(batches: list[dict[str, Any]]) -> dict[str, Any] | None:
         name: round(float(np.median([b[name] for b in batches if name in b])), 3) for name in names
     }
     ids = [b["device_ids_ms"] - b["device_resolve_ms"] for b in batches if "device_ids_ms" in b]
+    forwards = [
+        b["device_end_ms"] - b["device_forward_ms"]
+        for b in batches
+        if {"device_end_ms", "device_forward_ms"} <= b.keys()
+    ]
+    row["longest_forward_ms"] = round(max(forwards), 3) if forwards else None
     row["batches"] = len(batches)
     row["ids_ms"] = round(float(np.median(ids)), 4) if ids else None
     row["gated"] = sum(ms > GATED_MS for ms in ids)

@@ -132,7 +132,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "pystage/pp/budget.py": ("pytest tests/test_pp_budget.py",),
     "pystage/pp/correction.py": ("pytest tests/test_pp_correction.py",),
-    "pystage/pp/choice.py": ("pytest tests/test_pp_sizer.py tests/test_pp_choice.py",),
+    "pystage/pp/choice.py": ("pytest tests/test_pp_choose.py tests/test_pp_sizer.py",),
     "pystage/pp/samples.py": ("pytest tests/test_pp_profile.py -k 'not importing'",),
     "pystage/pp/sizer.py": (
         "pytest tests/test_pp_sizer.py -k 'not plans_cover_any'",
@@ -146,7 +146,18 @@ TESTS: dict[str, tuple[str, ...]] = {
             "sglang tests/test_sglang.py",
         )
         for name in (
-            *("entry", "hooks", "metrics", "pp", "process", "resolving", "settings", "sizer"),
+            *(
+                "budget",
+                "correction",
+                "entry",
+                "hooks",
+                "metrics",
+                "pp",
+                "process",
+                "resolving",
+                "settings",
+                "sizer",
+            ),
             *("staging", "symbols", "validation", "verification"),
         )
     },
@@ -206,10 +217,13 @@ class Result:
 
 def find_sites(root: Path, only: tuple[str, ...] = ("",)) -> list[Site]:
     """The faults whose names begin with one of ``only``. Raises MutantError, which names each fault
-    whose original text does not occur exactly once."""
+    whose original text does not occur exactly once, and each file whose tests are not there."""
     sites, stale = [], []
     for file, mutants in ALL.items():
         text = (root / file).read_text(encoding="utf-8")
+        named = [name for tests in TESTS.get(file, ()) for name in re.findall(r"tests/\S+", tests)]
+        if file not in TESTS or not all((root / name).exists() for name in named):
+            stale.append(f"{file}: its tests in TESTS are {named or 'missing'}")
         for short, mutant in mutants.items():
             name = f"{Path(file).name}/{short}"
             if not name.startswith(only):
