@@ -79,6 +79,14 @@ def test_a_prompt_gets_on_where_nothing_fits_and_only_if_nobody_else_does() -> N
     assert sizer.next_chunk(100_000, [Piece(0, 300)]) == 0
 
 
+def test_a_batch_has_no_more_tokens_than_it_may() -> None:
+    sizer = sizer_of(budget_ms=1e6, max_tokens=4096)
+    assert sizer.next_chunk(0) == 4096
+    assert sizer.next_chunk(0, [Piece(0, 4000)]) == 64  # the one page of 96 tokens
+    assert sizer.next_chunk(0, [Piece(0, 4000)], left=96) == 96
+    assert sizer.next_chunk(0, [Piece(0, 4000), Piece(900, 1)] * 2) == 0
+
+
 def test_the_smallest_chunk_is_the_smallest_that_was_profiled() -> None:
     """Of a smaller one the model knows nothing, and it may take as long."""
     report = dataclasses.replace(LAW.report, chunk_range=(512, 10_240))

@@ -69,9 +69,13 @@ def test_batches_of_several_requests_or_decodes_do_not_count() -> None:
 
 def test_no_more_than_so_many_are_kept() -> None:
     correction = Correction(model(), pending=8)
-    for i in range(20):
-        correction.observe([(64 * i, 512)], Mark(0.0), Mark(1.0))
+    ends = [Mark(1.0, done=False) for _ in range(20)]
+    for i, end in enumerate(ends):
+        correction.observe([(64 * i, 512)], Mark(0.0), end)
         correction.observe_ms([(64 * i, 512)], 1.0)
+    assert [batch[0] for batch in correction._running] == [64 * i for i in range(12, 20)]
+    for end in ends:
+        end.done = True
     assert correction.collect() == 8
     assert not correction._running
 

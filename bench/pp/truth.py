@@ -272,9 +272,7 @@ def optimum(
     """
     if prompt_len % PAGE:
         raise ValueError(f"prompt_len={prompt_len} must be a multiple of {PAGE}")
-    cells, sizes = prompt_len // PAGE, min(largest, prompt_len) // PAGE
-    history, chunk = _lattice(cells, sizes)
-    ms = np.where(history < 0, np.inf, surface(np.maximum(history, 0) * PAGE, chunk * PAGE))
+    ms = _every_chunk(surface, prompt_len, largest)
     high = float(ms[np.isfinite(ms)].max())
     caps = np.geomspace(float(ms[0, 0]), high, 12)
     known: dict[float, float] = {0.0: np.inf}  # cap: cost of the cheapest cover
@@ -296,6 +294,20 @@ def optimum(
         each = max(1, 12 // len(open_))
         caps = np.concatenate([np.linspace(edges[i], edges[i + 1], each + 2)[1:-1] for i in open_])
     return found, min(low, best)
+
+
+def least_ms_within(surface: Surface, prompt_len: int, cap_ms: float, largest: int) -> float:
+    """The time in ms of the cheapest plan of whole pages with no chunk over the cap, on one
+    stage."""
+    ms = _every_chunk(surface, prompt_len, largest)
+    return float(_covers(ms, np.array([cap_ms]), 0.0)[0][0])
+
+
+def _every_chunk(surface: Surface, prompt_len: int, largest: int) -> Floats:
+    """The times of all chunks of whole pages, [end of the chunk, size]."""
+    history, chunk = _lattice(prompt_len // PAGE, min(largest, prompt_len) // PAGE)
+    ms = surface(np.maximum(history, 0) * PAGE, chunk * PAGE)
+    return np.asarray(np.where(history < 0, np.inf, ms))
 
 
 def _covers(ms: Floats, caps: Floats, best: float) -> tuple[Floats, list[list[int]]]:

@@ -246,9 +246,10 @@ MUTANTS: Mutants = {
         "runs-any-time": M("if not (<|math.isfinite(ms) and |>ms > 0):", ""),
         "runs-no-other-plan": M("for plan in <|free[:2]|>:", "[]"),
         "runs-within-noise": M("better = saved > <|max(error, _LEAST_GAIN)|>", "0.0"),
-        "smallest-rival-not-timed": M(
-            "near = list(dict.fromkeys([*by_total[:2]<|, rivals[0]|>]))", ""
-        ),
+        "smallest-rival-not-timed": M("[*near[:2], <|smallest, |>fixed[self.q.base]", ""),
+        "few-finalists": M("near[: max(4, <|forwards // 3 - len(kinds)|>)]", "0"),
+        "measured-best-not-again": M("[_best_fixed(sizes)<|, sizes[0]|>]", ""),
+        "drift-is-noise": M("np.abs(np.diff(values))", "np.abs(values - np.median(values))"),
     },
     "pystage/pp/samples.py": {
         "sample-negative-history": M("if <|self.history_len < 0 or |>self.chunk_len <= 0:", ""),
