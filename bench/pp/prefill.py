@@ -806,6 +806,13 @@ def arguments() -> argparse.Namespace:
         help="plans that ttft leaves out, such as 'sglang cold' fastest",
     )
     parser.add_argument("--sglang-wheel", type=Path, help="of 0.5.20 or later, or a folder of it")
+    parser.add_argument(
+        "--nccl-blocks",
+        type=int,
+        metavar="N",
+        help="thread blocks of a transfer between GPUs (NCCL_MAX_CTAS, and one channel); default: "
+        "NCCL's own choice. Blocks that wait for a chunk take multiprocessors from the forward",
+    )
     parser.add_argument("--first", choices=("ours", "sglang"), default="sglang")
     parser.add_argument("--trace", type=Path, help="CSV with input_length or ContextTokens")
     parser.add_argument("--seed", type=int, default=0)
@@ -828,6 +835,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     args = arguments()
+    if args.nccl_blocks:  # NCCL reads these when it starts
+        os.environ |= {"NCCL_MAX_CTAS": str(args.nccl_blocks), "NCCL_MAX_P2P_NCHANNELS": "1"}
     rank, ranks, device = start_group()
     try:
         stage = build_stage(MODELS[args.model], rank, ranks, args.context, device)

@@ -329,7 +329,7 @@ def pipeline_why(measured: dict[str, Any], one_block: dict[str, Any]) -> str:
             ]
         )
     head = [f"{prompt:,} tokens, ms", "second GPU alone", "in the pipeline", "first token"]
-    return tabulate([*head, "NCCL_MAX_CTAS=1: in the pipeline", "first token"], rows)
+    return tabulate([*head, "--nccl-blocks 1: in the pipeline", "first token"], rows)
 
 
 def one_gpu_table(runs: dict[str, dict[str, Any]]) -> str:
