@@ -162,14 +162,14 @@ def main() -> int:
     args = parser.parse_args()
     console, cuda = Console(width=120), args.device.startswith("cuda")
     grammar = importlib.util.find_spec("xgrammar") is not None
-    stood_in = sglang_rig.stand_in(sglang_rig.CUDA_KERNELS if cuda else sglang_rig.KERNELS)
+    sglang_rig.stand_in(sglang_rig.CUDA_KERNELS if cuda else sglang_rig.KERNELS)
     requests = [Request(min(r.length, LONGEST)) for r in sample_trace()]
     with torch.no_grad():
         comparison = Comparison(args.device, Grammars() if grammar else None)
         console.print(comparison.status["line"], markup=False)
         result: dict[str, Any] = {
             "device_name": torch.cuda.get_device_name() if cuda else "host device",
-            "stood_in": stood_in,
+            "stood_in": sglang_rig.STOOD_IN,
             "grammar": grammar,
             "plugin": comparison.status,
             "init_new": comparison.launches() if cuda else {},

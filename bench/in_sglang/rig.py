@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import sys
 import tempfile
 from array import array
@@ -18,10 +19,18 @@ from typing import Any
 
 import torch
 
-from bench.in_sglang.stand_ins import CUDA_KERNELS, KERNELS, stand_in
+from bench.in_sglang.stand_ins import CUDA_KERNELS, KERNELS, STOOD_IN, stand_in
 from bench.llama import SHAPES, TINY_LLAMA, draw_weights, write_config
 
-__all__ = ["CUDA_KERNELS", "KERNELS", "Rig", "let_configs_be_replaced", "model_folder", "stand_in"]
+__all__ = [
+    "CUDA_KERNELS",
+    "KERNELS",
+    "STOOD_IN",
+    "Rig",
+    "let_configs_be_replaced",
+    "model_folder",
+    "stand_in",
+]
 
 
 def let_configs_be_replaced() -> None:
@@ -38,6 +47,19 @@ def let_configs_be_replaced() -> None:
             register(self, key, value, exist_ok=True)
 
         mapping.register = replace
+
+
+def without_cute() -> None:
+    """Switches SGLang's dual GEMM off if CuTe's package, in which it is written, is not installed.
+    The layers then use plain matrix products."""
+    if importlib.util.find_spec("cutlass") is not None:
+        return
+    try:
+        from sglang.srt.layers.dual_gemm import DualGemm
+    except ImportError:  # older releases have none
+        return
+    DualGemm._select_mode = lambda *_: None
+    STOOD_IN.append("cutlass (no dual GEMM)")
 
 
 # --- a model's configuration ---------------------------------------------------------------------
@@ -117,6 +139,7 @@ class Rig:
         self._count = 0
 
     def _load(self, ports: Any) -> None:
+        without_cute()
         from sglang.srt.distributed import bootstrap
         from sglang.srt.model_executor.model_runner import ModelRunner
         from sglang.srt.runtime_context import get_device
