@@ -176,7 +176,9 @@ def test_the_predicted_and_the_measured_best_are_both_timed_again() -> None:
     assert sizer.choose(32_768, 2).fixed_size == 2048
     choice = sizer.choose(32_768, 2, time=time)
     assert choice.fixed_size == 1024
-    again = asked[-3:]  # the last calls: the two sizes, and the best other plan
+    first, again = asked[:-3], asked[-3:]
+    assert len(first) > 7 and all(len(sizes) == 3 for sizes in first)
+    # the last calls: the two sizes, and the best other plan
     assert {tuple(set(sizes)) for sizes in again[:2]} == {(1024,), (2048,)}
     assert all(len(sizes) == 10 for sizes in again)
 
