@@ -76,7 +76,7 @@ def newest_runs(folder: Path) -> dict[str, Run]:
 
 
 def runs_of(path: Path) -> dict[str, Run]:
-    """The runs of a file, by plan. None if no GPU was measured."""
+    """The runs of a file, by plan. Empty if no GPU was measured."""
     result = load(path)
     name = f"earlier/{path.name}" if path.parent.name == "earlier" else path.name
     return {
