@@ -5,6 +5,7 @@
 #                                              each goes on where the JSON in OUT, or in
 #                                              bench/results, ends
 #   SGLANG_WHEELS=DIR bench/gpu.sh sglang      the plugin in SGLang, installed from the wheels in DIR
+#   bench/gpu.sh ranks                         one process per GPU: start-up, memory, NUMA nodes
 #   bench/gpu.sh two [pipeline]                two GPUs: contexts and memory; the pipeline (GPUS=2), with
 #                                              SGLang's predictor from the wheel or folder SGLANG_WHEEL
 #   bench/gpu.sh logits                        in SGLang's own environment: logits with and without
@@ -55,6 +56,7 @@ for part in $parts; do
                tail -n 20 "$logs/sustained.log" ;;
     sglang) step sglang "$python" -m bench.in_sglang.plugin --sglang-wheels "${SGLANG_WHEELS:?}" \
               --out "$out/sglang.json"; cat "$logs/sglang.log" ;;
+    ranks) step ranks "$python" -m bench.ranks --out "$out/ranks.json"; cat "$logs/ranks.log" ;;
     two) step two "$python" -m bench.two_gpus --out "$out/two-gpus.json"; cat "$logs/two.log" ;;
     pipeline) step pipeline "$python" -m torch.distributed.run --nproc-per-node "${GPUS:-2}" \
                 -m bench.pp.prefill --model 8b ${SGLANG_WHEEL:+--sglang-wheel "$SGLANG_WHEEL"} \

@@ -110,15 +110,17 @@ HICACHE = {  # the device holds fewer tokens than the conversations have, so the
 }
 
 
-def loadback(backend: str, how: str) -> Plan:
+def loadback(backend: str, how: str, **sizes: Any) -> Plan:
+    """A plan over HiCache. Over several GPUs 100 rounds are traced, each a load-back and a prompt
+    beside it, as in SGLang #38448."""
     return Plan(
         f"HiCache that loads KV back by {how} (--hicache-io-backend {backend})",
         LLAMA_8B,
-        {**HICACHE, "hicache_io_backend": backend},
+        {**HICACHE, "hicache_io_backend": backend, **sizes},
         (
             Workload("loadback", 256, 20, 3, traced=8),
             Workload("loadback", 2048, traced=8),
-            Workload("beside", 256, 24, 3, traced=8),
+            Workload("beside", 256, 24, 3, traced=100 if sizes else 8),
         ),
         history=6144,
     )
@@ -217,6 +219,13 @@ PLANS = {
     "pp2-sized": sized(2),
     "pp4-sized": sized(4),
     "tp8": ranks("8 GPUs, --tp-size 8", 65536, tp_size=8),
+    "tp8-direct": loadback(
+        "direct",
+        "copies, on 8 GPUs at once, --tp-size 8",
+        tp_size=8,
+        disable_custom_all_reduce=True,
+    ),
+    "pp8": ranks("8 GPUs, --pp-size 8", 65536, pp_size=8),
     "tp2-pp4": ranks("8 GPUs, --tp-size 2 --pp-size 4", 65536, tp_size=2, pp_size=4),
     "tiny": Plan(
         "a tiny model on the CPU: a rehearsal, whose times say nothing about a GPU",
