@@ -26,7 +26,9 @@ from typing import IO, Any
 
 import torch
 
+import pystage
 from bench.common import collector_off, random_ids, summary, write_result
+from bench.device import find
 
 ROOT = Path(__file__).resolve().parents[1]
 NODES = Path("/sys/devices/system/node")
@@ -88,28 +90,22 @@ def resident_bytes() -> int:
 
 
 class Rank:
-    """Answers the parent's commands, one JSON object per line."""
+    """Answers the parent's commands, one JSON object per line. ``begun`` is the time at which the
+    parent started the process."""
 
-    def __init__(self, rank: int, device: str) -> None:
-        begun = time.perf_counter()
-        import pystage
-
-        imported = time.perf_counter()
-        from bench.device import find
-
-        self._pystage = pystage
+    def __init__(self, rank: int, device: str, begun: float) -> None:
+        imported = time.time()
         self.device = find(device, False)  # makes the context
         self.device.synchronize()
-        ready = time.perf_counter()
+        self.started = {"import_s": imported - begun, "context_s": time.time() - imported}
         rng = random.Random(rank)
         self._batches = [[random_ids(LENGTH, rng) for _ in range(REQUESTS)] for _ in range(INPUTS)]
         self._pool: Any = None
-        self.started = {"import_s": imported - begun, "context_s": ready - imported}
 
     def start(self) -> dict[str, Any]:
         """Makes the pool and takes the first batch through it."""
         before, begun = resident_bytes(), time.perf_counter()
-        self._pool = self._pystage.StagingPool(self.device.torch)
+        self._pool = pystage.StagingPool(self.device.torch)
         made = time.perf_counter()
         self._ids(self._batches[0])
         self.device.synchronize()
@@ -133,12 +129,12 @@ class Rank:
         """The times from a pool of each NUMA node."""
         told = {}
         for node, cpus in nodes().items():
-            with on_node(cpus), self._pystage.StagingPool(self.device.torch) as pool:
+            with on_node(cpus), pystage.StagingPool(self.device.torch) as pool:
                 told[str(node)] = self._times(pool, samples)
         return told
 
     def _ids(self, batch: Sequence[array[int]], pool: Any = None) -> torch.Tensor:
-        return self._pystage.resolve((pool or self._pool).stage(batch))
+        return pystage.resolve((pool or self._pool).stage(batch))
 
     def _times(self, pool: Any, samples: int) -> dict[str, Any]:
         total, ready, done = [], [], self.device.event()
@@ -166,8 +162,8 @@ class Rank:
         return [d for d in range(torch.cuda.device_count()) if driver().has_context(d)]
 
 
-def serve(rank: int, device: str) -> None:
-    served = Rank(rank, device)
+def serve(rank: int, device: str, begun: float) -> None:
+    served = Rank(rank, device, begun)
     print(json.dumps({}), flush=True)
     for line in sys.stdin:
         given = json.loads(line)
@@ -180,6 +176,7 @@ def serve(rank: int, device: str) -> None:
 class Process:
     def __init__(self, rank: int, device: str) -> None:
         command = [sys.executable, "-m", "bench.ranks", "--rank", str(rank), "--device", device]
+        command += ["--begun", f"{time.time()}"]
         self.rank = rank
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
@@ -264,9 +261,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file; default in bench/results")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--device", help=argparse.SUPPRESS)
+    parser.add_argument("--begun", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank is not None:
-        serve(options.rank, options.device)
+        serve(options.rank, options.device, options.begun)
         return 0
     gpus = torch.cuda.device_count()
     count = options.ranks or gpus or 2
