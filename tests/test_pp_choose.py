@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pystage.pp import Choice, ChunkSizer, LatencyModel, SamplePlan, simulate_pipeline
-from pystage.pp.choice import Planner, Question, _noise, cheapest_covers, size_at
+from pystage.pp.choice import Planner, Question, _misfit, _noise, cheapest_covers, size_at
 from pystage.pp.makespan import fixed_chunks, histories, makespan
 from tests.pp_surfaces import SURFACES, Device, Surface
 from tests.test_pp_sizer import LAW, STAIRS, model_of, sizer_of
@@ -190,6 +190,15 @@ def test_a_slow_change_along_a_plan_is_no_noise() -> None:
     noisy = [drift + rng.normal(0.0, 0.05, 12) for _ in range(20)]
     assert _noise(noisy) == pytest.approx(0.05, rel=0.25)
     assert _noise([]) == _noise([np.array([0.3])]) == 0.0
+
+
+def test_the_models_error_between_plans_is_what_the_noise_does_not_explain() -> None:
+    rng = np.random.default_rng(4)
+    plans = [rng.normal(0.0, 0.1, 9) for _ in range(400)]
+    assert _misfit(plans, noise=0.1) < 0.025 < 0.035 < _misfit(plans, noise=0.0)
+    shifted = [values + rng.normal(0.0, 0.2) for values in plans]
+    assert _misfit(shifted, noise=0.1) == pytest.approx(0.2, rel=0.15)
+    assert _misfit(plans[:1], noise=0.1) == _misfit([], noise=0.1) == 0.0
 
 
 class Pipeline:

@@ -249,6 +249,7 @@ MUTANTS: Mutants = {
         "smallest-rival-not-timed": M("[*near[:2], <|smallest, |>fixed[self.q.base]", ""),
         "few-finalists": M("near[: max(4, <|forwards // 3 - len(kinds)|>)]", "0"),
         "measured-best-not-again": M("[_best_fixed(sizes)<|, sizes[0]|>]", ""),
+        "noise-is-misfit": M("np.var(medians, ddof=1))<| - by_noise|>", ""),
         "drift-is-noise": M("np.abs(np.diff(values))", "np.abs(values - np.median(values))"),
     },
     "pystage/pp/samples.py": {
