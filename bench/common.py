@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle
@@ -153,6 +153,32 @@ def two_calls_time(
             total = summary([sum(row) for row in times[name]])
             result[name] = {"stage": parts[0], "resolve": parts[1], "total": total}
     return result
+
+
+def resident_bytes() -> int:
+    """The memory of this process that is resident now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def host_and_ready_us(
+    take: Callable[[Any], Any], batches: Iterable[Any], done: Any
+) -> tuple[list[float], list[float]]:
+    """For each batch, which ``take`` brings to the device: the host's time, and the time until it
+    is there, in microseconds. ``done`` is an event of the device."""
+    host, ready = [], []
+    with collector_off():
+        for batch in batches:
+            start = time.perf_counter_ns()
+            ids = take(batch)
+            returned = time.perf_counter_ns()
+            done.record()
+            while not done.query():
+                pass
+            ready.append((time.perf_counter_ns() - start) / 1e3)
+            host.append((returned - start) / 1e3)
+            del ids
+    return host, ready
 
 
 def cpu_cache_bytes() -> int:

@@ -21,13 +21,20 @@ import time
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle, islice
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 import pystage
-from bench.common import collector_off, random_ids, summary, write_result
+from bench.common import (
+    host_and_ready_us,
+    random_ids,
+    resident_bytes,
+    summary,
+    write_result,
+)
 from bench.device import find
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,11 +88,6 @@ def node_of_gpu(device: torch.device) -> int | None:
     return node if node >= 0 else None
 
 
-def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 # --- one rank -------------------------------------------------------------------------------------
 
 
@@ -137,21 +139,12 @@ class Rank:
         return pystage.resolve((pool or self._pool).stage(batch))
 
     def _times(self, pool: Any, samples: int) -> dict[str, Any]:
-        total, ready, done = [], [], self.device.event()
-        with collector_off():
-            for k in range(-WARMUP, samples):
-                batch = self._batches[k % INPUTS]
-                start = time.perf_counter_ns()
-                ids = self._ids(batch, pool)
-                returned = time.perf_counter_ns()
-                done.record()
-                while not done.query():
-                    pass
-                if k >= 0:
-                    ready.append((time.perf_counter_ns() - start) / 1e3)
-                    total.append((returned - start) / 1e3)
-                del ids
-        return {"host_us": summary(total), "ready_us": summary(ready)}
+        host, ready = host_and_ready_us(
+            lambda batch: self._ids(batch, pool),
+            islice(cycle(self._batches), WARMUP + samples),
+            self.device.event(),
+        )
+        return {"host_us": summary(host[WARMUP:]), "ready_us": summary(ready[WARMUP:])}
 
     def _contexts(self) -> list[int]:
         """The GPUs on which this process has a context."""

@@ -28,7 +28,7 @@ if __name__ == "__main__":  # so that the script runs from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pystage
-from bench.common import RESULTS, amount, provenance, random_ids, save, summary
+from bench.common import RESULTS, amount, provenance, random_ids, resident_bytes, save, summary
 from bench.device import Host, find
 from pystage.testing import host_stream
 from pystage.trace import prefill_batches, sample_trace
@@ -196,9 +196,8 @@ def contexts() -> int | None:
 def held(device: Host, pools: list[pystage.StagingPool]) -> dict[str, int | None]:
     """Memory and other resources that the process holds now, in bytes and counts."""
     stats = [pool.stats() for pool in pools]
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
     figures: dict[str, int | None] = {
-        "resident_bytes": pages * os.sysconf("SC_PAGESIZE"),
+        "resident_bytes": resident_bytes(),
         "pool_bytes": sum(s.reserved_bytes for s in stats),
         "pool_allocations": sum(s.allocations for s in stats),
         "torch_pinned_bytes": device.pinned_bytes()[0],

@@ -69,9 +69,9 @@ class Run:
 
 def newest_runs(folder: Path) -> dict[str, Run]:
     """The newest run of each plan, in the order of the plans. Skips plans that no longer exist."""
-    newest: dict[str, Run] = {}
-    for path in sorted(folder.glob("engine*.json"), key=lambda path: str(load(path)["date"])):
-        newest |= runs_of(path)
+    runs = [run for path in folder.glob("engine*.json") for run in runs_of(path).values()]
+    runs.sort(key=lambda run: str(run.result["date"]))
+    newest = {run.plan: run for run in runs}
     return {plan: newest[plan] for plan in PLANS if plan in newest}
 
 
@@ -113,7 +113,7 @@ def table(runs: dict[str, Run]) -> str:
         )
     parts.append(tabulate(["measure", "target", "measured", "met", "where"], rows))
     if others := [f"`{run.plan}`" for run in runs.values() if run not in judged]:
-        parts.append(f"The targets leave out {' and '.join(others)}, which change the chunks.")
+        parts.append(f"Not judged, because the chunks are not SGLang's: {', '.join(others)}.")
     disclosed = dict.fromkeys(text for run in runs.values() for text in run.result["disclosed"])
     parts += [f"What differs from a usual installation: {text}." for text in disclosed]
     sources = dict.fromkeys(run.source for run in runs.values())

@@ -40,12 +40,11 @@ def sections(root: Path) -> dict[str, str]:
     one_gpu = {name: load(root / path) for name, path in ONE_GPU.items()}
     plugin = newest_on_gpu(root / RESULTS, "sglang")
     assert plugin is not None
+    engines = engine.newest_runs(root / RESULTS)
     return {
         "sglang": sglang_tables(plugin),
         "logits": logits_text(newest_on_gpu(root / RESULTS, "logits")),
-        "sglang-when": when_it_helps(
-            engine.newest_runs(root / RESULTS).get("copies"), load(plugin)
-        ),
+        "sglang-when": when_it_helps(engines.get("copies"), load(plugin)),
         "sglang-in-place": in_place_table(plugin),
         "pp-errors": pipeline_errors(pipeline["results"], ours_first["results"]),
         "pp-plans": pipeline_plans(pipeline["results"]),
@@ -74,8 +73,8 @@ def sections(root: Path) -> dict[str, str]:
         "faults": faults_text(root / FAULTS),
         "two-gpus": two_gpus_text(root / TWO_GPUS),
         "sustained": sustained_table(newest_on_gpu(root / RESULTS, "sustained")),
-        "engine": engine.table(engine.newest_runs(root / RESULTS)),
-        "engine-first": engine.first_table(engine.newest_runs(root / RESULTS)),
+        "engine": engine.table(engines),
+        "engine-first": engine.first_table(engines),
     }
 
 

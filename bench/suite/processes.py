@@ -12,14 +12,13 @@ import contextlib
 import json
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.common import collector_off, summary
+from bench.common import host_and_ready_us, summary
 from bench.device import Host, find, own_stream
 from bench.suite.cells import SHAPES, Bench, Cell
 from bench.suite.contenders import (
@@ -110,19 +109,11 @@ def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def _times(device: Host, contender: Contender, batches: Any, calls: int) -> dict[str, list[float]]:
-    total, ready, done = [], [], device.event()
-    with collector_off():
-        for k in range(calls):
-            batch = batches(k)
-            start = time.perf_counter_ns()
-            ids = contender.resolve(contender.stage(batch))
-            returned = time.perf_counter_ns()
-            done.record()
-            while not done.query():
-                pass
-            ready.append((time.perf_counter_ns() - start) / 1e3)
-            total.append((returned - start) / 1e3)
-            del ids
+    total, ready = host_and_ready_us(
+        lambda batch: contender.resolve(contender.stage(batch)),
+        (batches(k) for k in range(calls)),
+        device.event(),
+    )
     return {"total": total, "ready": ready}
 
 

@@ -45,6 +45,9 @@ TimeChunks = Callable[[Sequence[Point]], Sequence[float]]
 RunPlan = Callable[[Sequence[int]], float]
 """Runs a prompt in these chunks through all stages; returns its time to first token in ms."""
 
+Ratio = tuple[int, float]
+"""A timed chunk: its place in the plan, and log(measured / predicted)."""
+
 _CAPS = 24
 _CELLS = 2048
 _PER_OCTAVE = 8
@@ -130,12 +133,9 @@ class Candidate:
     """The makespan that the model predicts."""
     totals: Floats
     """The makespans that the committee predicts, [members]."""
-    work: list[float] = field(default_factory=list)
-    slowest: list[float] = field(default_factory=list)
-    """log(measured / predicted) of timed chunks: `work` of chunks spread over the plan's predicted
-    time, `slowest` of its slowest chunks."""
-    spots: list[tuple[int, float]] = field(default_factory=list)
-    """All of these with the chunk's place in the plan."""
+    work: list[Ratio] = field(default_factory=list)
+    slowest: list[Ratio] = field(default_factory=list)
+    """Timed chunks: `work` is spread over the plan's predicted time, `slowest` are its slowest."""
     timed: float = 0.0
     """The makespan corrected by timing (0: not timed); `timed_error` is the standard error of its
     logarithm."""
@@ -145,7 +145,7 @@ class Candidate:
 
     def along(self) -> list[float]:
         """The timed ratios in the order of the plan."""
-        return [ratio for _, ratio in sorted(self.spots)]
+        return _logs(sorted(self.work + self.slowest))
 
     @property
     def expected(self) -> float:
@@ -455,26 +455,30 @@ class Planner:
         )
         if took.shape != index.shape or not (np.isfinite(took).all() and (took > 0).all()):
             raise ValueError(f"time gave {took.tolist()} for {index.size} chunks")
-        ratio = np.log(took / plan.ms[index])
-        plan.work += ratio[: spread.size].tolist()
-        plan.spots += zip(index.tolist(), ratio.tolist(), strict=True)
-        plan.slowest += ratio[spread.size :].tolist()
+        logs = np.log(took / plan.ms[index])
+        ratios = list(zip(index.tolist(), logs.tolist(), strict=True))
+        plan.work += ratios[: spread.size]
+        plan.slowest += ratios[spread.size :]
         return int(index.size)
 
     def _correct(self, plan: Candidate, noise: float, misfit: float) -> None:
         """Corrects the plan's makespan by its timings. `noise` is that of one timing, and `misfit`
         the model's own error for a plan: both relative, one sigma."""
         q = self.q
-        work, work_error = _shrunk(plan.work, misfit, noise)
+        work, work_error = _shrunk(_logs(plan.work), misfit, noise)
         slow, slow_error = work, work_error
         if plan.slowest:
-            slow, slow_error = _shrunk(plan.slowest, misfit, noise)
+            slow, slow_error = _shrunk(_logs(plan.slowest), misfit, noise)
         ms = plan.ms * math.exp(work)
         total = makespan(ms, q.factors, q.overhead_ms)
         bubbles = q.bubbles * max(q.factors) * float(plan.ms.max())
         plan.timed = total + bubbles * (math.exp(slow) - math.exp(work))
         weight = min(bubbles / plan.timed, 1.0)
         plan.timed_error = math.hypot((1 - weight) * work_error, weight * slow_error)
+
+
+def _logs(ratios: Sequence[Ratio]) -> list[float]:
+    return [log for _, log in ratios]
 
 
 def _best_fixed(plans: Sequence[Candidate]) -> Candidate:
