@@ -17,7 +17,8 @@ FLOOR = model_of(Form("law", (1.0, 0.0, 0.002, 0.0, 1e-8), floor_ms=20.0))
 
 
 def sizer_of(model: LatencyModel = LAW, **changes: float) -> BudgetSizer:
-    return BudgetSizer(model, **({"budget_ms": 60.0} | changes))  # type: ignore[arg-type]
+    given_ = {"budget_ms": 60.0, "tile": 1} | changes  # the law has no tiles
+    return BudgetSizer(model, **given_)  # type: ignore[arg-type]
 
 
 def by_hand(pieces: list[tuple[int, int]]) -> float:
@@ -69,6 +70,35 @@ def test_the_chunk_is_the_largest_that_fits(
         assert sizer.batch_ms([*beside, (history, size)]) <= 60.0
     if size and size + page <= room:
         assert sizer.batch_ms([*beside, (history, size + page)]) > 60.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 130_000),
+    st.lists(st.tuples(st.integers(0, 60_000), st.integers(1, 900)), max_size=4),
+    st.sampled_from([16, 64, 256]),
+)
+def test_a_batch_ends_with_a_whole_tile(
+    history: int, beside: list[tuple[int, int]], page: int
+) -> None:
+    tiles_of, any_of = (
+        sizer_of(page_size=page, min_chunk=page, max_tokens=6000, tile=tile) for tile in (128, 1)
+    )
+    size, largest = (sizer.next_chunk(history, beside) for sizer in (tiles_of, any_of))
+    others = sum(chunk for _, chunk in beside)
+    tiles = (others + largest) // 128
+    if tiles < 2 or tiles * 128 - others < page:  # another tile has to begin
+        assert size == largest
+    else:
+        assert size % page == 0 and size <= largest
+        assert others + size <= tiles * 128 < others + size + page
+
+
+def test_what_is_left_is_taken_whole_and_decodes_count_in_the_tiles() -> None:
+    sizer = sizer_of(max_tokens=1024 + 64, tile=128)
+    assert sizer.next_chunk(0) == 1024
+    assert sizer.next_chunk(0, left=1085) == 1085  # a last chunk leaves nothing for later
+    assert sizer.next_chunk(0, [Piece(50, 1)] * 3) == 960  # 1,024 would begin a ninth tile
 
 
 def test_a_prompt_gets_on_where_nothing_fits_and_only_if_nobody_else_does() -> None:
@@ -140,7 +170,14 @@ def test_a_cap_on_chunks_keeps_late_ones_within_it_where_one_size_does_not() -> 
 
 
 def test_what_cannot_be_is_refused() -> None:
-    for change in ({"budget_ms": 0.0}, {"page_size": 0}, {"min_chunk": 0}, {"max_tokens": 63}):
+    changes = (
+        {"budget_ms": 0.0},
+        {"page_size": 0},
+        {"tile": 0},
+        {"min_chunk": 0},
+        {"max_tokens": 63},
+    )
+    for change in changes:
         with pytest.raises(ValueError, match="must be positive"):
             sizer_of(**change)
     with pytest.raises(ValueError, match="history_len=-1"):

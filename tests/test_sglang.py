@@ -769,7 +769,7 @@ LAW = model_of(Form("law", (1.0, 0.0, 0.01, 0.0, 4e-6)))
 
 @pytest.fixture
 def budget(monkeypatch: pytest.MonkeyPatch) -> BudgetSizer:
-    sizer = BudgetSizer(LAW, budget_ms=8.0, page_size=64, min_chunk=64, max_tokens=1024)
+    sizer = BudgetSizer(LAW, budget_ms=8.0, page_size=64, min_chunk=64, max_tokens=1024, tile=1)
     monkeypatch.setattr(limits.serving, "sizer", sizer)
     return sizer
 
@@ -840,6 +840,7 @@ def test_the_budget_starts_with_a_profile(
     assert model is not None and pp.serving.plans is None
     if model.report.usable:  # a noisy machine may give none
         assert limits.serving.sizer is not None and limits.serving.sizer.budget_ms == 70.0
+        assert limits.serving.sizer.tile == 128
     else:
         assert limits.serving.sizer is None and "no time budget" in caplog.text
     monkeypatch.setattr(pp.serving, "model", model_of(LAW.form, usable=False))
@@ -848,6 +849,14 @@ def test_the_budget_starts_with_a_profile(
     assert "no time budget: median error 40% over 15%" in caplog.text
     limits.start(SimpleNamespace(chunked_prefill_size=None))
     assert "it needs chunked prefill" in caplog.text
+
+
+def test_a_mixture_of_experts_is_told_by_its_configuration() -> None:
+    from transformers import DeepseekV3Config, LlamaConfig, MixtralConfig, Qwen3MoeConfig
+
+    for config in (MixtralConfig(), DeepseekV3Config(), Qwen3MoeConfig()):
+        assert limits.has_experts(config)
+    assert not limits.has_experts(LlamaConfig())
 
 
 def test_prefills_of_one_request_are_timed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,9 +72,12 @@ def choose(sizer: ChunkSizer, prompt_len: int, ranks: int, engine: Engine | None
     return list(sizer.choose(prompt_len, ranks, time=time).chunks)
 
 
-def within(model: LatencyModel, prompt_len: int, cap_ms: float) -> list[int]:
-    """The chunks of `BudgetSizer`: each is the largest that is predicted to stay within the cap."""
-    sizer = BudgetSizer(model, budget_ms=cap_ms, page_size=PAGE, min_chunk=PAGE, max_tokens=BASE)
+def within(model: LatencyModel, prompt_len: int, cap_ms: float, tile: int) -> list[int]:
+    """The chunks of `BudgetSizer`: each is the largest of whole tiles that is predicted to stay
+    within the cap."""
+    sizer = BudgetSizer(
+        model, budget_ms=cap_ms, page_size=PAGE, min_chunk=PAGE, max_tokens=BASE, tile=tile
+    )
     return chunks_of(prompt_len, lambda done: sizer.next_chunk(done, left=prompt_len - done))
 
 
@@ -240,13 +243,15 @@ def capped(item: Item, model: LatencyModel, cap_ms: float) -> dict[str, Any]:
             keeps[size] = float(times.sum())
     best = min(keeps, key=lambda size: keeps[size], default=None)
     usable = model.report.usable
-    chunks = within(model, prompt, cap_ms) if usable else fixed_chunks(best or PAGE, prompt)
+    kind = BUDGETS[item.family][0]
+    tile = 1 if kind == "MoE" else 128  # the rows of experts do not come in the batch's tiles
+    chunks = within(model, prompt, cap_ms, tile) if usable else fixed_chunks(best or PAGE, prompt)
     times = chunk_times(surface, chunks)
     took = float(times.sum())
     least = least_ms_within(surface, prompt, cap_ms, BASE)
     return {
         **{name: vars(item)[name] for name in ("family", "ranks", "noise", "seed")},
-        "kind": BUDGETS[item.family][0],
+        "kind": kind,
         "prompt": prompt,
         "cap_ms": cap_ms,
         "usable": usable,

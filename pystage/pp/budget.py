@@ -48,6 +48,10 @@ class BudgetSizer:
             512 (measured in SGLang, docs/pp.md), so smaller batches would only cost throughput.
             Default: the smallest chunk of the model's profile; it does not know smaller ones.
         max_tokens: most tokens of a batch, decodes included.
+        tile: rows of a tile of the engine's matrix products, in tokens. A batch takes as long as
+            one that fills its last tile. So if a request must wait for the next batch, this one
+            ends with a whole tile, unless it has less than two (tile quantization, Sarathi,
+            arXiv 2308.16369). Set 1 for a mixture of experts, whose rows are spread over them.
         decode_ms_per_token: time in ms per cached token that a decode reads. The model was fitted
             to prefills, whose attention works on many rows at once; the attention of a decode is
             bound by reading the cache. Measure it, or leave it 0 where decodes are few.
@@ -65,6 +69,7 @@ class BudgetSizer:
         page_size: int = 64,
         min_chunk: int | None = None,
         max_tokens: int = 8192,
+        tile: int = 128,
         decode_ms_per_token: float = 0.0,
     ) -> None:
         if not model.report.usable:
@@ -73,9 +78,9 @@ class BudgetSizer:
             raise ValueError(f"budget_ms={budget_ms} must be positive")
         if min_chunk is None:
             min_chunk = max(min(model.report.chunk_range[0], max_tokens), page_size)
-        if page_size < 1 or not 0 < min_chunk <= max_tokens:
+        if min(page_size, tile) < 1 or not 0 < min_chunk <= max_tokens:
             raise ValueError(
-                f"page_size={page_size} must be positive, "
+                f"page_size={page_size} and tile={tile} must be positive, "
                 f"and 0 < min_chunk={min_chunk} <= max_tokens={max_tokens}"
             )
         self.model = model
@@ -83,6 +88,7 @@ class BudgetSizer:
         self.page_size = page_size
         self.min_chunk = -(-min_chunk // page_size) * page_size
         self.max_tokens = max_tokens
+        self.tile = tile
         self.decode_ms_per_token = decode_ms_per_token
 
     def __repr__(self) -> str:
@@ -133,7 +139,7 @@ class BudgetSizer:
                 low = middle
             else:
                 high = middle - 1
-        size = low * self.page_size
+        size = self._whole_tiles(low * self.page_size, self.max_tokens - room)
         if size < self.min_chunk and bool((batch[:-1, 1] == 1).all()):
             size = min(self.min_chunk, most)
         return size
@@ -156,6 +162,12 @@ class BudgetSizer:
             if takes[i] < left:
                 break
         return takes
+
+    def _whole_tiles(self, size: int, beside: int) -> int:
+        """`size`, less the pages that only begin another tile behind `beside` tokens."""
+        tiles = (beside + size) // self.tile
+        pages = (tiles * self.tile - beside) // self.page_size
+        return pages * self.page_size if tiles >= 2 and pages > 0 else size
 
     def _ms(self, pieces: Floats) -> float:
         """The time of the pieces, [n, 2] of history_len and chunk_len."""

@@ -52,8 +52,15 @@ def start(scheduler: Any) -> None:
         budget_ms=float(process.state.settings.budget_ms),
         page_size=page,
         max_tokens=max(int(scheduler.max_prefill_tokens), page),
+        **({"tile": 1} if has_experts(scheduler.model_config.hf_text_config) else {}),
     )
     logger.info("pystage: %s", serving.sizer)
+
+
+def has_experts(config: Any) -> bool:
+    """Whether a model is a mixture of experts, by its configuration of transformers."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any((getattr(config, name, None) or 0) > 1 for name in names)
 
 
 def limit(adder: Any, req: Any) -> None:
