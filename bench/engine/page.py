@@ -100,7 +100,11 @@ def table(runs: dict[str, Run]) -> str:
         if gaps := [gap_cells(row) for row in run.found["rows"] if "itl_ms" in row["on"]]:
             head = ["between two tokens, ms, p50 / p99 / longest", *HEADS[:3]]
             parts.append(tabulate(head, gaps))
-        parts += longest_forwards(run)
+        parts += [
+            f"Longest forward of {label(workload)}: {off:,.1f} ms in the baseline, {on:,.1f} ms "
+            "with pystage."
+            for workload, (off, on) in longest_forwards(run).items()
+        ]
         parts += [f"This run is not complete: {cut}." for cut in run.found["cut"]]
     rows = []
     judged = [run for run in runs.values() if PLANS[run.plan].same_chunks]
@@ -138,19 +142,21 @@ def budget_table(run: Run) -> str:
     for row in run.rows.values():
         off, _, on, _ = cells(row)
         rows.append([f"first token, {label(row['workload'])}", off, on])
+    for workload, (off, on) in longest_forwards(run).items():
+        rows.append([f"longest forward, {label(workload)}", f"{off:,.1f}", f"{on:,.1f}"])
     return "\n\n".join([tabulate(["ms, p50 / p99", "baseline", "with a budget"], rows), run.source])
 
 
-def longest_forwards(run: Run) -> list[str]:
-    """The longest forward of traced prefills, where the plan changes the chunks."""
+def longest_forwards(run: Run) -> dict[str, tuple[float, float]]:
+    """The longest forward of traced prefills in ms, in the baseline and with pystage, by workload,
+    where the plan changes the chunks."""
     if PLANS[run.plan].same_chunks:
-        return []
-    return [
-        f"Longest forward of {label(workload)}: {traced['off']['longest_forward_ms']:,.1f} ms in "
-        f"the baseline, {traced['on']['longest_forward_ms']:,.1f} ms with pystage."
+        return {}
+    return {
+        workload: (traced["off"]["longest_forward_ms"], traced["on"]["longest_forward_ms"])
         for workload, traced in run.found["traces"].items()
         if all(side and side.get("longest_forward_ms") for side in traced.values())
-    ]
+    }
 
 
 def first_table(runs: dict[str, Run]) -> str:

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import sys
 import time
+from collections import deque
 from itertools import cycle, islice
 from typing import Any
 
@@ -72,6 +73,9 @@ class Comparison:
         _, self.status = load_plugin()
         self.switch = Switch()
         self.live: dict[tuple[str, int], Any] = {}
+        # Forwards read a batch's tensors on another stream than the one that made them, so they
+        # must not be freed before these are done. The scheduler keeps two batches as well.
+        self.kept: deque[Any] = deque(maxlen=2)
         self.kinds = dict.fromkeys(
             ("logit bias", "penalties", "sampling", "logprobs", "grammar"), 0
         )
@@ -108,6 +112,7 @@ class Comparison:
         for req, first, last in zip(reqs, shape.starts, shape.stops, strict=True):
             req.prefix_len, req.extend_end = first, last
         batch = self.rig.batch(reqs)
+        self.kept.append(batch)
         batch.prepare_for_extend()
         with self.streams.on_forward():
             self.rig.resolve(batch)

@@ -21,6 +21,7 @@ PAGES = (
     "README.md",
     "docs/benchmarks.md",
     "docs/guarantees.md",
+    "docs/scaling.md",
     "docs/pp.md",
     "docs/sglang.md",
 )

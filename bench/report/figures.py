@@ -18,13 +18,14 @@ from bench.report.tables import source, tabulate, target_table
 RESULTS = Path("bench/results")  # this and the following paths are relative to the root
 PIPELINE = RESULTS / "pp_prefill-8b-2xnvidia-h200.json"
 OURS_FIRST = RESULTS / "pp_prefill-8b-2xnvidia-h200-ours-first.json"
-ONE_BLOCK = RESULTS / "pp_prefill-8b-2xnvidia-h200-one-cta.json"
+ONE_BLOCK = RESULTS / "pp_prefill-8b-2xnvidia-h200-one-block.json"
 ONE_GPU = {
     "8B": RESULTS / "pp_prefill-8b-1xnvidia-h200.json",
     "1B (16 layers)": RESULTS / "pp_prefill-1b-1xnvidia-h200.json",
 }
+RANKS = RESULTS / "ranks-2xnvidia-h200.json"
 TWO_GPUS = RESULTS / "two-gpus-2xnvidia-h200.json"
-BUDGET = RESULTS / "earlier/engine-budget-nvidia-h200.json"
+BUDGET = RESULTS / "engine-budget-nvidia-h200.json"
 PIPELINE_PLOT = Path("docs/pp-profile.svg")
 SURFACES = RESULTS / "pp_surfaces.json"
 SURFACES_PLOT = Path("docs/pp-surfaces.svg")
@@ -47,7 +48,7 @@ def sections(root: Path) -> dict[str, str]:
         "sglang-when": when_it_helps(engines.get("copies"), load(plugin)),
         "sglang-in-place": in_place_table(plugin),
         "pp-errors": pipeline_errors(pipeline["results"], ours_first["results"]),
-        "pp-plans": pipeline_plans(pipeline["results"]),
+        "pp-plans": pipeline_plans(one_block["results"]),
         "pp-trace": pipeline_trace(pipeline["results"]),
         "pp-budget": engine.budget_table(engine.runs_of(root / BUDGET)["budget"]),
         "pp-why": pipeline_why(pipeline["results"], one_block["results"]),
@@ -55,6 +56,7 @@ def sections(root: Path) -> dict[str, str]:
         "pp-targets": pipeline_targets(
             pipeline["results"],
             ours_first["results"],
+            one_block["results"],
             {name: run["results"] for name, run in one_gpu.items()},
         ),
         "pp-source": "\n".join(
@@ -72,6 +74,7 @@ def sections(root: Path) -> dict[str, str]:
         **pp_pages.sections(root / SURFACES),
         "faults": faults_text(root / FAULTS),
         "two-gpus": two_gpus_text(root / TWO_GPUS),
+        "ranks": ranks_text(root / RANKS),
         "sustained": sustained_table(newest_on_gpu(root / RESULTS, "sustained")),
         "engine": engine.table(engines),
         "engine-first": engine.first_table(engines),
@@ -211,6 +214,26 @@ def two_gpus_text(path: Path) -> str:
     )
 
 
+def ranks_text(path: Path) -> str:
+    """What pools of several ranks cost each other."""
+    result = load(path)
+    ranks = result["ranks"]
+
+    def slowest(when: str) -> str:
+        return pair(max((r[when]["ready_us"] for r in ranks), key=lambda us: float(us["p50"])))
+
+    pinned = {f"{r['pinned_bytes'] / 2**20:.0f}" for r in ranks}
+    alone = all(len(r["contexts_on"]) == 1 for r in ranks)
+    return (
+        f"{len(ranks)} ranks that start together: their pools are made in at most "
+        f"{1e3 * max(r['pool_s'] for r in ranks):.0f} ms, each pins {' or '.join(sorted(pinned))} "
+        f"MiB, and {'each' if alone else 'not each'} has a context on its own GPU alone. 8,192 ids "
+        f"are on the GPU after {slowest('alone')} us (p50 / p99) if one rank works, and after "
+        f"{slowest('together')} us if all do; the slower rank counts.\n\n"
+        f"{source(result, path.name)}"
+    )
+
+
 # --- sustained ------------------------------------------------------------------------------------
 
 
@@ -316,6 +339,8 @@ def pipeline_why(measured: dict[str, Any], one_block: dict[str, Any]) -> str:
     plans, others = plans_of(measured), plans_of(one_block)
     prompt = min(others)
     for name, plan in others[prompt].items():
+        if not name.startswith("fixed"):
+            continue
         usual = plans[prompt][name]
         rows.append(
             [
@@ -376,7 +401,10 @@ def sized_by(policy: str) -> str:
 
 
 def pipeline_targets(
-    measured: dict[str, Any], ours_first: dict[str, Any], one_gpu: dict[str, dict[str, Any]]
+    measured: dict[str, Any],
+    ours_first: dict[str, Any],
+    one_block: dict[str, Any],
+    one_gpu: dict[str, dict[str, Any]],
 ) -> str:
     ours = measured["profile ours"]
     rows: list[list[Any]] = []
@@ -399,7 +427,7 @@ def pipeline_targets(
             seconds < 1,
         ],
     ]
-    prompts = plans_of(measured)
+    prompts = plans_of(one_block)
     for policy in ("choose", "choose, run"):
         told = [(plans[policy], plans[best_fixed(plans)]) for plans in prompts.values()]
         ratio, prompt = max(
@@ -415,7 +443,7 @@ def pipeline_targets(
     )
     label = f"first token, `choose` / fixed 8,192, worst: {prompt:,} tokens"
     rows.append([label, "< 1", f"{ratio:.3f} x", ratio < 1])
-    errors = [abs(p["simulation_error"]) for n, p in measured.items() if n.startswith("ttft ")]
+    errors = [abs(p["simulation_error"]) for n, p in one_block.items() if n.startswith("ttft ")]
     label = "simulation against the run, worst of the plans"
     rows.append([label, "<= 5%", f"{max(errors):.1%}", max(errors) <= 0.05])
     return tabulate(
