@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import random
 import sys
 import time
-from collections import deque
 from itertools import cycle, islice
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from bench.in_sglang.plugin import (
     Streams,
     Switch,
     load_plugin,
+    recorder_of,
     sampling_of,
 )
 from pystage.trace import Request, draw_ids, prefill_batches, sample_trace
@@ -65,7 +67,7 @@ class Grammars:
 
 
 class Comparison:
-    def __init__(self, device: str, grammars: Grammars | None) -> None:
+    def __init__(self, device: str, grammars: Grammars | None, console: Console) -> None:
         self.rig = sglang_rig.Rig(
             device, model=True, overlap=True, max_total_tokens=1 << 16, max_running_requests=64
         )
@@ -73,9 +75,10 @@ class Comparison:
         _, self.status = load_plugin()
         self.switch = Switch()
         self.live: dict[tuple[str, int], Any] = {}
-        # Forwards read a batch's tensors on another stream than the one that made them, so they
-        # must not be freed before these are done. The scheduler keeps two batches as well.
-        self.kept: deque[Any] = deque(maxlen=2)
+        # Forwards read a batch's tensors on another stream than the one that made them. So the
+        # tensors must not be freed before the forwards are done: the scheduler keeps two batches.
+        self.record = recorder_of(console)
+        self.kept = SimpleNamespace(batch_record_ct=0, batch_record_buf=[None] * 2)
         self.kinds = dict.fromkeys(
             ("logit bias", "penalties", "sampling", "logprobs", "grammar"), 0
         )
@@ -112,10 +115,12 @@ class Comparison:
         for req, first, last in zip(reqs, shape.starts, shape.stops, strict=True):
             req.prefix_len, req.extend_end = first, last
         batch = self.rig.batch(reqs)
-        self.kept.append(batch)
         batch.prepare_for_extend()
         with self.streams.on_forward():
+            if self.streams.cuda:  # the forward stream lags behind, as it does in a busy server
+                torch.cuda._sleep(random.Random(shape.requests[0]).randrange(0, 400_000))
             self.rig.resolve(batch)
+            self.record(self.kept, batch)
             torch.manual_seed(7)  # sampling is random
             return self.rig.run(batch)
 
@@ -170,7 +175,7 @@ def main() -> int:
     sglang_rig.stand_in(sglang_rig.CUDA_KERNELS if cuda else sglang_rig.KERNELS)
     requests = [Request(min(r.length, LONGEST)) for r in sample_trace()]
     with torch.no_grad():
-        comparison = Comparison(args.device, Grammars() if grammar else None)
+        comparison = Comparison(args.device, Grammars() if grammar else None, console)
         console.print(comparison.status["line"], markup=False)
         result: dict[str, Any] = {
             "device_name": torch.cuda.get_device_name() if cuda else "host device",

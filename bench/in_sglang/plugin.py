@@ -137,7 +137,7 @@ class Bench:
         from sglang.srt.managers import schedule_batch
         from sglang.srt.utils.common import is_pin_memory_available
 
-        self.record = _recorder(console)
+        self.record = recorder_of(console)
         self.plugin, self.status = load_plugin()
         self.switch = Switch()
         self.schedule_batch = schedule_batch
@@ -466,7 +466,7 @@ class Bench:
         return result
 
 
-def _recorder(console: Console) -> Callable[[Any, Any], None]:
+def recorder_of(console: Console) -> Callable[[Any, Any], None]:
     """The scheduler's ``record_batch_in_overlap``. Where its module needs more kernels than there
     are stubs for, a function here that does the same."""
     try:
