@@ -176,11 +176,17 @@ def test_the_predicted_and_the_measured_best_are_both_timed_again() -> None:
     assert sizer.choose(32_768, 2).fixed_size == 2048
     choice = sizer.choose(32_768, 2, time=time)
     assert choice.fixed_size == 1024
-    first, again = asked[:-3], asked[-3:]
-    assert len(first) > 7 and all(len(sizes) == 3 for sizes in first)
-    # the last calls: the two sizes, and the best other plan
-    assert {tuple(set(sizes)) for sizes in again[:2]} == {(1024,), (2048,)}
-    assert all(len(sizes) == 10 for sizes in again)
+    assert choice.compared[0].first == 1024 and choice.compared[0].chunks == 32
+    for plan in choice.compared:
+        assert plan.measured_ms >= choice.compared[0].measured_ms and plan.error > 0
+    assert len(choice.compared) == len(set(choice.compared)) > 7
+    first, again = asked
+    assert len(first) > 21 and len(first) % 3 == 0
+    turn = len(first) // 3  # one chunk of each plan, three times
+    assert len(again) == 3 * 10
+    # the second time: the two sizes and the best other plan, in turn
+    assert {tuple(set(again[at::3])) for at in (0, 1)} == {(1024,), (2048,)}
+    assert {1024, 2048} <= set(first[:turn]) & set(first[turn : 2 * turn])
 
 
 def test_a_slow_change_along_a_plan_is_no_noise() -> None:
@@ -282,6 +288,7 @@ def test_runs_keep_to_their_budget(runs: int) -> None:
     run = Pipeline(lambda size: 1.0)
     choice = sizer_of(STAIRS).choose(32_768, 8, run=run, runs=runs)
     assert choice.runs == len(run.plans) <= runs
+    assert sum(len(plan.runs_ms) for plan in choice.compared) == choice.runs
     assert sum(choice.chunks) == 32_768
     if choice.runs:  # without the 100 ms of the plan's first run
         assert choice.predicted_ms == pytest.approx(run.truth(choice.chunks), rel=0.01)

@@ -61,6 +61,7 @@ from pystage.pp import (
     random_token_ids,
     share_profile,
     simulate_pipeline,
+    time_chunks,
 )
 from pystage.pp.choice import size_at
 from pystage.pp.profile import cuda_timer, host_timer
@@ -432,6 +433,7 @@ class Bench:
             self.next_sizes[f"fixed {size}"] = lambda _history, _prompt, size=size: size
         self.sizer: ChunkSizer | None = None
         self.sglang: dict[str, SglangSizes] = {}
+        self.overhead_ms = 0.0
         vocab = pipeline.stage.vocab
         self.prompt = random_token_ids(args.context, vocab, args.seed)
 
@@ -495,9 +497,8 @@ class Bench:
             choice = self.sizer.choose(
                 prompt_len,
                 self.ranks,
-                time=lambda points: [
-                    self.timer(lambda p=p: self.step(*p)).latency_ms for p in points
-                ],
+                time=lambda points: time_chunks(self.step, points, self.pipeline.device),
+                overhead_ms=self.overhead_ms,
             )
             return _told(choice, time.perf_counter() - began)
 
@@ -517,7 +518,7 @@ class Bench:
             return float(box[0])
 
         began = time.perf_counter()
-        choice = self.sizer.choose(prompt_len, self.ranks, run=run)
+        choice = self.sizer.choose(prompt_len, self.ranks, run=run, overhead_ms=self.overhead_ms)
         self.results[f"choice {prompt_len} by runs"] = _told(choice, time.perf_counter() - began)
         return list(choice.chunks)
 
@@ -573,14 +574,9 @@ class Bench:
             points.append((history, max(chunk, args.page)))
 
         def measure() -> dict[str, Any]:
-            for point in points[:3]:
-                self.step(*point)
             # The faster of two runs, which is closer to the time on a quiet device.
-            ms = [
-                min(self.timer(lambda p=p: self.step(*p)).latency_ms for _ in range(2))
-                for p in points
-            ]
-            return {"points": points, "ms": ms}
+            runs = [time_chunks(self.step, points, self.pipeline.device) for _ in range(2)]
+            return {"points": points, "ms": np.min(runs, axis=0).tolist()}
 
         result = self.on_rank0(measure)
         ms = np.array(result["ms"])
@@ -601,10 +597,29 @@ class Bench:
             }
         self.results["heldout"] = result
 
+    def measured_overhead_ms(self, per_token: float) -> float:
+        """What the pipeline adds to a chunk: how much longer a short prompt of small chunks takes
+        than simulated from the stages' own times. The same on all ranks."""
+        args = self.args
+        chunks = [args.base // 8] * (args.context // args.base)
+        batches = batches_of_one(chunks)
+        stages: list[list[float]] = [[0.0]] * self.ranks
+        for _ in range(2):  # the first time kernels are loaded
+            alone = self.pipeline.alone(batches, [self.prompt])
+        dist.all_gather_object(stages, alone)
+        took = float(np.median([self.pipeline.run(batches, [self.prompt]) for _ in range(4)][1:]))
+        more = took - simulate_pipeline(stages, [per_token * c for c in chunks])
+        box: list[Any] = [max(more / len(chunks), 0.0)]
+        dist.broadcast_object_list(box, src=0)
+        return float(box[0])
+
     def ttft(self) -> None:
         args = self.args
         per_token = self.pipeline.transfer_ms_per_token(args.base)
         self.results["transfer_ms_per_token"] = per_token
+        if self.ranks > 1:
+            self.overhead_ms = self.measured_overhead_ms(per_token)
+            self.results["overhead_ms"] = self.overhead_ms
         warm: set[int] = set()
         order = random.Random(args.seed)  # the same on all ranks
         for prompt_len in args.prompts:

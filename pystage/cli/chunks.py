@@ -11,6 +11,7 @@ import warnings
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ from ..pp import (
     SamplePlan,
     profile_prefill,
     random_token_ids,
+    time_chunks,
 )
-from ..pp.profile import cuda_timer, host_timer
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,6 @@ def size_chunks(pool: StagingPool, on_forward: Callable[[], None] = lambda: None
     size = SIZES[device.type]
     decoder = Decoder(size, device)
     prompt = random_token_ids(size.context, size.vocab)
-    timer = cuda_timer if device.type == "cuda" else host_timer
 
     def step(history: int, chunk: int) -> Tensor:
         on_forward()
@@ -167,14 +167,10 @@ def size_chunks(pool: StagingPool, on_forward: Callable[[], None] = lambda: None
         )
 
         def run(sizes: list[int]) -> Chunks:
-            predicted, took, history = [], [], 0
-            for chunk in sizes:
-                # The first of the two runs may load kernels for this size.
-                timings = [timer(lambda h=history, c=chunk: step(h, c)) for _ in range(2)]  # type: ignore[misc]
-                took.append(min(t.latency_ms for t in timings))
-                predicted.append(float(model.predict(history, chunk)))
-                history += chunk
-            return Chunks(sizes, predicted, took)
+            points = list(zip(accumulate(sizes, initial=0), sizes, strict=False))
+            runs = [time_chunks(step, points, device) for _ in range(2)]
+            took = [min(times) for times in zip(*runs, strict=True)]
+            return Chunks(sizes, [float(model.predict(*point)) for point in points], took)
 
         fixed = [size.base_chunk] * (size.context // size.base_chunk)
         by_one_size = run(fixed)

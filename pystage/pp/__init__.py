@@ -24,6 +24,7 @@ from pystage.pp.profile import (
     Step,
     profile_prefill,
     random_token_ids,
+    time_chunks,
 )
 from pystage.pp.samples import Profile, Sample, Timing
 from pystage.pp.share import RemoteProfileError, share_json, share_model, share_profile
@@ -52,4 +53,5 @@ __all__ = [
     "share_model",
     "share_profile",
     "simulate_pipeline",
+    "time_chunks",
 ]

@@ -40,7 +40,8 @@ from pystage.pp.model import LatencyModel
 from pystage.pp.samples import Point
 
 TimeChunks = Callable[[Sequence[Point]], Sequence[float]]
-"""Runs each (history_len, chunk_len) on the engine as one forward; returns the ms of each."""
+"""Runs each (history_len, chunk_len) on the engine as one forward; returns the ms of each. The
+forwards should follow each other without a pause, as those of a prompt do (`time_chunks`)."""
 
 RunPlan = Callable[[Sequence[int]], float]
 """Runs a prompt in these chunks through all stages; returns its time to first token in ms."""
@@ -57,6 +58,22 @@ _LEAST_GAIN = 0.002
 _CLOSE = 1.12  # fixed sizes up to this multiple of the best predicted time may be finalists
 _FEWEST_RUNS = 4  # two plans, twice each
 _SPIKE = 1.35  # timings over this multiple of the plan's median ratio count as the median
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A plan that was timed or run. Times in ms, the size of its first chunk in tokens."""
+
+    kind: str
+    first: int
+    chunks: int
+    """Number of chunks."""
+    predicted_ms: float
+    measured_ms: float
+    """The predicted time corrected by timings, or the median of the runs."""
+    error: float
+    """Standard error of `measured_ms`, relative."""
+    runs_ms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +97,8 @@ class Choice:
     why: str
     runs: int = 0
     """Number of prompts that were run through the pipeline."""
+    compared: tuple[Compared, ...] = ()
+    """The plans that were timed or run, the fastest first."""
 
     @property
     def gain(self) -> float:
@@ -151,6 +170,17 @@ class Candidate:
     def expected(self) -> float:
         """The makespan as known without a run."""
         return self.timed or self.total
+
+    def compared(self) -> Compared:
+        return Compared(
+            self.kind,
+            self.chunks[0],
+            len(self.chunks),
+            self.total,
+            self.timed,
+            self.timed_error,
+            tuple(self.took),
+        )
 
 
 @dataclass(frozen=True)
@@ -313,6 +343,7 @@ class Planner:
         error: float,
         forwards: int,
         why: str,
+        measured: Sequence[Candidate] = (),
     ) -> Choice:
         return Choice(
             kind=chosen.kind,
@@ -324,6 +355,7 @@ class Planner:
             error=error,
             forwards=forwards,
             why=why,
+            compared=tuple(c.compared() for c in sorted(measured, key=lambda c: c.timed)),
         )
 
     # --- timing the finalists ----------------------------------------------------------------
@@ -338,8 +370,7 @@ class Planner:
             each = int(0.5 * budget) // len(finalists)
             if each < 2:
                 break
-            for plan in finalists:
-                forwards += self._time(plan, time, each)
+            forwards += self._time(finalists, time, each)
             ratios = [np.asarray(c.along()) for c in tried]
             noise = _noise(ratios)
             misfit = max(self.model.report.misfit_median / 0.6745, _misfit(ratios, noise), 0.01)
@@ -361,9 +392,9 @@ class Planner:
         saved = -math.expm1(-gain)
         if chosen is best or gain <= max(error, _LEAST_GAIN):
             why = f"timed: the best other plan gains {saved:.1%}, within the noise of {error:.1%}"
-            return self._choice(best, best, fixed, 0.0, forwards, why)
+            return self._choice(best, best, fixed, 0.0, forwards, why, measured)
         why = f"timed: gains {saved:.1%}, noise {error:.1%}"
-        return self._choice(chosen, best, fixed, error, forwards, why)
+        return self._choice(chosen, best, fixed, error, forwards, why, measured)
 
     def _finalists(
         self, fixed: dict[int, Candidate], ranked: list[Candidate], forwards: int
@@ -404,7 +435,8 @@ class Planner:
                 runs.fastest(plan, len(plan.took) + 1)
             tried.reverse()  # so that a drift of the engine's speed meets all of them
         noise = _noise([np.log(c.took[1:]) for c in (*sizes, *ranked)])
-        for plan in (c for c in (*sizes, *ranked) if c.took):
+        ran = [c for c in (*sizes, *ranked) if c.took]
+        for plan in ran:
             steady = plan.took[1:] or plan.took
             plan.timed = float(np.median(steady))
             plan.timed_error = max(noise, 0.002) / math.sqrt(len(steady))
@@ -417,7 +449,7 @@ class Planner:
         if better:
             why = f"run: gains {saved:.1%}, noise {error:.1%}"
         chosen = other if better else best
-        choice = self._choice(chosen, best, fixed, error if better else 0.0, forwards, why)
+        choice = self._choice(chosen, best, fixed, error if better else 0.0, forwards, why, ran)
         return replace(choice, runs=runs.spent)
 
     def _searched(
@@ -440,26 +472,32 @@ class Planner:
 
     # --- timing parts of a plan --------------------------------------------------------------
 
-    def _time(self, plan: Candidate, time: TimeChunks, forwards: int) -> int:
-        """Times some chunks of the plan."""
-        history = histories(plan.chunks)
-        slow = forwards // 3
+    def _time(self, plans: Sequence[Candidate], time: TimeChunks, each: int) -> int:
+        """Times `each` chunks of every plan, in turn, so that a drift of the engine's speed meets
+        all plans."""
+        slow = each // 3
+        places = [self._places(plan, each - slow, slow) for plan in plans]
+        turns = [
+            (plan, int(at[k])) for k in range(each) for plan, at in zip(plans, places, strict=True)
+        ]
+        points = [(sum(plan.chunks[:i]), plan.chunks[i]) for plan, i in turns]
+        took = np.asarray(time(points), dtype=np.float64)
+        if took.shape != (len(points),) or not (np.isfinite(took).all() and (took > 0).all()):
+            raise ValueError(f"time gave {took.tolist()} for {len(points)} chunks")
+        for turn, ((plan, i), ms) in enumerate(zip(turns, took.tolist(), strict=True)):
+            of = plan.work if turn < (each - slow) * len(plans) else plan.slowest
+            of.append((i, math.log(ms / float(plan.ms[i]))))
+        return len(points)
+
+    def _places(self, plan: Candidate, spread: int, slow: int) -> NDArray[np.int64]:
+        """The chunks of the plan to time: `spread` of them evenly over its predicted time, and
+        `slow` of its slowest."""
         share = np.cumsum(plan.ms) / plan.ms.sum()
-        spots = (np.arange(forwards - slow) + 0.5 + 0.25 * len(plan.work) % 1) / (forwards - slow)
-        spread = np.searchsorted(share, np.minimum(spots, 1.0 - 1e-9))
+        spots = (np.arange(spread) + 0.5 + 0.25 * len(plan.work) % 1) / spread
         top = np.argsort(-plan.ms, kind="stable")
         slowest = np.resize(top[: max(1, min(slow, len(top) // 8))], slow)
-        index = np.concatenate([spread, slowest]).astype(np.int64)
-        took = np.asarray(
-            time([(int(history[i]), plan.chunks[i]) for i in index]), dtype=np.float64
-        )
-        if took.shape != index.shape or not (np.isfinite(took).all() and (took > 0).all()):
-            raise ValueError(f"time gave {took.tolist()} for {index.size} chunks")
-        logs = np.log(took / plan.ms[index])
-        ratios = list(zip(index.tolist(), logs.tolist(), strict=True))
-        plan.work += ratios[: spread.size]
-        plan.slowest += ratios[spread.size :]
-        return int(index.size)
+        evenly = np.searchsorted(share, np.minimum(spots, 1.0 - 1e-9))
+        return np.concatenate([evenly, slowest]).astype(np.int64)
 
     def _correct(self, plan: Candidate, noise: float, misfit: float) -> None:
         """Corrects the plan's makespan by its timings. `noise` is that of one timing, and `misfit`

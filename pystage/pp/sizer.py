@@ -191,8 +191,8 @@ class ChunkSizer:
             prompt_len: length of the prompt in tokens.
             ranks: number of pipeline stages.
             time: runs chunks on the engine, given as (history_len, chunk_len), and returns the time
-                of each in ms. If given, the finalists are timed. Otherwise predictions alone
-                decide, and a plan must gain more.
+                of each in ms: `lambda points: time_chunks(step, points)`. If given, the finalists
+                are timed. Otherwise predictions alone decide, and a plan must gain more.
             budget: the most forwards that timing may run.
             run: runs a whole prompt of `prompt_len` tokens, in the given chunks, through all
                 stages, and returns its time to first token in ms. If given, these runs decide:

@@ -42,9 +42,9 @@ from ...pp import (
     profile_prefill,
     random_token_ids,
     share_json,
+    time_chunks,
 )
 from ...pp.choice import TimeChunks, size_at
-from ...pp.profile import cuda_timer, host_timer
 
 logger = logging.getLogger("pystage.sglang")
 
@@ -176,10 +176,9 @@ def _decide(
 ) -> dict[str, Any]:
     """The model, the plans by prompt length and the reasons, as JSON types."""
     model = LatencyModel.fit(profile)
-    timer = cuda_timer if torch.device(owner.device).type == "cuda" else host_timer
 
     def time(points: Sequence[tuple[int, int]]) -> list[float]:
-        return [timer(lambda p=point: run(*p)).latency_ms for point in points]  # type: ignore[misc]
+        return time_chunks(run, points, owner.device)
 
     limit, base = sample_plan(owner).max_tokens, int(owner.chunked_prefill_size)
     lengths = [limit >> k for k in range(_PROMPTS) if (limit >> k) > base] or [limit]
