@@ -14,7 +14,7 @@ matplotlib (extra `plot`).
 """
 
 from pystage.pp.budget import BudgetSizer, Piece
-from pystage.pp.choice import Choice
+from pystage.pp.choice import Choice, Compared
 from pystage.pp.correction import Correction
 from pystage.pp.makespan import simulate_pipeline
 from pystage.pp.model import FitError, FitReport, LatencyModel, QualityGate
@@ -34,6 +34,7 @@ __all__ = [
     "BudgetSizer",
     "Choice",
     "ChunkSizer",
+    "Compared",
     "Correction",
     "FitError",
     "FitReport",
