@@ -101,6 +101,13 @@ def test_what_is_left_is_taken_whole_and_decodes_count_in_the_tiles() -> None:
     assert sizer.next_chunk(0, [Piece(50, 1)] * 3) == 960  # 1,024 would begin a ninth tile
 
 
+def test_a_batch_of_less_than_two_tiles_or_without_one_of_its_own_is_not_cut() -> None:
+    assert sizer_of(max_tokens=192, tile=128).next_chunk(0) == 192
+    assert sizer_of(max_tokens=320, tile=128).next_chunk(0) == 256
+    others = [Piece(0, 250)]  # a page more begins a third tile, but less would be nothing
+    assert sizer_of(max_tokens=314, tile=128).next_chunk(0, others) == 64
+
+
 def test_a_prompt_gets_on_where_nothing_fits_and_only_if_nobody_else_does() -> None:
     sizer = sizer_of(budget_ms=5.0, min_chunk=256)
     assert sizer.next_chunk(100_000) == 256

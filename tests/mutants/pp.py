@@ -215,6 +215,10 @@ MUTANTS: Mutants = {
             "min_chunk = max(<|min(model.report.chunk_range[0], max_tokens)|>, page_size)", "1"
         ),
         "all-get-on": M("size < self.min_chunk<| and bool((batch[:-1, 1] == 1).all())|>", ""),
+        "tiles-begun": M("size = <|self._whole_tiles(|>low * self.page_size", "(lambda n, _: n)("),
+        "tiles-without-others": M("tiles = (<|beside + |>size) // self.tile", ""),
+        "tiles-only-one": M("if tiles >= <|2|> and", "1"),
+        "tiles-nothing-left": M("if tiles >= 2<| and pages > 0|> else size", ""),
         "order-not-kept": M("if takes[i] < left:\n                <|break|>", "continue"),
         "unusable-is-fine": M("if not model.report.usable:", "if False:"),
     },
@@ -249,6 +253,12 @@ MUTANTS: Mutants = {
         "smallest-rival-not-timed": M("[*near[:2], <|smallest, |>fixed[self.q.base]", ""),
         "few-finalists": M("near[: max(4, <|forwards // 3 - len(kinds)|>)]", "0"),
         "measured-best-not-again": M("[_best_fixed(sizes)<|, sizes[0]|>]", ""),
+        "timed-one-after-another": M(
+            "for k in range(each) for plan, at in zip(plans, places, strict=True)",
+            "for plan, at in zip(plans, places, strict=True) for k in range(each)",
+        ),
+        "timed-slowest-as-work": M("if turn < <|(each - slow) * len(plans)|> else", "0"),
+        "compared-not-sorted": M("in <|sorted(measured, key=lambda c: c.timed)|>)", "measured"),
         "noise-is-misfit": M("np.var(medians, ddof=1))<| - by_noise|>", ""),
         "drift-is-noise": M("np.abs(np.diff(values))", "np.abs(values - np.median(values))"),
     },
@@ -337,8 +347,15 @@ MUTANTS: Mutants = {
             'cast("AbstractContextManager[Step]", step).__enter__()',
         ),
         "interrupt-swallowed": M(
-            "except <|Exception|> as error:\n            if on_cuda", "BaseException"
+            "except <|Exception|> as error:\n            # The step's exit", "BaseException"
         ),
+        "spoiled-not-again": M("if not sample.history_len:\n                    <|yield|>", "_ ="),
+        "spoiled-all-again": M("if <|not sample.history_len|>:\n                    yield", "True"),
+        "spoiled-too-early": M(
+            "if <|len(self.samples) >= self.plan.min_samples|>:\n            for", "True"
+        ),
+        "flight-not-collected": M("run.sample()\n            <|run.collect()|>", "pass"),
+        "flight-read-twice": M("<|self.in_flight.clear()|>", "pass"),
         "forwards-not-counted": M("self.forwards += 1", "self.forwards += 2"),
         "ids-above": M(".integers(0, <|vocab_size|>, size=count", "vocab_size + 1"),
     },
