@@ -318,11 +318,13 @@ def test_a_plan_that_changes_the_chunks_is_shown_and_not_judged(tmp_path: Path) 
     ]
     sides = {"off": {"longest_forward_ms": 310.0}, "on": {"longest_forward_ms": 79.5}}
     found["traces"] = {"prompt-8192": sides}
+    found["sizing"] = {"corrections": 4}
     (tmp_path / "engine-budget.json").write_text(json.dumps(slow))
     text = page.table(written(tmp_path, ("", "copies", "01", 1)))
     assert "a prompt of 8,192 ids" in text and "3.00 x" not in text
     assert "Not judged, because the chunks are not SGLang's: `budget`." in text
     assert "6.0 / 88.3 / 90.0" in text
+    assert "The latency model was corrected 4 times during the run." in text
     assert (
         "Longest forward of a prompt of 8,192 ids: 310.0 ms in the baseline, 79.5 ms with pystage."
         in text

@@ -250,6 +250,7 @@ class Experiment:
                 self._say(line(row))
             if workload.traced:
                 self._trace(workload, off, on)
+        self.result["sizing"] = on.tell(op="stats")["pystage"]["sizing"]
 
     def _workload(self, workload: Workload, off: Side, on: Side) -> dict[str, Any]:
         found: dict[str, Any] = {variant: [] for variant in VARIANTS}

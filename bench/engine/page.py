@@ -105,6 +105,8 @@ def table(runs: dict[str, Run]) -> str:
             "with pystage."
             for workload, (off, on) in longest_forwards(run).items()
         ]
+        if corrections := run.found.get("sizing", {}).get("corrections"):
+            parts.append(f"The latency model was corrected {corrections} times during the run.")
         parts += [f"This run is not complete: {cut}." for cut in run.found["cut"]]
     rows = []
     judged = [run for run in runs.values() if PLANS[run.plan].same_chunks]

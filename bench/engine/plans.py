@@ -159,6 +159,18 @@ def sized(stages: int) -> Plan:
     )
 
 
+def budget(how: str, *workloads: Workload, **environment: str) -> Plan:
+    """A plan whose second engine keeps its batches to a time budget."""
+    return Plan(
+        f"an 8B model; with the plugin also a time budget of 80 ms (PYSTAGE_SGLANG_BUDGET_MS){how}",
+        LLAMA_8B,
+        GPU,
+        workloads,
+        environment={"PYSTAGE_SGLANG_BUDGET_MS": "80", **environment},
+        same_chunks=False,
+    )
+
+
 PLANS = {
     "copies": Plan(
         "an 8B model, nothing else on the GPU, then copies on another stream beside it",
@@ -201,17 +213,17 @@ PLANS = {
         {**GPU, "context_length": 16384, "max_total_tokens": 36864, "cpu_offload_gb": 4},
         (Workload("prompt", 2048, 10, 3, traced=4), Workload("prompt", 8192, 6, 3)),
     ),
-    "budget": Plan(
-        "an 8B model; with the plugin also a time budget of 80 ms (PYSTAGE_SGLANG_BUDGET_MS)",
-        LLAMA_8B,
-        GPU,
-        (
-            Workload("open", rate=3, blocks=5, count=12, tokens=32),
-            Workload("prompt", 8192, 10, 3),
-            Workload("prompt", 32768, 3, 1, traced=2),
-        ),
-        environment={"PYSTAGE_SGLANG_BUDGET_MS": "80"},
-        same_chunks=False,
+    "budget": budget(
+        "",
+        Workload("open", rate=3, blocks=5, count=12, tokens=32),
+        Workload("prompt", 8192, 10, 3),
+        Workload("prompt", 32768, 3, 1, traced=2),
+    ),
+    "corrected": budget(  # a correction takes 60 s at least
+        " that follows the server (PYSTAGE_SGLANG_CORRECT)",
+        Workload("prompt", 8192, 16, 3),
+        Workload("prompt", 32768, 12, 1, traced=2),
+        PYSTAGE_SGLANG_CORRECT="1",
     ),
     "tp2": ranks("2 GPUs, --tp-size 2", 32768, tp_size=2),
     "pp2": ranks("2 GPUs, --pp-size 2", 32768, pp_size=2),
