@@ -149,6 +149,16 @@ def budget_table(run: Run) -> str:
     return "\n\n".join([tabulate(["ms, p50 / p99", "baseline", "with a budget"], rows), run.source])
 
 
+def sized_table(run: Run) -> str:
+    """Prompts in chunks of SGLang's dynamic sizes and of pystage's."""
+    rows = []
+    for row in run.rows.values():
+        off, _, on, sooner = cells(row)
+        rows.append([label(row["workload"]), off, on, sooner])
+    head = ["first token, ms, p50 / p99", "SGLang's sizes", "pystage's sizes", "sooner, ms"]
+    return "\n\n".join([tabulate(head, rows), run.source])
+
+
 def longest_forwards(run: Run) -> dict[str, tuple[float, float]]:
     """The longest forward of traced prefills in ms, in the baseline and with pystage, by workload,
     where the plan changes the chunks."""

@@ -26,6 +26,7 @@ ONE_GPU = {
 RANKS = RESULTS / "ranks-2xnvidia-h200.json"
 TWO_GPUS = RESULTS / "two-gpus-2xnvidia-h200.json"
 BUDGET = RESULTS / "engine-budget-nvidia-h200.json"
+SIZED = RESULTS / "engine-pp2-sized-2xnvidia-h200.json"
 PIPELINE_PLOT = Path("docs/pp-profile.svg")
 SURFACES = RESULTS / "pp_surfaces.json"
 SURFACES_PLOT = Path("docs/pp-surfaces.svg")
@@ -51,6 +52,7 @@ def sections(root: Path) -> dict[str, str]:
         "pp-plans": pipeline_plans(one_block["results"]),
         "pp-trace": pipeline_trace(pipeline["results"]),
         "pp-budget": engine.budget_table(engine.runs_of(root / BUDGET)["budget"]),
+        "pp-sized": engine.sized_table(engine.runs_of(root / SIZED)["pp2-sized"]),
         "pp-why": pipeline_why(pipeline["results"], one_block["results"]),
         "pp-one-gpu": one_gpu_table({name: run["results"] for name, run in one_gpu.items()}),
         "pp-targets": pipeline_targets(
