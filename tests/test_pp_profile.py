@@ -25,10 +25,8 @@ from pystage.pp import (
 from pystage.pp.forms import Form
 from pystage.pp.profile import (
     DeviceClock,
-    Timer,
     _at_once,
     _Run,
-    cuda_timer,
     host_timer,
     random_token_ids,
     time_chunks,
@@ -394,16 +392,11 @@ def test_lengths_that_cannot_be_are_refused() -> None:
     assert SamplePlan(points=((0, 64),), base=(0, 64), max_forwards=3).max_forwards == 3
 
 
-def check_timer(timer: Timer) -> None:
-    runs: list[int] = []
-    timing = timer(lambda: runs.append(1))
-    assert runs == [1]
-    assert timing.latency_ms > 0
-    assert timing.host_ms > 0
-
-
 def test_the_host_timer_runs_once() -> None:
-    check_timer(host_timer)
+    runs: list[int] = []
+    timing = host_timer(lambda: runs.append(1))
+    assert runs == [1]
+    assert timing.latency_ms == timing.host_ms > 0
 
 
 def test_chunks_are_timed_in_their_order() -> None:
@@ -440,19 +433,6 @@ def test_each_size_runs_once_before_it_is_timed_on_a_device() -> None:
     device = Device(law)
     assert len(time_chunks(device.step, [(64, 512), (0, 1024), (0, 512)], "cuda")) == 3
     assert device.calls == [(0, 512), (0, 1024), (64, 512), (0, 1024), (0, 512)]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_device_timer_sees_the_kernels_and_the_host_time_contains_it() -> None:
-    check_timer(cuda_timer)
-    a = torch.randn(4096, 4096, device="cuda")
-    _ = a[:64] @ a, a @ a  # the first products load their kernels
-    torch.cuda.synchronize()
-    small = cuda_timer(lambda: a[:64] @ a)
-    large = cuda_timer(lambda: [a @ a for _ in range(10)])
-    assert large.latency_ms > small.latency_ms
-    assert large.host_ms >= 0.9 * large.latency_ms
 
 
 @pytest.mark.parametrize("rich_there", [True, False])

@@ -64,7 +64,6 @@ from pystage.pp import (
     time_chunks,
 )
 from pystage.pp.choice import size_at
-from pystage.pp.profile import cuda_timer, host_timer
 
 logger = logging.getLogger("pp_prefill")
 
@@ -343,11 +342,19 @@ class Pipeline:
 # --- SGLang's predictor, for comparison -----------------------------------------------------------
 
 
-def sglang_sweep(step: Callable[[int, int], object], base: int, timer: Any) -> dict[str, Any]:
-    """Times SGLang's sweep."""
-    lengths = sweep_lengths(base)
+def sglang_sweep(
+    step: Callable[[int, int], object], base: int, wait: Callable[[], object]
+) -> dict[str, Any]:
+    """Times SGLang's sweep as SGLang does: with the host clock, and a pause after each forward.
+    `wait` waits for the device."""
+    lengths, times = sweep_lengths(base), []
     began = time.perf_counter()
-    times = [timer(lambda n=n: step(0, n)).host_ms for n in lengths]
+    wait()
+    for length in lengths:
+        start = time.perf_counter()
+        step(0, length)
+        wait()
+        times.append((time.perf_counter() - start) * 1e3)
     seconds = time.perf_counter() - began
     return {"lengths": lengths, "ms": times, "forwards": len(lengths), "seconds": seconds}
 
@@ -425,7 +432,7 @@ class Bench:
         self.args, self.pipeline = args, pipeline
         self.rank, self.ranks = pipeline.rank, pipeline.ranks
         self.seconds: dict[str, float] = {}
-        self.timer = cuda_timer if pipeline.device.type == "cuda" else host_timer
+        self.wait = torch.cuda.synchronize if pipeline.device.type == "cuda" else lambda: None
         self.results: dict[str, Any] = {}
         self.policies: dict[str, Callable[[int], list[int]]] = {}
         self.next_sizes: dict[str, NextSize] = {}
@@ -555,7 +562,7 @@ class Bench:
             plot_profile(self.sizer, args.context, args.plot)
 
     def _theirs(self, name: str) -> None:
-        sweep = self.on_rank0(lambda: sglang_sweep(self.step, self.args.base, self.timer))
+        sweep = self.on_rank0(lambda: sglang_sweep(self.step, self.args.base, self.wait))
         sizes = SglangSizes(self.args.sglang_wheel, sweep, self.args)
         self.sglang[name] = sizes
         p = sizes.predictor

@@ -185,21 +185,6 @@ def host_timer(run: Callable[[], object]) -> Timing:
     return Timing(ms, ms)
 
 
-def cuda_timer(run: Callable[[], object]) -> Timing:
-    """Times a call on an idle device, with events on the current stream, and with the host clock
-    until the device is done. For forwards that follow each other see `DeviceClock`."""
-    begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    host_ms = (time.perf_counter() - start) * 1e3
-    return Timing(float(begin.elapsed_time(end)), host_ms)
-
-
 Started = tuple[Point, Callable[[], Timing]]
 """A forward that was started, and what waits for its time."""
 
@@ -470,9 +455,9 @@ def profile_prefill(
 
     If `device` is a CUDA device (default: if CUDA is available), CUDA events measure the time, and
     the next forward is launched while the last one runs (`DeviceClock`). Otherwise the host clock
-    measures it. `timer` replaces both. `progress` shows a rich progress bar (extra
-    `cli`), or logs if rich is missing. If sampling runs out of device memory, it leaves out that
-    point and all larger ones, and goes on.
+    measures it. `timer` replaces both. `progress` shows a rich progress bar (extra `cli`), or logs
+    if rich is missing. If sampling runs out of device memory, it leaves out that point and all
+    larger ones, and goes on.
 
     Raises:
         ProfileError: the step failed for another reason, or during warm-up. If the step is a
