@@ -194,8 +194,8 @@ class DeviceClock:
     the next one while the device still works on the last.
 
     A device that rests between two forwards runs the second at a higher clock. On an H200, a chunk
-    of 8,192 tokens took 6 % less time after a pause than amid a prompt, and one of 1,024 tokens
-    just as long. So times with pauses make long chunks look better than they are.
+    of 8,192 tokens took 6 % less time after a pause than amid a prompt, while a chunk of 1,024
+    tokens took as long. So times with pauses make long chunks look better than they are.
     """
 
     AHEAD = 2  # forwards in flight when the next one starts
