@@ -30,6 +30,7 @@ SIZED = RESULTS / "engine-pp2-sized-2xnvidia-h200.json"
 PIPELINE_PLOT = Path("docs/pp-profile.svg")
 SURFACES = RESULTS / "pp_surfaces.json"
 SURFACES_PLOT = Path("docs/pp-surfaces.svg")
+LOGITS_ON_CPU = RESULTS / "logits-host-device.json"
 FAULTS = RESULTS / "faults-nvidia-h200.json"
 SUSTAINED_PLOT = Path("docs/sustained.svg")
 ENGINE_PLOT = Path("docs/engine.svg")
@@ -45,7 +46,7 @@ def sections(root: Path) -> dict[str, str]:
     engines = engine.newest_runs(root / RESULTS)
     return {
         "sglang": sglang_tables(plugin),
-        "logits": logits_text(newest_on_gpu(root / RESULTS, "logits")),
+        "logits": logits_text(newest_on_gpu(root / RESULTS, "logits") or root / LOGITS_ON_CPU),
         "sglang-when": when_it_helps(engines.get("copies"), load(plugin)),
         "sglang-in-place": in_place_table(plugin),
         "pp-errors": pipeline_errors(pipeline["results"], ours_first["results"]),
@@ -106,21 +107,25 @@ def pair(cell: dict[str, float]) -> str:
 SIDES = {"without": "baseline", "with pystage": "pystage"}  # names in the results: column heads
 
 
-def logits_text(path: Path | None) -> str:
+def logits_text(path: Path) -> str:
     """The comparison of a model's logits on the same batches."""
-    if path is None:
-        return "Not compared on a GPU yet: `python -m bench.in_sglang.logits`."
     result = load(path)
     logits, made = result["logits"], result["init_new"]
     kinds = ", ".join(f"{count:,} with {kind}" for kind, count in logits["requests"].items())
     different = ", ".join(f"{count} {name}" for name, count in logits["different"].items())
-    before, after = (len(made[side]) for side in ("without", "with pystage"))
-    return (
+    text = (
         f"A tiny Llama over {logits['batches']:,} batches of the trace, each with and without, bit "
-        f"by bit; of the requests {kinds}. Different: {different}. `ForwardBatch.init_new` gives "
-        f"the forward stream {before} kernels and copies without, {after} with pystage.\n\n"
-        f"{source(result, path.name)}"
+        f"by bit; of the requests {kinds}. Different: {different}. "
     )
+    if made:
+        before, after = (len(made[side]) for side in ("without", "with pystage"))
+        text += (
+            f"`ForwardBatch.init_new` gives the forward stream {before} kernels and copies "
+            f"without, {after} with pystage."
+        )
+    else:
+        text += "This was on a CPU."
+    return f"{text}\n\n{source(result, path.name)}"
 
 
 def sglang_tables(path: Path) -> str:

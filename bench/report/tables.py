@@ -33,9 +33,10 @@ def source(result: dict[str, Any], file: str = "") -> str:
     gpus = f"{result['devices']} x " if result["devices"] > 1 else ""
     when = result["date"][:16].replace("T", " ")
     at = f", `bench/results/{file}`" if file else ""
+    cores = f"{result['cores']}-core VM ({result['cpu']})"
+    machine = f"{gpus}{result['device']}, {cores}, driver {result['driver']}"
     return (
-        f"{gpus}{result['device']}, {result['cores']}-core VM ({result['cpu']}), driver "
-        f"{result['driver']}, torch {result['torch']}, {when} UTC, commit "
+        f"{machine if result['devices'] else cores}, torch {result['torch']}, {when} UTC, commit "
         f"`{result['commit'][:9]}`: `{result['command']}`{at}."
     )
 
