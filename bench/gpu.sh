@@ -7,7 +7,8 @@
 #   SGLANG_WHEELS=DIR bench/gpu.sh sglang      the plugin in SGLang, installed from the wheels in DIR
 #   bench/gpu.sh ranks                         one process per GPU: start-up, memory, NUMA nodes
 #   bench/gpu.sh two [pipeline]                two GPUs: contexts and memory; the pipeline (GPUS=2), with
-#                                              SGLang's predictor from the wheel or folder SGLANG_WHEEL
+#                                              SGLang's predictor from the wheel or folder SGLANG_WHEEL,
+#                                              and NCCL_BLOCKS=1 as the page's run 3
 #   bench/gpu.sh logits                        in SGLang's own environment: logits with and without
 #   PLAN=copies,direct bench/gpu.sh engine     the real SGLang engine, in SGLang's own environment; see
 #                                              bench/engine. SECONDS_AT_MOST (500), DISCLOSE
@@ -60,6 +61,7 @@ for part in $parts; do
     two) step two "$python" -m bench.two_gpus --out "$out/two-gpus.json"; cat "$logs/two.log" ;;
     pipeline) step pipeline "$python" -m torch.distributed.run --nproc-per-node "${GPUS:-2}" \
                 -m bench.pp.prefill --model 8b ${SGLANG_WHEEL:+--sglang-wheel "$SGLANG_WHEEL"} \
+                ${NCCL_BLOCKS:+--nccl-blocks "$NCCL_BLOCKS"} \
                 --out "$out/pp_prefill.json"; tail -n 30 "$logs/pipeline.log" ;;
     logits) step logits "$python" -m bench.in_sglang.logits --out "$out/logits.json"
             tail -n 12 "$logs/logits.log" ;;
