@@ -16,9 +16,16 @@ C, G, B, A = 4.0, 2e-5, 0.0105, 3.8e-7  # of LAW
 FLOOR = model_of(Form("law", (1.0, 0.0, 0.002, 0.0, 1e-8), floor_ms=20.0))
 
 
+BATCHES = (
+    st.integers(0, 130_000),  # history of the next request
+    st.lists(st.tuples(st.integers(0, 60_000), st.integers(1, 900)), max_size=4),  # pieces beside
+    st.sampled_from([16, 64, 256]),  # page size
+)
+
+
 def sizer_of(model: LatencyModel = LAW, **changes: float) -> BudgetSizer:
-    given_ = {"budget_ms": 60.0, "tile": 1} | changes  # the law has no tiles
-    return BudgetSizer(model, **given_)  # type: ignore[arg-type]
+    arguments = {"budget_ms": 60.0, "tile": 1} | changes  # the law has no tiles
+    return BudgetSizer(model, **arguments)  # type: ignore[arg-type]
 
 
 def by_hand(pieces: list[tuple[int, int]]) -> float:
@@ -54,11 +61,7 @@ def test_a_decode_also_reads_its_history() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.integers(0, 130_000),
-    st.lists(st.tuples(st.integers(0, 60_000), st.integers(1, 900)), max_size=4),
-    st.sampled_from([16, 64, 256]),
-)
+@given(*BATCHES)
 def test_the_chunk_is_the_largest_that_fits(
     history: int, beside: list[tuple[int, int]], page: int
 ) -> None:
@@ -73,11 +76,7 @@ def test_the_chunk_is_the_largest_that_fits(
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.integers(0, 130_000),
-    st.lists(st.tuples(st.integers(0, 60_000), st.integers(1, 900)), max_size=4),
-    st.sampled_from([16, 64, 256]),
-)
+@given(*BATCHES)
 def test_a_batch_ends_with_a_whole_tile(
     history: int, beside: list[tuple[int, int]], page: int
 ) -> None:

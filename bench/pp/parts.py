@@ -34,6 +34,7 @@ from bench.pp.truth import (
     seed_of,
 )
 from pystage.pp import BudgetSizer, ChunkSizer, LatencyModel, Sample, SamplePlan, profile_prefill
+from pystage.pp.budget import TILE
 from pystage.pp.makespan import fixed_chunks
 
 BASE = 8192
@@ -244,7 +245,7 @@ def capped(item: Item, model: LatencyModel, cap_ms: float) -> dict[str, Any]:
     best = min(keeps, key=lambda size: keeps[size], default=None)
     usable = model.report.usable
     kind = BUDGETS[item.family][0]
-    tile = 1 if kind == "MoE" else 128  # the rows of experts do not come in the batch's tiles
+    tile = 1 if kind == "MoE" else TILE  # as the SGLang plugin does
     chunks = within(model, prompt, cap_ms, tile) if usable else fixed_chunks(best or PAGE, prompt)
     times = chunk_times(surface, chunks)
     took = float(times.sum())

@@ -64,11 +64,13 @@ from pystage.pp import (
     time_chunks,
 )
 from pystage.pp.choice import size_at
+from pystage.pp.makespan import histories
+from pystage.pp.profile import DeviceClock
 
 logger = logging.getLogger("pp_prefill")
 
 PARTS = ("profile", "heldout", "ttft", "trace")
-IN_FLIGHT = 2  # chunks enqueued ahead of the device, as in an engine with overlap
+IN_FLIGHT = DeviceClock.AHEAD  # chunks enqueued ahead of the device, as where they are timed alone
 
 
 @dataclass(frozen=True)
@@ -261,17 +263,6 @@ class Pipeline:
         return torch.randn(shape, dtype=self.dtype, device=self.device)
 
     @torch.inference_mode()
-    def alone(self, batches: Sequence[Batch], prompts: Sequence[array[int]]) -> list[float]:
-        """Time of every batch on this stage in ms, without communication."""
-        clock = ChunkClock(self.device)
-        for batch in batches:
-            hidden = None if self.stage.first else self.hidden(batch)
-            begin = clock.start()
-            self.stage(self.ids(batch, prompts) if hidden is None else hidden, batch)
-            clock.finish(begin)
-        return clock.read()
-
-    @torch.inference_mode()
     def run(self, batches: Sequence[Batch], prompts: Sequence[array[int]]) -> float:
         """Time in ms from staging the first id on rank 0 until rank 0 has the last batch's
         token."""
@@ -446,9 +437,20 @@ class Bench:
 
     @torch.inference_mode()
     def step(self, history: int, chunk: int) -> object:
-        """The work that profilers time: staging, resolve and one forward of this rank's stage."""
+        """The work that profilers time: staging and resolve on the first stage, random hidden
+        states on the others, and one forward of this rank's stage."""
         batch = [Piece(0, 0, history, history + chunk)]
-        return self.pipeline.stage(self.pipeline.ids(batch, [self.prompt]), batch)
+        first = self.pipeline.stage.first
+        inputs = self.pipeline.ids(batch, [self.prompt]) if first else self.pipeline.hidden(batch)
+        return self.pipeline.stage(inputs, batch)
+
+    def alone(self, chunks: Sequence[int]) -> list[list[float]]:
+        """Times of the chunks of a prompt in ms on each stage, without communication: [ranks,
+        chunks], the same on all ranks."""
+        points = list(zip(histories(chunks).tolist(), chunks, strict=True))
+        stages: list[list[float]] = [[0.0]] * self.ranks
+        dist.all_gather_object(stages, time_chunks(self.step, points, self.pipeline.device))
+        return stages
 
     def on_rank0(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Runs `work` on rank 0 and returns its result on every rank. Its failure is raised on
@@ -609,11 +611,7 @@ class Bench:
         than simulated from the stages' own times. The same on all ranks."""
         args = self.args
         chunks = [args.base // 8] * (args.context // args.base)
-        batches = batches_of_one(chunks)
-        stages: list[list[float]] = [[0.0]] * self.ranks
-        for _ in range(2):  # the first time kernels are loaded
-            alone = self.pipeline.alone(batches, [self.prompt])
-        dist.all_gather_object(stages, alone)
+        batches, stages = batches_of_one(chunks), self.alone(chunks)
         took = float(np.median([self.pipeline.run(batches, [self.prompt]) for _ in range(4)][1:]))
         more = took - simulate_pipeline(stages, [per_token * c for c in chunks])
         box: list[Any] = [max(more / len(chunks), 0.0)]
@@ -627,7 +625,6 @@ class Bench:
         if self.ranks > 1:
             self.overhead_ms = self.measured_overhead_ms(per_token)
             self.results["overhead_ms"] = self.overhead_ms
-        warm: set[int] = set()
         order = random.Random(args.seed)  # the same on all ranks
         for prompt_len in args.prompts:
             plans = {
@@ -635,16 +632,7 @@ class Bench:
                 for name, policy in self.policies.items()
                 if name not in args.without
             }
-            stages = {}
-            for name, chunks in plans.items():
-                # The first forward of a size loads kernels, which takes tens of ms. This is not
-                # part of a server's steady state, and no plan accounts for it.
-                fresh = [[Piece(0, 0, 0, size)] for size in sorted(set(chunks) - warm)]
-                self.pipeline.alone(fresh, [self.prompt])
-                warm.update(chunks)
-                alone = self.pipeline.alone(batches_of_one(chunks), [self.prompt])
-                stages[name] = [[0.0]] * self.ranks
-                dist.all_gather_object(stages[name], alone)
+            stages = {name: self.alone(chunks) for name, chunks in plans.items()}
             runs: dict[str, list[float]] = {name: [] for name in plans}
             piped = {name: [[0.0]] * self.ranks for name in plans}
             for _ in range(args.reps):

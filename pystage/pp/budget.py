@@ -10,6 +10,9 @@ import numpy as np
 from pystage.pp.forms import Floats
 from pystage.pp.model import LatencyModel
 
+TILE = 128
+"""Rows of a tile of matrix products on today's GPUs, in tokens."""
+
 
 class Piece(NamedTuple):
     """A request's part of a batch: `chunk_len` new tokens behind `history_len` cached tokens. A
@@ -51,7 +54,7 @@ class BudgetSizer:
         tile: rows of a tile of the engine's matrix products, in tokens. A batch takes as long as
             one that fills its last tile. So if a request must wait for the next batch, this one
             ends with a whole tile, unless it has less than two (tile quantization, Sarathi,
-            arXiv 2308.16369). Set 1 for a mixture of experts, whose rows are spread over them.
+            arXiv 2308.16369). Set 1 for a mixture of experts: its rows are spread over the experts.
         decode_ms_per_token: time in ms per cached token that a decode reads. The model was fitted
             to prefills, whose attention works on many rows at once; the attention of a decode is
             bound by reading the cache. Measure it, or leave it 0 where decodes are few.
@@ -69,7 +72,7 @@ class BudgetSizer:
         page_size: int = 64,
         min_chunk: int | None = None,
         max_tokens: int = 8192,
-        tile: int = 128,
+        tile: int = TILE,
         decode_ms_per_token: float = 0.0,
     ) -> None:
         if not model.report.usable:

@@ -19,6 +19,7 @@ import logging
 from typing import Any
 
 from ...pp import BudgetSizer, Piece
+from ...pp.budget import TILE
 from . import pp, process
 
 logger = logging.getLogger("pystage.sglang")
@@ -52,7 +53,7 @@ def start(scheduler: Any) -> None:
         budget_ms=float(process.state.settings.budget_ms),
         page_size=page,
         max_tokens=max(int(scheduler.max_prefill_tokens), page),
-        **({"tile": 1} if has_experts(scheduler.model_config.hf_text_config) else {}),
+        tile=1 if has_experts(scheduler.model_config.hf_text_config) else TILE,
     )
     logger.info("pystage: %s", serving.sizer)
 

@@ -176,13 +176,13 @@ def _decide(
 ) -> dict[str, Any]:
     """The model, the plans by prompt length and the reasons, as JSON types."""
     model = LatencyModel.fit(profile)
-
-    def time(points: Sequence[tuple[int, int]]) -> list[float]:
-        return time_chunks(run, points, owner.device)
-
     limit, base = sample_plan(owner).max_tokens, int(owner.chunked_prefill_size)
     lengths = [limit >> k for k in range(_PROMPTS) if (limit >> k) > base] or [limit]
-    choices = choose(owner, ranks, model, lengths, time) if with_plans else {}
+    choices = {}
+    if with_plans:
+        choices = choose(
+            owner, ranks, model, lengths, lambda points: time_chunks(run, points, owner.device)
+        )
     return {
         "model": model.to_json(),
         "plans": better_plans(owner, choices),
