@@ -84,27 +84,34 @@ class Comparison:
         )
 
     def run(self, requests: list[Request], batches: int) -> dict[str, Any]:
-        wrong = torch.zeros(3, dtype=torch.int64, device=self.rig.device)
-        tokens, start = 0, time.monotonic()
+        # which of a batch's requests differ, read back only now and then
+        wrong = torch.zeros(batches, 3, MOST, dtype=torch.bool, device=self.rig.device)
+        tokens, start, compared = 0, time.monotonic(), []
         work = islice(prefill_batches(cycle(requests), CHUNK, MOST), batches)
         for number, shape in enumerate(track(work, "logits", total=batches)):
             out = {side: self._batch(side, requests, shape) for side in SIDES}
             with self.streams.on_forward():
                 for k, (a, b) in enumerate(zip(out[WITH], out[WITHOUT], strict=True)):
-                    wrong[k] += (a != b).any()
+                    wrong[number, k, : len(a)] = (a != b).view(len(a), -1).any(1)
             tokens += shape.tokens
+            compared.append(shape.requests)
             self.streams.settle()  # rows and KV memory are free only after all reads
             for r, stop in zip(shape.requests, shape.stops, strict=True):
                 if stop == requests[r % len(requests)].length:
                     self.rig.release(*(self.live.pop((side, r)) for side in SIDES))
-            if number % 200 == 199 and int(wrong.sum()):
+            if number % 200 == 199 and wrong.any():
                 break
         self.streams.settle()
         names = ("logits", "sampled logits", "sampled ids")
         return {
             "batches": number + 1,
             "tokens": tokens,
-            "different": dict(zip(names, wrong.tolist(), strict=True)),
+            "different": dict(zip(names, wrong.any(2).sum(0).tolist(), strict=True)),
+            "differences": [
+                {"batch": n, "requests": len(compared[n]), "what": names[k]}
+                | {"request": compared[n][row], "kinds": self._kinds(compared[n][row])}
+                for n, k, row in wrong.nonzero().tolist()
+            ],
             "requests": self.kinds,
             "seconds": round(time.monotonic() - start, 1),
         }
@@ -124,19 +131,23 @@ class Comparison:
             torch.manual_seed(7)  # sampling is random
             return self.rig.run(batch)
 
+    def _kinds(self, r: int) -> list[str]:
+        """What the r-th request of the trace asks for besides its ids."""
+        kinds = {1: ["logit bias"], 4: ["penalties"], 6: ["sampling"]}.get(r % 10, [])
+        kinds += ["logprobs"] * (r % 7 == 3)
+        return kinds + ["grammar"] * (r % 9 == 5 and self.grammars is not None)
+
     def _request(self, side: str, requests: list[Request], r: int) -> Any:
         if (side, r) not in self.live:
             ids = draw_ids(requests[r % len(requests)].length, VOCAB, r)
             req = self.rig.request(ids, max_new_tokens=1, **sampling_of(r))
-            if r % 7 == 3:
+            kinds = self._kinds(r)
+            if "logprobs" in kinds:
                 req.return_logprob, req.logprob_start_len = True, 0
-            if r % 9 == 5 and self.grammars is not None:
+            if "grammar" in kinds:
                 req.grammar = self.grammars.new()
             if side == WITH:
-                kind = {1: "logit bias", 4: "penalties", 6: "sampling"}.get(r % 10)
-                counted = [kind, "logprobs" if r % 7 == 3 else None]
-                counted.append("grammar" if req.grammar is not None else None)
-                for name in filter(None, counted):
+                for name in kinds:
                     self.kinds[name] += 1
             self.live[side, r] = req
         return self.live[side, r]
