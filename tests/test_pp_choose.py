@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from pystage.pp import Choice, ChunkSizer, LatencyModel, SamplePlan, simulate_pipeline
-from pystage.pp.choice import Planner, Question, _misfit, _noise, cheapest_covers, size_at
+from pystage.pp.choice import (
+    Planner,
+    Question,
+    _by_size,
+    _misfit,
+    _noise,
+    cheapest_covers,
+    size_at,
+)
 from pystage.pp.makespan import fixed_chunks, histories, makespan
 from tests.pp_surfaces import SURFACES, Device, Surface
 from tests.test_pp_sizer import LAW, STAIRS, model_of, sizer_of
@@ -165,12 +173,12 @@ def test_the_predicted_and_the_measured_best_are_both_timed_again() -> None:
     the first timings leave open which is faster, and the second half of the budget decides."""
     sizer, asked = sizer_of(STAIRS), []
     faster = {1024: 0.89, 2048: 0.96}
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng(0)
 
     def time(points: Sequence[tuple[int, int]]) -> list[float]:
         asked.append([chunk for _, chunk in points])
         return [
-            STAIRS.predict(h, c) * faster.get(c, 1.0) * rng.normal(1.0, 0.015) for h, c in points
+            STAIRS.predict(h, c) * faster.get(c, 1.0) * rng.normal(1.0, 0.02) for h, c in points
         ]
 
     assert sizer.choose(32_768, 2).fixed_size == 2048
@@ -189,6 +197,58 @@ def test_the_predicted_and_the_measured_best_are_both_timed_again() -> None:
     assert {1024, 2048} <= set(first[:turn]) & set(first[turn : 2 * turn])
 
 
+def test_a_size_is_corrected_by_all_timings_of_it() -> None:
+    question = Question(32_768, (1.0, 1.0), 0.0, 64, 512, 16_384, 8192)
+    planner = Planner(STAIRS, question)
+    plan = planner.candidate("steps", [4096] * 4 + [2048] * 8)
+    other = planner.candidate("fixed", fixed_chunks(4096, 32_768))
+    plan.work = [(0, 0.2), (5, -0.1), (9, -0.1), (11, -0.1)]
+    other.work = [(i, 0.2) for i in range(6)]
+    other.slowest = [(7, 0.2)]
+    ratios = _by_size([plan, other])
+    assert {size: values.tolist() for size, values in ratios.items()} == {
+        2048: [-0.1] * 3,
+        4096: [0.2] * 8,
+    }
+
+    def corrected(*logs: float) -> float:
+        planner._correct(plan, ratios, noise=0.0, misfit=0.2)
+        return makespan(plan.ms * np.exp(np.repeat(logs, (4, 8))), question.factors)
+
+    # three timings are too few for a size of its own: it gets what the plan's own say
+    own = float(np.mean([0.2, -0.1, -0.1, -0.1]))
+    assert corrected(0.2, own) == pytest.approx(plan.timed, rel=2e-3)
+    ratios[2048] = np.full(4, -0.1)
+    assert corrected(0.2, -0.1) == pytest.approx(plan.timed, rel=2e-3)
+
+
+def test_a_plan_of_sizes_that_the_model_puts_too_low_is_turned_down() -> None:
+    """As on two H200s: single sizes take up to 16 % more than predicted, or 5 % less. A plan that
+    contains them looks fast, and a few timings of it do not meet each of its sizes."""
+    wrong = {1024: 0.95, 1536: 1.16, 3072: 1.04, 4096: 1.03, 6144: 1.02, 8192: 1.03}
+    sizer, lost = sizer_of(STAIRS), []
+
+    def truth(chunks: Sequence[int]) -> float:
+        ms = STAIRS.predict(histories(chunks), np.asarray(chunks))
+        return makespan(ms * [wrong.get(size, 1.0) for size in chunks], (1.0, 1.0))
+
+    for prompt_len in (32_768, 65_536, 131_072):
+        best = min(truth(fixed_chunks(n, prompt_len)) for n in FIXED)
+        for seed in range(8):
+            rng = np.random.default_rng(seed)
+
+            def time(
+                points: Sequence[tuple[int, int]], rng: np.random.Generator = rng
+            ) -> list[float]:
+                return [
+                    STAIRS.predict(h, c) * wrong.get(c, 1.0) * rng.normal(1.0, 0.015)
+                    for h, c in points
+                ]
+
+            lost.append(truth(sizer.choose(prompt_len, 2, time=time).chunks) / best - 1.0)
+    assert np.mean(lost) < 0.004
+
+
 def test_a_slow_change_along_a_plan_is_no_noise() -> None:
     rng = np.random.default_rng(3)
     drift = np.linspace(0.0, 0.4, 12)
@@ -198,7 +258,7 @@ def test_a_slow_change_along_a_plan_is_no_noise() -> None:
     assert _noise([]) == _noise([np.array([0.3])]) == 0.0
 
 
-def test_the_models_error_between_plans_is_what_the_noise_does_not_explain() -> None:
+def test_the_models_error_between_sizes_is_what_the_noise_does_not_explain() -> None:
     rng = np.random.default_rng(4)
     plans = [rng.normal(0.0, 0.1, 9) for _ in range(400)]
     assert _misfit(plans, noise=0.1) < 0.025

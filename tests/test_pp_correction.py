@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import torch.distributed as dist
 
 import pystage
 from pystage.pp import Correction, LatencyModel
+from pystage.pp.apart import apart
 from pystage.testing import hold_transfers
 from tests.test_pp_model import PLAN, chunks_run, law, samples_of
 from tests.test_pp_share import on_ranks
@@ -109,6 +113,44 @@ def test_all_ranks_change_their_model_at_the_agreement(tmp_path: Path) -> None:
     assert after == pytest.approx(slower(60_000, 2048), rel=0.05)
     assert changed == [False, False, True, False]
     assert others == [first, first] and len(committee) == 5
+
+
+def test_a_refit_leaves_the_interpreter_to_the_forwards(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It runs in another process, with the chunks of earlier refits, in lots of 32."""
+
+    def not_here(*_args: object) -> None:
+        raise AssertionError("a fit in the process that serves")
+
+    correction = Correction(model())
+    monkeypatch.setattr("pystage.pp.model.fit_form", not_here)
+    sent = []
+    monkeypatch.setattr(
+        "pystage.pp.correction.apart", lambda f, *args: sent.append(args[1]) or apart(f, *args)
+    )
+    chunks, refitted = chunks_run(slower, 110, seed=5), []
+    with caplog.at_level(logging.INFO, logger="pystage.pp.apart"):
+        for new in (chunks[:20], chunks[20:70], chunks[70:90], chunks[90:]):
+            for chunk in new:
+                correction.observe_ms([(chunk.history_len, chunk.chunk_len)], chunk.latency_ms)
+            refitted.append(correction.refit())
+    assert refitted[:3] == [False, True, False]
+    assert sent == [chunks[:64], chunks[:96]]
+    assert "latency model refitted on" in caplog.text
+
+
+def test_what_fails_in_the_other_process_is_told() -> None:
+    with pytest.raises(RuntimeError, match=r"sqrt failed in its process .*\n[\s\S]*math domain"):
+        apart(math.sqrt, -1.0)
+
+
+def test_the_other_process_may_print_and_has_one_core_and_no_gpu() -> None:
+    assert apart(print, "not a result") is None
+    assert apart(os.getenv, "OMP_NUM_THREADS") == "1"
+    assert apart(os.getenv, "CUDA_VISIBLE_DEVICES") == ""
+    assert apart(os.nice, 0) == min(os.nice(0) + 10, 19)
+    assert apart(os.getpid) != os.getpid()
 
 
 def test_a_slower_attention_is_learned_to_a_fraction_of_the_error() -> None:

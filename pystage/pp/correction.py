@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from pystage.pp.apart import apart
 from pystage.pp.model import LatencyModel
 from pystage.pp.samples import Sample
 from pystage.pp.share import share_json
@@ -25,12 +26,12 @@ class Event(Protocol):
 
 
 class Correction:
-    """Collects chunk times of one rank, refits off the hot path, and gives all ranks the model.
+    """Collects chunk times of one rank, refits in another process, and gives all ranks the model.
 
         begin.record(); forward(batch); end.record()      # on the stream of the forward
         correction.observe(pieces, begin, end)            # hot path: no sync, no fit
         ...
-        correction.refit()                                # from time to time, on any thread
+        correction.refit()                                # once a minute, on another thread
         ...
         if step % 1000 == 0:
             correction.agree(group)                       # every rank, at the same step
@@ -47,10 +48,11 @@ class Correction:
 
     def __init__(self, model: LatencyModel, *, pending: int = 256) -> None:
         self.model = model
-        self._draft = LatencyModel.from_json(model.to_json())
+        self._draft = model  # until there is a better one
         self._running: deque[tuple[int, int, Event, Event]] = deque(maxlen=pending)
         self._done: deque[Sample] = deque(maxlen=pending)
-        self._lock = threading.Lock()  # held during a refit; guards its model
+        self._recent: deque[Sample] = deque(maxlen=LatencyModel.KEPT)
+        self._lock = threading.Lock()  # held during a refit; guards its model and chunks
         self._new = False
 
     def observe(self, pieces: Sequence[tuple[int, int]], begin: Event, end: Event) -> bool:
@@ -85,13 +87,18 @@ class Correction:
         """Updates a copy of the model with the collected times. Returns whether the copy has new
         coefficients.
 
-        Every 32nd chunk costs a fit (tens of ms, with SciPy), so call this from a separate thread.
+        Does nothing until 32 chunks have been collected. Then it waits for a process that fits
+        (`apart`: some seconds of one core), so call it from a thread that launches no forwards.
         """
         with self._lock:
-            samples = [self._done.popleft() for _ in range(len(self._done))]
-            changed = self._draft.update(samples)
-            self._new |= changed
-        return changed
+            lot = LatencyModel.REFIT_EVERY
+            new = len(self._done) // lot * lot
+            self._recent.extend(self._done.popleft() for _ in range(new))
+            model = apart(_updated, self._draft.to_json(), list(self._recent)) if new else None
+            if model is not None:
+                self._draft = LatencyModel.from_json(model)
+                self._new = True
+        return model is not None
 
     def take(self) -> dict[str, Any] | None:
         """The new model as JSON if there is one since the last call, else None.
@@ -131,6 +138,12 @@ class Correction:
             LatencyModel.from_json(share_json(lambda: new, group=group, src=src, device=device))
         )
         return True
+
+
+def _updated(model: dict[str, Any], chunks: list[Sample]) -> dict[str, Any] | None:
+    """The model (as JSON) after an update with these chunks, or None if that changed nothing."""
+    updated = LatencyModel.from_json(model)
+    return updated.to_json() if updated.update(chunks) else None
 
 
 def _counts(pieces: Sequence[tuple[int, int]]) -> bool:

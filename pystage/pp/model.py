@@ -122,8 +122,8 @@ class FitReport:
 class _Live:
     """Timings of real chunks since the profile. Every fourth is held out of refits."""
 
-    fit: deque[Sample] = field(default_factory=lambda: deque(maxlen=192))
-    holdout: deque[Sample] = field(default_factory=lambda: deque(maxlen=64))
+    fit: deque[Sample] = field(default_factory=lambda: deque(maxlen=LatencyModel.KEPT * 3 // 4))
+    holdout: deque[Sample] = field(default_factory=lambda: deque(maxlen=LatencyModel.KEPT // 4))
     seen: int = 0
 
 
@@ -135,6 +135,8 @@ class LatencyModel:
 
     REFIT_EVERY = 32
     """Number of reported chunks between two attempts at a refit."""
+    KEPT = 256
+    """Number of reported chunks that a refit uses, the latest."""
 
     def __init__(
         self,
@@ -313,22 +315,20 @@ class LatencyModel:
     def update(self, samples: Iterable[Sample]) -> bool:
         """Takes timings of real chunks. Returns True if they led to new coefficients.
 
-        The model keeps the latest 256 of them. After every 32nd it refits the same form to the
-        profile and the recent chunks together. It takes the refit only if that predicts the
-        held-out recent chunks (every fourth, never fitted) better in the median and no worse at the
-        95th percentile. Such a call costs a fit (tens of ms), so do not call it from the thread
-        that launches forwards.
+        The model keeps the latest 256 of them. A call that brings the 32nd since the last attempt
+        refits the same form to the profile and the recent chunks together. It takes the refit only
+        if that predicts the held-out recent chunks (every fourth, never fitted) better in the
+        median and no worse at the 95th percentile. Such a call is up to a second of Python. In a
+        process that launches forwards, use `Correction`, which does it in another process.
         """
-        changed = False
+        before = self._live.seen // self.REFIT_EVERY
         for sample in samples:
             if not (math.isfinite(sample.latency_ms) and sample.latency_ms > 0):
                 raise ValueError(f"not a latency: {sample}")
             live = self._live
             live.seen += 1
             (live.holdout if live.seen % 4 == 0 else live.fit).append(sample)
-            if live.seen % self.REFIT_EVERY == 0:
-                changed |= self._refit()
-        return changed
+        return self._live.seen // self.REFIT_EVERY > before and self._refit()
 
     def _refit(self) -> bool:
         held = tuple(self._live.holdout)

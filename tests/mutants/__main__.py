@@ -132,6 +132,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "pystage/pp/budget.py": ("pytest tests/test_pp_budget.py",),
     "pystage/pp/correction.py": ("pytest tests/test_pp_correction.py",),
+    "pystage/pp/apart.py": ("pytest tests/test_pp_correction.py",),
     "pystage/pp/choice.py": ("pytest tests/test_pp_choose.py tests/test_pp_sizer.py",),
     "pystage/pp/samples.py": ("pytest tests/test_pp_profile.py -k 'not importing'",),
     "pystage/pp/sizer.py": (
@@ -148,7 +149,6 @@ TESTS: dict[str, tuple[str, ...]] = {
         for name in (
             *(
                 "budget",
-                "correction",
                 "entry",
                 "hooks",
                 "metrics",
@@ -161,6 +161,10 @@ TESTS: dict[str, tuple[str, ...]] = {
             *("staging", "symbols", "validation", "verification"),
         )
     },
+    "pystage/integrations/sglang/correction.py": (
+        "sglang tests/test_sglang.py -k 'correction or timed'",
+        "sglang tests/test_engine_runs.py -k two_stages",
+    ),
     "pystage/integrations/sglang/small.py": (
         SMALL,
         "sglang tests/test_sglang.py -k 'small or rows or same_with or leaves_torch'",

@@ -65,7 +65,8 @@ MUTANTS: Mutants = {
             "(live.holdout if live.seen % 4 == 0 else live.fit).append(sample)",
             "live.fit.append(sample); live.holdout.append(sample)",
         ),
-        "refit-never": M("if live.seen % self.REFIT_EVERY == 0:", "if False:"),
+        "refit-never": M("return self._live.seen // self.REFIT_EVERY <|>|> before", "<"),
+        "refit-always": M("return self._live.seen // self.REFIT_EVERY <|>|> before", ">="),
         "refit-worse-median": M("better = np.median(new) <|<|> np.median(old)", ">"),
         "refit-equal-median": M("better = np.median(new) <|<|> np.median(old)", "<="),
         "refit-ignores-p95": M(
@@ -86,8 +87,7 @@ MUTANTS: Mutants = {
         self.form""",
         ),
         "update-takes-nan": M('raise ValueError(f"not a latency: {sample}")', "continue"),
-        "update-says-unchanged": M("changed |= self._refit()", "self._refit()"),
-        "live-unbounded": M("default_factory=lambda: deque(maxlen=<|192|>)", "None"),
+        "live-unbounded": M("deque(maxlen=<|LatencyModel.KEPT * 3 // 4|>)", "None"),
         "fit-takes-three": M("if len(kept) < <|4|>:", "3"),
         "fit-takes-zero-latency": M(
             "if not all(math.isfinite(s.latency_ms) and s.latency_ms <|>|> 0 for s in kept)", ">="
@@ -233,7 +233,20 @@ MUTANTS: Mutants = {
         ),
         "new-forever": M("            self._new = <|False|>\n            return", "True"),
         "new-without-news": M("            if not self._new:\n", "            if False:\n"),
-        "draft-is-the-model": M("<|LatencyModel.from_json(model.to_json())|>", "model"),
+        "refit-in-this-process": M("<|apart(_updated, |>self._draft.to_json()", "_updated("),
+        "refit-forgets-old-chunks": M("list(self._recent)<|)|> if new", "[-new:])"),
+        "refit-of-single-chunks": M(
+            "len(self._done) // lot<| * lot|>", " * lot or len(self._done)"
+        ),
+    },
+    "pystage/pp/apart.py": {
+        "apart-fails-silently": M("if done.returncode:", "if False:"),
+        "apart-mixes-output": M(
+            "os.dup2(2, 1)  # what the function prints must not get between", "pass"
+        ),
+        "apart-swallows-the-log": M("for line in <|said|>:", "[]"),
+        "apart-has-gpus": M('<|, "CUDA_VISIBLE_DEVICES": ""|>', ""),
+        "apart-uses-all-cores": M("env={**os.environ, <|**threads, |>", ""),
     },
     "pystage/pp/choice.py": {
         "cover-not-reversed": M("plans.append(<|chunks[::-1]|>)", "chunks"),
@@ -260,6 +273,9 @@ MUTANTS: Mutants = {
         "timed-slowest-as-work": M("if turn < <|(each - slow) * len(plans)|> else", "0"),
         "compared-not-sorted": M("in <|sorted(measured, key=lambda c: c.timed)|>)", "measured"),
         "noise-is-misfit": M("np.var(medians, ddof=1))<| - by_noise|>", ""),
+        "sizes-not-corrected": M("if <|len(ratios.get(size, ()))|> >= _FEWEST", "0"),
+        "one-timing-corrects-a-size": M("_FEWEST_OF_SIZE = <|4|>", "1"),
+        "own-timings-alone": M("ratios = _by_size(<|tried|>)", "tried[:1]"),
         "drift-is-noise": M("np.abs(np.diff(values))", "np.abs(values - np.median(values))"),
     },
     "pystage/pp/samples.py": {

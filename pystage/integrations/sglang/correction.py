@@ -8,10 +8,9 @@ stage, and each stage sends them to the next before it makes its batch. So rank 
 and its plans into that stream, and each rank takes them out before SGLang handles the requests.
 
 Rank 0 times the batches that hold one request's prefill alone (``pystage.pp.Correction``). The
-times come from events that are done, so no batch waits for its time. A thread refits after every 32
-of them. If the refit predicts unseen chunks better, the thread also chooses new plans. That takes
-about a second of Python, in which the scheduler's thread may wait some ms for the interpreter. So
-it is done at most once in ``_LEAST_S`` seconds.
+times come from events that are done, so no batch waits for its time. At most once in ``_LEAST_S``
+seconds they are refitted. If the refit predicts unseen chunks better, new plans are chosen. Both
+take seconds of Python, so they run in processes of their own, for which a thread waits.
 
 The stream contains a plain dict, since SGLang may only unpickle types that it knows.
 """
@@ -29,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from ...pp import Correction, LatencyModel
+from ...pp.apart import apart
 from . import pp
 
 logger = logging.getLogger("pystage.sglang")
@@ -68,24 +68,25 @@ class Leader:
         return result
 
     def refit(self) -> None:
-        """Starts a refit if enough batches were timed and no refit is running."""
+        """Starts a refit if enough batches were timed and the last refit is long enough ago."""
         enough = self.correction.collect() >= LatencyModel.REFIT_EVERY
-        if not enough or (self._thread is not None and self._thread.is_alive()):
+        if not enough or time.monotonic() < self._after:
             return
+        if self._thread is not None and self._thread.is_alive():
+            return
+        self._after = time.monotonic() + _LEAST_S
         self._thread = threading.Thread(target=self._refit, name="pystage-refit", daemon=True)
         self._thread.start()
 
     def _refit(self) -> None:
         try:
             self.correction.refit()
-            if time.monotonic() < self._after or (model := self.correction.take()) is None:
+            if (model := self.correction.take()) is None:
                 return
-            self._after = time.monotonic() + _LEAST_S
             plans = {}
             if self.lengths:
-                new = LatencyModel.from_json(model)
-                choices = pp.choose(self.owner, self.ranks, new, self.lengths)
-                plans = {str(n): list(choice.chunks) for n, choice in choices.items()}
+                sizes = pp.sizes_of(self.owner, self.lengths[0])
+                plans = apart(_plans, model, sizes, self.ranks, self.lengths)
             self._messages.append({_KEY: {"model": model, "plans": plans}})
         except Exception as error:  # the server goes on with the model that it has
             logger.warning("pystage: no correction of the latency model: %r", error)
@@ -93,6 +94,14 @@ class Leader:
     def message(self) -> list[dict[str, Any]]:
         """What the stream of requests gets: mostly nothing."""
         return [self._messages.popleft()] if self._messages else []
+
+
+def _plans(
+    model: dict[str, Any], sizes: dict[str, int], ranks: int, lengths: list[int]
+) -> dict[str, list[int]]:
+    """The plan for each prompt length, chosen by predictions alone, as JSON types."""
+    choices = pp.choose(LatencyModel.from_json(model), sizes, ranks, lengths)
+    return {str(n): list(choice.chunks) for n, choice in choices.items()}
 
 
 class Serving:
@@ -163,4 +172,4 @@ def _apply(message: dict[str, Any]) -> None:
     if message["plans"]:
         pp.serving.plans = pp.plans_of(serving.owner, message["plans"])
     serving.corrections += 1
-    logger.info("pystage: corrected the latency model: %s", pp.serving.model.report)
+    logger.info("pystage: the latency model is corrected, correction %d", serving.corrections)

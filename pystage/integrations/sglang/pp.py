@@ -180,8 +180,9 @@ def _decide(
     lengths = [limit >> k for k in range(_PROMPTS) if (limit >> k) > base] or [limit]
     choices = {}
     if with_plans:
+        sizes = sizes_of(owner, lengths[0])
         choices = choose(
-            owner, ranks, model, lengths, lambda points: time_chunks(run, points, owner.device)
+            model, sizes, ranks, lengths, lambda points: time_chunks(run, points, owner.device)
         )
     return {
         "model": model.to_json(),
@@ -190,23 +191,27 @@ def _decide(
     }
 
 
+def sizes_of(owner: Any, context_len: int) -> dict[str, int]:
+    """The sizes that a ``ChunkSizer`` may use in this server, in tokens."""
+    base = int(owner.chunked_prefill_size)
+    return {
+        "base_chunk": base,
+        "context_len": context_len,
+        "page_size": page_of(owner),
+        "min_chunk": min(512, base),
+        "max_chunk": largest_of(owner),
+    }
+
+
 def choose(
-    owner: Any,
-    ranks: int,
     model: LatencyModel,
+    sizes: dict[str, int],
+    ranks: int,
     lengths: Sequence[int],
     time: TimeChunks | None = None,
 ) -> dict[int, Choice]:
     """The choice for each prompt length, the longest first. ``time`` runs chunks on the engine."""
-    base = int(owner.chunked_prefill_size)
-    sizer = ChunkSizer(
-        model,
-        base_chunk=base,
-        context_len=lengths[0],
-        page_size=page_of(owner),
-        min_chunk=min(512, base),
-        max_chunk=largest_of(owner),
-    )
+    sizer = ChunkSizer(model, **sizes)
     return {
         n: sizer.choose(n, ranks, time=time if k < _TIMED else None, budget=_BUDGET)
         for k, n in enumerate(lengths)
