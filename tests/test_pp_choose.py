@@ -154,7 +154,8 @@ def test_times_that_cannot_be_are_refused() -> None:
             sizer_of().choose(65_536, 4, time=lambda points, w=wrong: w[: len(points)])
 
 
-def test_a_small_size_that_the_model_puts_too_high_is_found() -> None:
+@pytest.mark.parametrize("budget", [32, 64])
+def test_a_small_size_that_the_model_puts_too_high_is_found(budget: int) -> None:
     sizer, ranks = sizer_of(STAIRS), 2
     predicted = {n: sizer.predicted_ms(fixed_chunks(n, 65_536), ranks) for n in FIXED}
     close = [n for n, ms in predicted.items() if ms <= 1.06 * min(predicted.values())]
@@ -164,8 +165,8 @@ def test_a_small_size_that_the_model_puts_too_high_is_found() -> None:
     def time(points: Sequence[tuple[int, int]]) -> list[float]:
         return [STAIRS.predict(h, c) * (0.85 if c <= small else 1.0) for h, c in points]
 
-    choice = sizer.choose(65_536, ranks, time=time)
-    assert choice.fixed_size == small and choice.forwards <= 64
+    choice = sizer.choose(65_536, ranks, time=time, budget=budget)
+    assert choice.fixed_size == small and choice.forwards <= budget
 
 
 def test_the_predicted_and_the_measured_best_are_both_timed_again() -> None:

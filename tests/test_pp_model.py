@@ -489,7 +489,7 @@ def test_a_refit_never_predicts_the_held_out_chunks_worse(seed: int) -> None:
         batch = chunks_run(
             lambda h, c, f=factor: f * law(h, c), 31, int(rng.integers(1 << 30)), 0.3
         )
-        model.update(batch)
+        assert not model.update(batch)  # one is missing
         before = copy.deepcopy(model)
         changed = model.update([Sample(0, 8192, 100.0)])  # held out itself
         held = (*model._live.holdout,)

@@ -36,7 +36,7 @@ from pystage.integrations import sglang as plugin
 from pystage.integrations.sglang import budget as limits
 from pystage.integrations.sglang import correction, pp
 from pystage.integrations.sglang.settings import Settings
-from pystage.pp import BudgetSizer
+from pystage.pp import BudgetSizer, LatencyModel
 from pystage.pp.forms import Form
 from pystage.testing import synchronize
 from tests.test_pp_sizer import model_of
@@ -896,6 +896,28 @@ def test_prefills_of_one_request_are_timed(engine: Engine, monkeypatch: pytest.M
     plugin.sizer.forward_batch_generation(lambda worker, batch: None, None, None)
     assert len(times) == 2
     rig.release(one, two, three, four)
+
+
+def test_a_correction_brings_its_plans(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rank 0 puts into SGLang's stream of requests: the model and the plans change, and SGLang
+    gets the requests alone."""
+    model = LatencyModel.from_json(LAW.to_json())
+    for name, value in (("model", model), ("plans", None)):
+        monkeypatch.setattr(pp.serving, name, value)
+    for name, value in (("owner", sizer_of(engine)), ("corrections", 0)):
+        monkeypatch.setattr(correction.serving, name, value)
+    leader = correction.Leader(sizer_of(engine), LAW, ranks=2)
+    monkeypatch.setattr(correction.serving, "leader", leader)
+    slower = model_of(Form("law", (1.0, 0.0, 0.02, 0.0, 4e-6)))
+    plans = {"4096": [1024] * 4}
+    leader._messages.append({correction._KEY: {"model": slower.to_json(), "plans": plans}})
+    requests = correction.received(["a", "b"])
+    assert requests is not None and len(requests) == 3
+    assert correction.received(["c"]) == ["c"] and correction.received(None) is None
+    assert correction.without_messages(requests) == ["a", "b"]
+    assert model.predict(0, 512) == slower.predict(0, 512) != LAW.predict(0, 512)
+    assert pp.serving.plans is not None and pp.serving.plans.by_prompt == {4096: [1024] * 4}
+    assert correction.serving.corrections == 1
 
 
 def test_a_failed_profile_keeps_the_static_size(

@@ -162,7 +162,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         )
     },
     "pystage/integrations/sglang/correction.py": (
-        "sglang tests/test_sglang.py -k 'correction or timed'",
+        "sglang tests/test_sglang.py -k 'a_correction or are_timed'",
         "sglang tests/test_engine_runs.py -k two_stages",
     ),
     "pystage/integrations/sglang/small.py": (
