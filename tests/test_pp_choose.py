@@ -207,10 +207,7 @@ def test_a_size_is_corrected_by_all_timings_of_it() -> None:
     other.work = [(i, 0.2) for i in range(6)]
     other.slowest = [(7, 0.2)]
     ratios = _by_size([plan, other])
-    assert {size: values.tolist() for size, values in ratios.items()} == {
-        2048: [-0.1] * 3,
-        4096: [0.2] * 8,
-    }
+    assert ratios == {2048: [-0.1] * 3, 4096: [0.2] * 8}
 
     def corrected(*logs: float) -> float:
         planner._correct(plan, ratios, noise=0.0, misfit=0.2)
@@ -219,7 +216,7 @@ def test_a_size_is_corrected_by_all_timings_of_it() -> None:
     # three timings are too few for a size of its own: it gets what the plan's own say
     own = float(np.mean([0.2, -0.1, -0.1, -0.1]))
     assert corrected(0.2, own) == pytest.approx(plan.timed, rel=2e-3)
-    ratios[2048] = np.full(4, -0.1)
+    ratios[2048] = [-0.1] * 4
     assert corrected(0.2, -0.1) == pytest.approx(plan.timed, rel=2e-3)
 
 

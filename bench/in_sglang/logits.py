@@ -41,6 +41,7 @@ from pystage.trace import Request, draw_ids, prefill_batches, sample_trace
 
 CHUNK, LONGEST, MOST = 512, 1500, 12  # tokens per batch and per prompt, requests per batch
 VOCAB = sglang_rig.TINY_LLAMA["vocab_size"]
+KINDS = {"logit_bias": "logit bias", "frequency_penalty": "penalties", "temperature": "sampling"}
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 
 
@@ -79,9 +80,7 @@ class Comparison:
         # tensors must not be freed before the forwards are done: the scheduler keeps two batches.
         self.record = recorder_of(console)
         self.kept = SimpleNamespace(batch_record_ct=0, batch_record_buf=[None] * 2)
-        self.kinds = dict.fromkeys(
-            ("logit bias", "penalties", "sampling", "logprobs", "grammar"), 0
-        )
+        self.kinds = dict.fromkeys((*KINDS.values(), "logprobs", "grammar"), 0)
 
     def run(self, requests: list[Request], batches: int) -> dict[str, Any]:
         # which of a batch's requests differ, read back only now and then
@@ -133,7 +132,7 @@ class Comparison:
 
     def _kinds(self, r: int) -> list[str]:
         """What the r-th request of the trace asks for besides its ids."""
-        kinds = {1: ["logit bias"], 4: ["penalties"], 6: ["sampling"]}.get(r % 10, [])
+        kinds = [kind for name, kind in KINDS.items() if name in sampling_of(r)]
         kinds += ["logprobs"] * (r % 7 == 3)
         return kinds + ["grammar"] * (r % 9 == 5 and self.grammars is not None)
 

@@ -504,7 +504,7 @@ class Planner:
         return np.concatenate([evenly, slowest]).astype(np.int64)
 
     def _correct(
-        self, plan: Candidate, ratios: dict[int, Floats], noise: float, misfit: float
+        self, plan: Candidate, ratios: dict[int, list[float]], noise: float, misfit: float
     ) -> None:
         """Corrects the plan's makespan by the timings, in `ratios` those of all finalists by size.
         `noise` is that of one timing, `misfit` the model's own error for a size: both relative, one
@@ -512,12 +512,14 @@ class Planner:
         q, sizes = self.q, np.array(plan.chunks)
         own, own_error = _shrunk(_logs(plan.work), 0.0, misfit, noise)
         log, shares = np.full(sizes.size, own), plan.ms / plan.ms.sum()
-        error = 0.0
-        for size in np.unique(sizes).tolist():
-            at, found = sizes == size, own_error
+        error, rest = 0.0, 1.0  # the rest of the plan's time shares one correction
+        for size in set(plan.chunks):
             if len(ratios.get(size, ())) >= _FEWEST_OF_SIZE:
-                log[at], found = _shrunk(ratios[size], own, misfit, noise)
-            error = math.hypot(error, found * float(shares[at].sum()))
+                at = sizes == size
+                log[at], of_size = _shrunk(ratios[size], own, misfit, noise)
+                share = float(shares[at].sum())
+                error, rest = math.hypot(error, of_size * share), rest - share
+        error = math.hypot(error, own_error * rest)
         ms = plan.ms * np.exp(log)
         bubbles = q.bubbles * max(q.factors) * float(ms.max())
         slow, slow_error = 0.0, error
@@ -529,14 +531,13 @@ class Planner:
         plan.timed_error = math.hypot((1 - weight) * error, weight * slow_error)
 
 
-def _by_size(plans: Sequence[Candidate]) -> dict[int, Floats]:
-    """All timed ratios by chunk size, in the order of the history."""
-    found: dict[int, list[Ratio]] = {}
+def _by_size(plans: Sequence[Candidate]) -> dict[int, list[float]]:
+    """All timed ratios by chunk size."""
+    found: dict[int, list[float]] = {}
     for plan in plans:
-        starts = histories(plan.chunks).tolist()
         for i, log in plan.work + plan.slowest:
-            found.setdefault(plan.chunks[i], []).append((starts[i], log))
-    return {size: np.array(_logs(sorted(ratios))) for size, ratios in found.items()}
+            found.setdefault(plan.chunks[i], []).append(log)
+    return found
 
 
 def _logs(ratios: Sequence[Ratio]) -> list[float]:
@@ -566,7 +567,7 @@ def _noise(groups: Sequence[Floats]) -> float:
     return 1.4826 / math.sqrt(2.0) * float(np.median(np.concatenate(steps)))
 
 
-def _misfit(ratios: Sequence[Floats], noise: float) -> float:
+def _misfit(ratios: Sequence[Sequence[float] | Floats], noise: float) -> float:
     """The standard deviation of the model's own error between sizes, in log: how much the medians
     of their timings differ beyond the noise."""
     if len(ratios) < 2:
