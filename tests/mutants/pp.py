@@ -275,6 +275,10 @@ MUTANTS: Mutants = {
         "noise-is-misfit": M("np.var(medians, ddof=1))<| - by_noise|>", ""),
         "sizes-not-corrected": M("if <|len(ratios.get(size, ()))|> >= _FEWEST", "0"),
         "one-timing-corrects-a-size": M("_FEWEST_OF_SIZE = <|4|>", "1"),
+        "own-error-forgotten": M("error = math.hypot(error, <|own_error * rest|>)", "0.0"),
+        "own-error-once-too-often": M(
+            "error, rest = math.hypot(error, of_size * share), <|rest - share|>", "rest"
+        ),
         "own-timings-alone": M("ratios = _by_size(<|tried|>)", "tried[:1]"),
         "drift-is-noise": M("np.abs(np.diff(values))", "np.abs(values - np.median(values))"),
     },
