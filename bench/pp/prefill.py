@@ -630,7 +630,7 @@ class Bench:
             plans = {
                 name: policy(prompt_len)
                 for name, policy in self.policies.items()
-                if name not in args.without
+                if not {name, f"{name}:{prompt_len}"}.intersection(args.without)
             }
             stages = {name: self.alone(chunks) for name, chunks in plans.items()}
             runs: dict[str, list[float]] = {name: [] for name in plans}
@@ -813,7 +813,8 @@ def arguments() -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="PLAN",
-        help="plans that ttft leaves out, such as 'sglang cold' fastest",
+        help="plans that ttft leaves out, such as 'sglang cold' fastest, or 'choose, run:131072' "
+        "for one prompt length only",
     )
     parser.add_argument("--sglang-wheel", type=Path, help="of 0.5.20 or later, or a folder of it")
     parser.add_argument(
