@@ -57,6 +57,7 @@ from pystage.pp import (
     ChunkSizer,
     LatencyModel,
     SamplePlan,
+    fit_stages,
     profile_prefill,
     random_token_ids,
     share_profile,
@@ -64,7 +65,7 @@ from pystage.pp import (
     time_chunks,
 )
 from pystage.pp.choice import size_at
-from pystage.pp.makespan import histories
+from pystage.pp.makespan import fixed_chunks, histories
 from pystage.pp.profile import DeviceClock
 
 logger = logging.getLogger("pp_prefill")
@@ -431,7 +432,8 @@ class Bench:
             self.next_sizes[f"fixed {size}"] = lambda _history, _prompt, size=size: size
         self.sizer: ChunkSizer | None = None
         self.sglang: dict[str, SglangSizes] = {}
-        self.overhead_ms = 0.0
+        self.stages: dict[str, Any] = {}
+        """What `choose` is told about the stages."""
         vocab = pipeline.stage.vocab
         self.prompt = random_token_ids(args.context, vocab, args.seed)
 
@@ -507,7 +509,7 @@ class Bench:
                 prompt_len,
                 self.ranks,
                 time=lambda points: time_chunks(self.step, points, self.pipeline.device),
-                overhead_ms=self.overhead_ms,
+                **self.stages,
             )
             return _told(choice, time.perf_counter() - began)
 
@@ -527,7 +529,7 @@ class Bench:
             return float(box[0])
 
         began = time.perf_counter()
-        choice = self.sizer.choose(prompt_len, self.ranks, run=run, overhead_ms=self.overhead_ms)
+        choice = self.sizer.choose(prompt_len, self.ranks, run=run, **self.stages)
         self.results[f"choice {prompt_len} by runs"] = _told(choice, time.perf_counter() - began)
         return list(choice.chunks)
 
@@ -606,25 +608,33 @@ class Bench:
             }
         self.results["heldout"] = result
 
-    def measured_overhead_ms(self, per_token: float) -> float:
-        """What the pipeline adds to a chunk: how much longer a short prompt of small chunks takes
-        than simulated from the stages' own times. The same on all ranks."""
+    def measured_stages(self) -> dict[str, Any]:
+        """`stage_factors` and `overhead_ms` from short prompts of chunks of four sizes. The same on
+        all ranks."""
         args = self.args
-        chunks = [args.base // 8] * (args.context // args.base)
-        batches, stages = batches_of_one(chunks), self.alone(chunks)
-        took = float(np.median([self.pipeline.run(batches, [self.prompt]) for _ in range(4)][1:]))
-        more = took - simulate_pipeline(stages, [per_token * c for c in chunks])
-        box: list[Any] = [max(more / len(chunks), 0.0)]
-        dist.broadcast_object_list(box, src=0)
-        return float(box[0])
+        alone: list[float] = []
+        piped: list[list[float]] = [[] for _ in range(self.ranks)]
+        for part in (8, 4, 2, 1):
+            chunks = fixed_chunks(args.base // part, args.context // 8)
+            alone += self.alone(chunks)[0]
+            runs = []
+            for _ in range(4):
+                self.pipeline.run(batches_of_one(chunks), [self.prompt])
+                runs.append(self.pipeline.piped_ms)
+            stages: list[Any] = [None] * self.ranks
+            dist.all_gather_object(stages, np.median(runs[1:], axis=0).tolist())
+            for stage, ms in zip(piped, stages, strict=True):
+                stage.extend(ms)
+        factors, overhead_ms = fit_stages(alone, piped)
+        return {"stage_factors": factors, "overhead_ms": overhead_ms}
 
     def ttft(self) -> None:
         args = self.args
         per_token = self.pipeline.transfer_ms_per_token(args.base)
         self.results["transfer_ms_per_token"] = per_token
         if self.ranks > 1:
-            self.overhead_ms = self.measured_overhead_ms(per_token)
-            self.results["overhead_ms"] = self.overhead_ms
+            self.stages = self.measured_stages()
+            self.results["stages"] = self.stages
         order = random.Random(args.seed)  # the same on all ranks
         for prompt_len in args.prompts:
             plans = {

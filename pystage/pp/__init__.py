@@ -16,7 +16,7 @@ matplotlib (extra `plot`).
 from pystage.pp.budget import BudgetSizer, Piece
 from pystage.pp.choice import Choice, Compared
 from pystage.pp.correction import Correction
-from pystage.pp.makespan import simulate_pipeline
+from pystage.pp.makespan import fit_stages, simulate_pipeline
 from pystage.pp.model import FitError, FitReport, LatencyModel, QualityGate
 from pystage.pp.profile import (
     ProfileError,
@@ -48,6 +48,7 @@ __all__ = [
     "SamplePlan",
     "Step",
     "Timing",
+    "fit_stages",
     "profile_prefill",
     "random_token_ids",
     "share_json",

@@ -192,7 +192,7 @@ class Question:
 
     prompt_len: int
     factors: tuple[float, ...]
-    overhead_ms: float
+    overhead_ms: tuple[float, ...]
     page_size: int
     smallest: int
     largest: int
@@ -203,6 +203,11 @@ class Question:
         """Tokens of a cell: plans other than fixed sizes are made of whole cells."""
         pages = -(-self.prompt_len // self.page_size)
         return self.page_size * -(-pages // _CELLS)
+
+    @property
+    def overhead(self) -> float:
+        """The overhead of the slowest stage, in ms of the first."""
+        return max(zip(self.factors, self.overhead_ms, strict=True))[1] / max(self.factors)
 
     @property
     def bubbles(self) -> float:
@@ -275,7 +280,7 @@ class Planner:
         at = np.repeat(history, sizes.size).astype(np.float64)
         chunk = np.tile(sizes * grain, cells).astype(np.float64)
         ms = sum((f.predict(at, chunk) for f in forms), np.zeros(at.shape)) / len(forms)
-        ms = ms.reshape(cells, sizes.size) + q.overhead_ms
+        ms = ms.reshape(cells, sizes.size) + q.overhead
         caps = np.geomspace(ms[:, 0].max(), max(ms[:, 0].max() * 1.001, ms.max()), _CAPS)
         coarse = np.isin(sizes, _ladder(int(sizes[0]), int(sizes[-1]), 2))
         for cap in caps:
@@ -390,7 +395,8 @@ class Planner:
             return self.choose()
         best = _best_fixed(measured)
         free = [c for c in measured if c.kind != "fixed"]
-        chosen = min(free, key=lambda c: c.timed, default=best)
+        # By what each gains for sure: the fastest may be so only because it was timed less.
+        chosen = min(free, key=lambda c: c.timed * math.exp(c.timed_error), default=best)
         error = math.hypot(chosen.timed_error, best.timed_error)
         gain = -math.log(chosen.timed / best.timed)
         saved = -math.expm1(-gain)
@@ -510,7 +516,12 @@ class Planner:
         `noise` is that of one timing, `misfit` the model's own error for a size: both relative, one
         sigma."""
         q, sizes = self.q, np.array(plan.chunks)
-        own, own_error = _shrunk(_logs(plan.work), 0.0, misfit, noise)
+        # The model errs by size, so timings of few of the plan's sizes say little about the others.
+        timed = {plan.chunks[i] for i, _ in plan.work}
+        between = (
+            misfit * math.sqrt(len(plan.work) / len(timed)) if len(set(plan.chunks)) > 1 else 0
+        )
+        own, own_error = _shrunk(_logs(plan.work), 0.0, misfit, math.hypot(noise, between))
         log, shares = np.full(sizes.size, own), plan.ms / plan.ms.sum()
         error, rest = 0.0, 1.0  # the rest of the plan's time shares one correction
         for size in set(plan.chunks):

@@ -45,14 +45,55 @@ def simulate_pipeline(
     return float(arrived[-1])
 
 
-def makespan(chunk_ms: Floats, factors: Sequence[float], overhead_ms: float = 0.0) -> float:
+def makespan(
+    chunk_ms: Floats, factors: Sequence[float], overhead_ms: float | Sequence[float] = 0.0
+) -> float:
     """Time in ms until the last stage has finished the last chunk.
 
-    Stage s takes `factors[s] * chunk_ms[i] + overhead_ms` for chunk i. `overhead_ms` is the time
-    that the engine adds to every chunk on every stage (scheduling, sending, launching).
+    Stage s takes `factors[s] * chunk_ms[i] + overhead_ms[s]` for chunk i. The overhead is the time
+    that the engine adds to every chunk on that stage (scheduling, sending, launching); one number
+    holds for all stages.
     """
-    first = factors[0]
-    if all(factor == first for factor in factors):  # then the order of the chunks does not matter
-        ms = first * chunk_ms + overhead_ms
-        return float(ms.sum() + (len(factors) - 1) * ms.max())
-    return simulate_pipeline([(factor * chunk_ms + overhead_ms).tolist() for factor in factors])
+    more = np.broadcast_to(np.asarray(overhead_ms, np.float64), len(factors))
+    rows = [factor * chunk_ms + ms for factor, ms in zip(factors, more.tolist(), strict=True)]
+    if len(set(factors)) == len(set(more.tolist())) == 1:
+        # Then the order of the chunks does not matter.
+        return float(rows[0].sum() + (len(factors) - 1) * rows[0].max())
+    return simulate_pipeline([row.tolist() for row in rows])
+
+
+def fit_stages(
+    alone_ms: Sequence[float], piped_ms: Sequence[Sequence[float]]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Stage factors and overheads in ms, [ranks] each, for `ChunkSizer.choose`.
+
+    They say what the stages of a pipeline make of the times on the first stage alone: stages
+    differ, and in the pipeline a transfer takes multiprocessors from the forward beside it.
+
+    Args:
+        alone_ms: times of chunks alone on the first stage, [chunks], as `time_chunks` measures
+            them. There should be small and large chunks among them.
+        piped_ms: times of the same chunks on each stage while they went through the pipeline,
+            [ranks, chunks].
+
+    Raises ValueError if the shapes do not match or a time is not positive.
+    """
+    alone, piped = np.asarray(alone_ms, np.float64), np.asarray(piped_ms, np.float64)
+    if alone.ndim != 1 or alone.size < 2 or piped.ndim != 2 or piped.shape[1] != alone.size:
+        raise ValueError(
+            "alone_ms must be [chunks], at least two, and piped_ms [ranks, chunks]; got "
+            f"{alone.shape} and {piped.shape}"
+        )
+    if not (np.isfinite(piped).all() and (piped > 0).all() and (alone > 0).all()):
+        raise ValueError("all times must be positive and finite")
+    # Relative, so that a small chunk counts as much as a large one.
+    ratios = piped / alone
+    terms = np.stack([np.ones_like(alone), 1.0 / alone], axis=1)
+    fitted = [np.linalg.lstsq(terms, ratio)[0].tolist() for ratio in ratios]
+    # No chunk is faster for being small: a negative overhead is noise.
+    kept = [
+        (factor, more) if more >= 0 else (float(ratio.mean()), 0.0)
+        for (factor, more), ratio in zip(fitted, ratios, strict=True)
+    ]
+    factors, overheads = zip(*kept, strict=True)
+    return factors, overheads

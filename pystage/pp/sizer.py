@@ -182,7 +182,7 @@ class ChunkSizer:
         run: RunPlan | None = None,
         runs: int = 24,
         stage_factors: Sequence[float] | None = None,
-        overhead_ms: float = 0.0,
+        overhead_ms: float | Sequence[float] = 0.0,
     ) -> Choice:
         """The plan for one prompt that runs alone: a fixed size, unless another plan is faster by
         more than its margin of error.
@@ -199,7 +199,9 @@ class ChunkSizer:
                 they include what the stages do to each other, which single forwards do not.
             runs: the most prompts that may be run; none are if it is less than 4.
             stage_factors: time of each stage as a multiple of the model's, [ranks]; default all 1.
-            overhead_ms: time that the engine adds to each chunk on each stage, in ms.
+                `fit_stages` makes it and `overhead_ms` from measured times.
+            overhead_ms: time that the engine adds to each chunk, in ms: one number for all stages,
+                or [ranks].
 
         See Note [The best of many predictions] in choice.py. The base size is one of the
         candidates; `smooth` has no effect. The call takes 0.1 to 1 s of host time.
@@ -208,12 +210,13 @@ class ChunkSizer:
         factors = tuple(stage_factors) if stage_factors is not None else (1.0,) * ranks
         if len(factors) != ranks or not all(f > 0 for f in factors):
             raise ValueError(f"stage_factors={stage_factors}: {ranks} positive numbers are needed")
-        if not overhead_ms >= 0:
-            raise ValueError(f"overhead_ms={overhead_ms} must not be negative")
+        more = (*overhead_ms,) if isinstance(overhead_ms, Sequence) else (overhead_ms,) * ranks
+        if len(more) != ranks or not all(ms >= 0 for ms in more):
+            raise ValueError(f"overhead_ms={overhead_ms}: one number or {ranks}, none negative")
         question = Question(
             prompt_len,
             factors,
-            overhead_ms,
+            more,
             self.page_size,
             smallest=min(self._floor, self.base_chunk),
             largest=max(self._cap, self.base_chunk),
