@@ -436,14 +436,17 @@ def pipeline_targets(
     ]
     prompts = plans_of(one_block)
     for policy in ("choose", "choose, run"):
-        told = [(plans[policy], plans[best_fixed(plans)]) for plans in prompts.values()]
+        told = {
+            prompt: (plans[policy], plans[best_fixed(plans)])
+            for prompt, plans in prompts.items()
+            if policy in plans  # a search by runs takes minutes for long prompts
+        }
         ratio, prompt = max(
-            (mine["ttft_ms"] / best["ttft_ms"], prompt)
-            for prompt, (mine, best) in zip(prompts, told, strict=True)
+            (mine["ttft_ms"] / best["ttft_ms"], prompt) for prompt, (mine, best) in told.items()
         )
-        apart = any(mine["ttft_ms"] > max(best["runs_ms"]) for mine, best in told)
+        apart = any(min(mine["runs_ms"]) > max(best["runs_ms"]) for mine, best in told.values())
         label = f"first token, `{policy}` / the best fixed size, worst: {prompt:,} tokens"
-        rows.append([label, "<= 1, or within its runs", f"{ratio:.3f} x", not apart])
+        rows.append([label, "<= 1, or their runs overlap", f"{ratio:.3f} x", not apart])
     ratio, prompt = max(
         (plans["choose"]["ttft_ms"] / plans["fixed 8192"]["ttft_ms"], prompt)
         for prompt, plans in prompts.items()

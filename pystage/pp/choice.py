@@ -59,6 +59,7 @@ _FREEDOM = {"fixed": 0.0, "steps": 0.1, "equal time": 0.15, "fastest": 0.3}
 _LEAST_GAIN = 0.002
 _CLOSE = 1.12  # fixed sizes up to this multiple of the best predicted time may be finalists
 _FEWEST_RUNS = 4  # two plans, twice each
+_CLEARLY = 2.0  # standard errors by which another fixed size must be faster, since several compete
 _FEWEST_OF_SIZE = 4  # timings that correct a size; with fewer, one spike would decide
 _SPIKE = 1.35  # timings over this multiple of the plan's median ratio count as the median
 
@@ -556,13 +557,12 @@ def _logs(ratios: Sequence[Ratio]) -> list[float]:
 
 
 def _best_fixed(plans: Sequence[Candidate]) -> Candidate:
-    """The fixed size with the lowest predicted time, unless another was clearly faster: by three
-    standard errors, since several are compared."""
+    """The fixed size with the lowest predicted time, unless another was clearly faster."""
     sizes = sorted((c for c in plans if c.kind == "fixed"), key=lambda c: c.total)
     best = sizes[0]
     for other in sizes[1:]:
         error = math.hypot(best.timed_error, other.timed_error)
-        if math.log(best.timed / other.timed) > 3.0 * error:
+        if math.log(best.timed / other.timed) > _CLEARLY * error:
             best = other
     return best
 

@@ -128,7 +128,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "pystage/pp/model.py": (f"{MODEL} {QUICK_FITS}", f"{MODEL} {SLOW_FITS}"),
     "pystage/pp/makespan.py": (
         "pytest tests/test_pp_sizer.py -k 'simulation or stages'",
-        "pytest tests/test_pp_choose.py -k chunks_of_one_size",
+        "pytest tests/test_pp_choose.py -k 'chunks_of_one_size or stage'",
     ),
     "pystage/pp/budget.py": ("pytest tests/test_pp_budget.py",),
     "pystage/pp/correction.py": ("pytest tests/test_pp_correction.py",),

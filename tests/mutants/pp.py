@@ -193,7 +193,11 @@ MUTANTS: Mutants = {
         "pipeline-no-wait": M("np.maximum.accumulate(<|arrived|> - (ends - row))", "0 * arrived"),
         "pipeline-no-queue": M("<|np.maximum.accumulate|>(arrived - (ends - row))", ""),
         "pipeline-first-chunk": M("return float(arrived[<|-1|>])", "0"),
-        "makespan-ranks-ignored": M("ms.sum() + <|(len(factors) - 1)|> * ms.max()", "0"),
+        "makespan-ranks-ignored": M("rows[0].sum() + <|(len(factors) - 1)|> * rows[0].max()", "0"),
+        "makespan-stages-alike": M("if len(set(factors)) == <|len(set(more.tolist())) == |>1:", ""),
+        "stages-absolute": M("np.stack([np.ones_like(alone), <|1.0 / alone|>]", "alone"),
+        "stages-below-nothing": M("if <|more >= 0|> else", "True"),
+        "stages-any-shape": M("<|alone.ndim != 1 or alone.size < 2 or |>piped.ndim != 2", ""),
     },
     "pystage/pp/budget.py": {
         "constant-each-piece": M(
@@ -278,6 +282,14 @@ MUTANTS: Mutants = {
         "own-error-forgotten": M("error = math.hypot(error, <|own_error * rest|>)", "0.0"),
         "own-error-once-too-often": M(
             "error, rest = math.hypot(error, of_size * share), <|rest - share|>", "rest"
+        ),
+        "own-sizes-are-alike": M("math.hypot(noise, <|between|>)", "0.0"),
+        "own-size-is-many": M(" if <|len(set(plan.chunks)) > 1|> else 0", "True"),
+        "chosen-for-luck": M("c.timed<| * math.exp(c.timed_error)|>, default=best", ""),
+        "overhead-forgotten": M("ms.reshape(cells, sizes.size)<| + q.overhead|>", ""),
+        "overhead-of-the-first": M(
+            "<|max(zip(self.factors, self.overhead_ms, strict=True))|>[1]",
+            "(0.0, self.overhead_ms[0])",
         ),
         "own-timings-alone": M("ratios = _by_size(<|tried|>)", "tried[:1]"),
         "drift-is-noise": M("np.abs(np.diff(values))", "np.abs(values - np.median(values))"),
