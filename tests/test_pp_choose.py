@@ -24,9 +24,11 @@ from pystage.pp.choice import (
     _by_size,
     _misfit,
     _noise,
+    _surest,
     cheapest_covers,
     size_at,
 )
+from pystage.pp.forms import Form
 from pystage.pp.makespan import fixed_chunks, histories, makespan
 from tests.pp_surfaces import SURFACES, Device, Surface
 from tests.test_pp_sizer import LAW, STAIRS, model_of, sizer_of
@@ -244,6 +246,16 @@ def test_sizes_without_timings_of_their_own_share_one_error() -> None:
         assert candidate.timed_error == pytest.approx(error, rel=0.02)
 
 
+def test_a_plan_that_was_timed_less_must_be_faster_by_more() -> None:
+    planner = Planner(LAW, Question(8192, (1.0, 1.0), (0.0, 0.0), 64, 512, 16_384, 8192))
+    sure, unsure = (planner.candidate("steps", [size] * (8192 // size)) for size in (1024, 2048))
+    sure.timed, sure.timed_error = 100.0, 0.002
+    unsure.timed, unsure.timed_error = 99.0, 0.02
+    assert _surest([unsure, sure]) is sure
+    unsure.timed = 97.0
+    assert _surest([unsure, sure]) is unsure
+
+
 def test_a_plan_of_sizes_that_the_model_puts_too_low_is_turned_down() -> None:
     """As on two H200s: single sizes take up to 16 % more than predicted, or 5 % less. A plan that
     contains them looks fast, and a few timings of it do not meet each of its sizes."""
@@ -399,6 +411,10 @@ def test_a_slow_stage_counts() -> None:
         simulate_pipeline([(factor * ms).tolist() for factor in factors])
     )
     assert choice.predicted_ms > 1.5 * sizer.choose(65_536, 4).predicted_ms
+    # and one that takes longer for each chunk, too
+    assert makespan(ms, (1.0, 1.0), (0.0, 3.0)) == pytest.approx(
+        simulate_pipeline([ms.tolist(), (ms + 3.0).tolist()])
+    )
 
 
 def test_stages_are_fitted_to_what_they_take_in_the_pipeline() -> None:
@@ -413,6 +429,20 @@ def test_stages_are_fitted_to_what_they_take_in_the_pipeline() -> None:
             fit_stages(ms, more)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="positive and finite"):
         fit_stages([1.0, 2.0], [[1.0, 0.0]])
+
+
+def test_overhead_of_the_slowest_stage_makes_chunks_long() -> None:
+    """For this model the sum of the times is the same for all chunks, and the overhead decides."""
+    flat = model_of(Form("law", (0.0, 0.0, 0.0105, 0.0, 3.8e-7)))
+    for factors, overhead_ms, longest in (
+        ((1.0, 1.0), (0.0, 0.0), False),
+        ((1.0, 1.0), (5.0, 5.0), True),
+        ((1.0, 1.01), (0.0, 5.0), True),
+        ((1.01, 1.0), (0.0, 5.0), False),
+    ):
+        question = Question(65_536, factors, overhead_ms, 64, 512, 16_384, 8192)
+        plans = [plan for kind, plan in Planner(flat, question).covers() if kind == "fastest"]
+        assert (len(plans[-1]) == 4) is longest  # the one without a cap on the time of a chunk
 
 
 def test_a_slow_last_stage_takes_away_what_a_falling_plan_gains() -> None:

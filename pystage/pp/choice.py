@@ -396,8 +396,7 @@ class Planner:
             return self.choose()
         best = _best_fixed(measured)
         free = [c for c in measured if c.kind != "fixed"]
-        # By what each gains for sure: the fastest may be so only because it was timed less.
-        chosen = min(free, key=lambda c: c.timed * math.exp(c.timed_error), default=best)
+        chosen = _surest(free) if free else best
         error = math.hypot(chosen.timed_error, best.timed_error)
         gain = -math.log(chosen.timed / best.timed)
         saved = -math.expm1(-gain)
@@ -565,6 +564,11 @@ def _best_fixed(plans: Sequence[Candidate]) -> Candidate:
         if math.log(best.timed / other.timed) > _CLEARLY * error:
             best = other
     return best
+
+
+def _surest(plans: Sequence[Candidate]) -> Candidate:
+    """The fastest less its error: one may look fastest only because it was timed less."""
+    return min(plans, key=lambda c: c.timed * math.exp(c.timed_error))
 
 
 def _noise(groups: Sequence[Floats]) -> float:

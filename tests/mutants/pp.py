@@ -285,7 +285,7 @@ MUTANTS: Mutants = {
         ),
         "own-sizes-are-alike": M("math.hypot(noise, <|between|>)", "0.0"),
         "own-size-is-many": M(" if <|len(set(plan.chunks)) > 1|> else 0", "True"),
-        "chosen-for-luck": M("c.timed<| * math.exp(c.timed_error)|>, default=best", ""),
+        "chosen-for-luck": M("key=lambda c: c.timed<| * math.exp(c.timed_error)|>)", ""),
         "overhead-forgotten": M("ms.reshape(cells, sizes.size)<| + q.overhead|>", ""),
         "overhead-of-the-first": M(
             "<|max(zip(self.factors, self.overhead_ms, strict=True))|>[1]",
