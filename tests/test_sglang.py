@@ -862,7 +862,7 @@ def test_a_mixture_of_experts_is_told_by_its_configuration() -> None:
 def test_prefills_of_one_request_are_timed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that nothing else slows: no other request, no decode, no KV that is loaded back."""
     rig, times = engine.rig, []
-    leader = correction.Leader(sizer_of(engine), LAW, ranks=1)
+    leader = correction.Leader(sizer_of(engine), LAW)
     monkeypatch.setattr(correction.serving, "leader", leader)
     monkeypatch.setattr(
         leader.correction, "observe_ms", lambda pieces, ms: times.append((pieces, ms > 0))
@@ -906,7 +906,7 @@ def test_a_correction_brings_its_plans(engine: Engine, monkeypatch: pytest.Monke
         monkeypatch.setattr(pp.serving, name, value)
     for name, value in (("owner", sizer_of(engine)), ("corrections", 0)):
         monkeypatch.setattr(correction.serving, name, value)
-    leader = correction.Leader(sizer_of(engine), LAW, ranks=2)
+    leader = correction.Leader(sizer_of(engine), LAW)
     monkeypatch.setattr(correction.serving, "leader", leader)
     slower = model_of(Form("law", (1.0, 0.0, 0.02, 0.0, 4e-6)))
     plans = {"4096": [1024] * 4}
@@ -918,6 +918,24 @@ def test_a_correction_brings_its_plans(engine: Engine, monkeypatch: pytest.Monke
     assert model.predict(0, 512) == slower.predict(0, 512) != LAW.predict(0, 512)
     assert pp.serving.plans is not None and pp.serving.plans.by_prompt == {4096: [1024] * 4}
     assert correction.serving.corrections == 1
+
+
+def test_stages_count_by_their_layers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.distributed import parallel_state
+
+    owner = SimpleNamespace(model_config=SimpleNamespace(num_hidden_layers=10))
+    assert pp.stages_of(owner) == [1.0]
+    monkeypatch.setattr(parallel_state, "get_pp_group", lambda: SimpleNamespace(world_size=4))
+    uneven = pp.stages_of(owner)
+    assert uneven == [1.0, 1.0, 1.5, 1.5]
+    monkeypatch.setenv("SGLANG_PP_LAYER_PARTITION", "4,2,2,2")
+    assert pp.stages_of(owner) == [1.0, 0.5, 0.5, 0.5]
+
+    sizes = {"base_chunk": 2048, "context_len": 16_384}
+    (told,), (equal,) = (
+        pp.choose(LAW, sizes, stages, [16_384]).values() for stages in (uneven, [1.0] * 4)
+    )
+    assert told.fixed_ms > 1.3 * equal.fixed_ms
 
 
 def test_a_failed_profile_keeps_the_static_size(

@@ -241,6 +241,8 @@ MUTANTS: Mutants = {
         "wanted-not-there": M("if wanted and part not in parts:", "if False:"),
     },
     "pystage/integrations/sglang/pp.py": {
+        "stages-are-equal": M("return [<|count / counts[0]|> for count in counts]", "1.0"),
+        "stages-not-told": M("stage_factors=<|stages|>,", "None"),
         "static-is-as-good": M("return {} if <|as_good|> else", "False"),
         "failure-ends-the-server": M(
             "    except Exception as error:  # as SGLang",

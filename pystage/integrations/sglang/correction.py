@@ -42,8 +42,8 @@ _LEAST_S = 60.0
 class Leader:
     """Rank 0's part: times batches, refits, and has the message for all ranks."""
 
-    def __init__(self, owner: Any, model: LatencyModel, ranks: int) -> None:
-        self.owner, self.ranks = owner, ranks
+    def __init__(self, owner: Any, model: LatencyModel) -> None:
+        self.owner = owner
         plans = pp.serving.plans
         self.lengths = sorted(plans.by_prompt, reverse=True) if plans else []
         self.correction = Correction(model)
@@ -85,8 +85,8 @@ class Leader:
                 return
             plans = {}
             if self.lengths:
-                sizes = pp.sizes_of(self.owner, self.lengths[0])
-                plans = apart(_plans, model, sizes, self.ranks, self.lengths)
+                sizes, stages = pp.sizes_of(self.owner, self.lengths[0]), pp.stages_of(self.owner)
+                plans = apart(_plans, model, sizes, stages, self.lengths)
             self._messages.append({_KEY: {"model": model, "plans": plans}})
         except Exception as error:  # the server goes on with the model that it has
             logger.warning("pystage: no correction of the latency model: %r", error)
@@ -97,10 +97,10 @@ class Leader:
 
 
 def _plans(
-    model: dict[str, Any], sizes: dict[str, int], ranks: int, lengths: list[int]
+    model: dict[str, Any], sizes: dict[str, int], stages: list[float], lengths: list[int]
 ) -> dict[str, list[int]]:
     """The plan for each prompt length, chosen by predictions alone, as JSON types."""
-    choices = pp.choose(LatencyModel.from_json(model), sizes, ranks, lengths)
+    choices = pp.choose(LatencyModel.from_json(model), sizes, stages, lengths)
     return {str(n): list(choice.chunks) for n, choice in choices.items()}
 
 
@@ -117,16 +117,13 @@ serving = Serving()
 
 def start(owner: Any) -> None:
     """Begins to correct, if there is a usable model that sizes batches."""
-    from sglang.srt.distributed import parallel_state
-
     serving.owner = serving.leader = None
     model = pp.serving.model
     if model is None or not model.report.usable:
         return
     serving.owner = owner
     if dist.get_rank() == 0:
-        ranks = int(parallel_state.get_pp_group().world_size)
-        serving.leader = Leader(owner, model, ranks)
+        serving.leader = Leader(owner, model)
 
 
 def forward(batch: Any, run: Callable[[], T]) -> T:

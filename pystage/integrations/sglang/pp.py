@@ -13,8 +13,9 @@ chunk needs a size too. So the plugin also hooks ``PrefillAdder``, where the req
 sets the batch's token budget to the plan's size. This covers the first chunk, and chunks behind a
 cached prefix. If the rest of the prompt is only a little longer than the plan's size, the budget is
 the whole rest (SGLang #23621). A request that does not begin its batch takes what the batch has
-left. Sizes are whole pages and multiples of the tensor and context parallel sizes. The plugin does
-not know how long the other stages take, so the plans assume equal stages.
+left. Sizes are whole pages and multiples of the tensor and context parallel sizes. Only the first
+stage is timed. The others count by their number of layers, which SGLang makes larger on the last
+stages if it does not come out even. What transfers and the model's head add there is not known.
 
 ``owner`` is SGLang's ``DynamicChunkSizer``, or its ``Scheduler``: in releases without that class,
 and for a time budget, which needs the model alone (``budget``).
@@ -106,11 +107,8 @@ def profile_and_fit(owner: Any, with_plans: bool = True) -> bool:
         step = PrefillStep(owner)
         if parallel_state.get_pp_group().is_first_rank and dist.get_rank() != 0:
             _follow(step, stage.cpu_group)
-        ranks = int(parallel_state.get_pp_group().world_size)
         decision = share_json(
-            lambda: _lead(
-                step, owner, stage, lambda *found: _decide(owner, ranks, with_plans, *found)
-            ),
+            lambda: _lead(step, owner, stage, lambda *found: _decide(owner, with_plans, *found)),
             group=world.cpu_group,
             device="cpu",
         )
@@ -171,18 +169,16 @@ def lengths_of(req: Any) -> tuple[int, int]:
     return len(req.origin_input_ids if ids is None else ids), len(req.prefix_indices)
 
 
-def _decide(
-    owner: Any, ranks: int, with_plans: bool, profile: Profile, run: Step
-) -> dict[str, Any]:
+def _decide(owner: Any, with_plans: bool, profile: Profile, run: Step) -> dict[str, Any]:
     """The model, the plans by prompt length and the reasons, as JSON types."""
     model = LatencyModel.fit(profile)
     limit, base = sample_plan(owner).max_tokens, int(owner.chunked_prefill_size)
     lengths = [limit >> k for k in range(_PROMPTS) if (limit >> k) > base] or [limit]
     choices = {}
     if with_plans:
-        sizes = sizes_of(owner, lengths[0])
+        sizes, stages = sizes_of(owner, lengths[0]), stages_of(owner)
         choices = choose(
-            model, sizes, ranks, lengths, lambda points: time_chunks(run, points, owner.device)
+            model, sizes, stages, lengths, lambda points: time_chunks(run, points, owner.device)
         )
     return {
         "model": model.to_json(),
@@ -203,17 +199,36 @@ def sizes_of(owner: Any, context_len: int) -> dict[str, int]:
     }
 
 
+def stages_of(owner: Any) -> list[float]:
+    """The number of layers of each stage, as a multiple of the first stage's."""
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.distributed.utils import get_pp_indices
+
+    stages = int(parallel_state.get_pp_group().world_size)
+    layers = int(owner.model_config.num_hidden_layers)
+    spans = [get_pp_indices(layers, stage, stages) for stage in range(stages)]
+    counts = [end - begin for begin, end in spans]
+    return [count / counts[0] for count in counts]
+
+
 def choose(
     model: LatencyModel,
     sizes: dict[str, int],
-    ranks: int,
+    stages: Sequence[float],
     lengths: Sequence[int],
     time: TimeChunks | None = None,
 ) -> dict[int, Choice]:
-    """The choice for each prompt length, the longest first. ``time`` runs chunks on the engine."""
+    """The choice for each prompt length, the longest first. ``stages`` as from ``stages_of``;
+    ``time`` runs chunks on the engine."""
     sizer = ChunkSizer(model, **sizes)
     return {
-        n: sizer.choose(n, ranks, time=time if k < _TIMED else None, budget=_BUDGET)
+        n: sizer.choose(
+            n,
+            len(stages),
+            time=time if k < _TIMED else None,
+            budget=_BUDGET,
+            stage_factors=stages,
+        )
         for k, n in enumerate(lengths)
     }
 
