@@ -518,9 +518,9 @@ class Planner:
         q, sizes = self.q, np.array(plan.chunks)
         # The model errs by size, so timings of few of the plan's sizes say little about the others.
         timed = {plan.chunks[i] for i, _ in plan.work}
-        between = (
-            misfit * math.sqrt(len(plan.work) / len(timed)) if len(set(plan.chunks)) > 1 else 0
-        )
+        between = 0.0
+        if len(set(plan.chunks)) > 1:
+            between = misfit * math.sqrt(len(plan.work) / len(timed))
         own, own_error = _shrunk(_logs(plan.work), 0.0, misfit, math.hypot(noise, between))
         log, shares = np.full(sizes.size, own), plan.ms / plan.ms.sum()
         error, rest = 0.0, 1.0  # the rest of the plan's time shares one correction
@@ -567,7 +567,7 @@ def _best_fixed(plans: Sequence[Candidate]) -> Candidate:
 
 
 def _surest(plans: Sequence[Candidate]) -> Candidate:
-    """The fastest less its error: one may look fastest only because it was timed less."""
+    """The fastest, with its error counted against it: few timings may make a plan look fast."""
     return min(plans, key=lambda c: c.timed * math.exp(c.timed_error))
 
 

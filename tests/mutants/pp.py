@@ -284,7 +284,7 @@ MUTANTS: Mutants = {
             "error, rest = math.hypot(error, of_size * share), <|rest - share|>", "rest"
         ),
         "own-sizes-are-alike": M("math.hypot(noise, <|between|>)", "0.0"),
-        "own-size-is-many": M(" if <|len(set(plan.chunks)) > 1|> else 0", "True"),
+        "own-size-is-many": M("if <|len(set(plan.chunks)) > 1|>:\n            between", "True"),
         "chosen-for-luck": M("key=lambda c: c.timed<| * math.exp(c.timed_error)|>)", ""),
         "overhead-forgotten": M("ms.reshape(cells, sizes.size)<| + q.overhead|>", ""),
         "overhead-of-the-first": M(
