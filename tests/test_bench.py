@@ -533,7 +533,7 @@ def made_up() -> dict[str, Any]:
 
 def test_targets_are_met_by_what_meets_them() -> None:
     rows = targets(made_up())
-    assert len(rows) == 24
+    assert len(rows) == 25
     assert [row["measure"] for row in rows if not row["met"]] == []
     where = {row["measure"]: row["where"] for row in rows}
     bulk = next(w for measure, w in where.items() if "bulk" in measure)
@@ -546,6 +546,7 @@ def test_targets_are_met_by_what_meets_them() -> None:
     ("where", "value", "measure"),
     [
         (("host", "64 x 128 array", "bound", TOTAL, "p50"), 7.0, "of the lower bound"),
+        (("host", "1 x 8192 array", "bound", TOTAL, "p50"), 10.1, "so that the bound is one"),
         (("host", "64 x 128 array", DEFERRED, "total", "p99"), 23.0, "its p99 of its p50"),
         (("host", "1 x 8192 list", BUFFER, "total", "p50"), 15.0, "the best peer's host time"),
         (("host", "1 x 8192 array", BUFFER, "total", "p50"), 17.0, f"{BUFFER} over ours"),
@@ -598,7 +599,7 @@ def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
     rows = [row for row in targets(result) if row["met"] is None]
     assert len(rows) == 8
     assert all(row["value"] is None and row["where"] for row in rows)
-    assert len(targets(made_up() | {"regimes": {}})) == 24
+    assert len(targets(made_up() | {"regimes": {}})) == 25
     result = made_up()
     result["regimes"]["stream"]["idle, 1024 ids"]["contenders"][READY]["added"]["p50"] = -0.1
     assert [row["met"] for row in targets(result)].count(None) == 1  # noise is no reference
