@@ -423,6 +423,12 @@ def test_stages_are_fitted_to_what_they_take_in_the_pipeline() -> None:
     factors, overhead_ms = fit_stages(alone.tolist(), [ms.tolist() for ms in piped])
     assert factors[:2] == pytest.approx((1.0, 1.02)) and 0.95 < factors[2] < 0.97
     assert overhead_ms == pytest.approx((0.0, 1.5, 0.0), abs=1e-9)  # never negative
+    # 4 ms too much of a large chunk count as 0.5 ms of a small one
+    (factor,), (more,) = fit_stages([10.0, 20.0, 40.0, 80.0], [[11.0, 21.0, 41.0, 85.0]])
+    assert factor * 10.0 + more == pytest.approx(11.0, abs=0.15)
+    for ms in (float("inf"), float("nan"), 0.0):
+        with pytest.raises(ValueError, match="positive and finite"):
+            fit_stages([1.0, ms], [[1.0, 2.0]])
 
     for ms, more in (([1.0], [[1.0]]), ([1.0, 2.0], [[1.0]]), ([1.0, 2.0], [1.0, 2.0])):
         with pytest.raises(ValueError, match=r"got \("):
@@ -449,6 +455,9 @@ def test_a_slow_last_stage_takes_away_what_a_falling_plan_gains() -> None:
     """As on two H200s: the second stage took 1 % longer, and 1.6 ms for each chunk. With a fixed
     size it mostly waits for the first stage. A plan of falling sizes keeps it busy, so it pays."""
     sizer = sizer_of()
+
+    as_array = sizer.choose(65_536, 2, overhead_ms=np.array([0.5, 1.6]))  # type: ignore[arg-type]
+    assert as_array == sizer.choose(65_536, 2, overhead_ms=[0.5, 1.6])
 
     def gain(**stages: Any) -> float:
         choice = sizer.choose(65_536, 2, **stages)

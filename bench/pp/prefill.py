@@ -625,8 +625,8 @@ class Bench:
             dist.all_gather_object(stages, np.median(runs[1:], axis=0).tolist())
             for stage, ms in zip(piped, stages, strict=True):
                 stage.extend(ms)
-        factors, overhead_ms = fit_stages(alone, piped)
-        return {"stage_factors": factors, "overhead_ms": overhead_ms}
+        names = ("stage_factors", "overhead_ms")
+        return self.on_rank0(lambda: dict(zip(names, fit_stages(alone, piped), strict=True)))
 
     def ttft(self) -> None:
         args = self.args

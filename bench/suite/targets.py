@@ -72,7 +72,7 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
         lambda: worst(cells.above_bound(cell) for cell in cells.host("array")),
     )
     row(
-        "  in the cell where it comes closest, so that the bound is one",
+        "  lowest of all cells: under 1, it is no bound",
         ">=",
         1,
         "x",

@@ -76,7 +76,9 @@ def fit_stages(
         piped_ms: times of the same chunks on each stage while they went through the pipeline,
             [ranks, chunks].
 
-    Raises ValueError if the shapes do not match or a time is not positive.
+    Let one rank fit and send the result to the others: BLAS libraries differ in the last digits.
+
+    Raises ValueError if the shapes do not match or a time is not positive and finite.
     """
     alone, piped = np.asarray(alone_ms, np.float64), np.asarray(piped_ms, np.float64)
     if alone.ndim != 1 or alone.size < 2 or piped.ndim != 2 or piped.shape[1] != alone.size:
@@ -84,16 +86,15 @@ def fit_stages(
             "alone_ms must be [chunks], at least two, and piped_ms [ranks, chunks]; got "
             f"{alone.shape} and {piped.shape}"
         )
-    if not (np.isfinite(piped).all() and (piped > 0).all() and (alone > 0).all()):
+    times = np.vstack([alone, piped])
+    if not (np.isfinite(times).all() and (times > 0).all()):
         raise ValueError("all times must be positive and finite")
-    # Relative, so that a small chunk counts as much as a large one.
-    ratios = piped / alone
-    terms = np.stack([np.ones_like(alone), 1.0 / alone], axis=1)
-    fitted = [np.linalg.lstsq(terms, ratio)[0].tolist() for ratio in ratios]
-    # No chunk is faster for being small: a negative overhead is noise.
-    kept = [
-        (factor, more) if more >= 0 else (float(ratio.mean()), 0.0)
-        for (factor, more), ratio in zip(fitted, ratios, strict=True)
-    ]
-    factors, overheads = zip(*kept, strict=True)
+    fitted = []
+    for ms in piped:
+        # The weights make the errors relative, so that a small chunk counts as much as a large one.
+        factor, more = np.polyfit(alone, ms, 1, w=1.0 / alone).tolist()
+        if more < 0:  # noise: no chunk is faster for being small
+            factor, more = float(np.mean(ms / alone)), 0.0
+        fitted.append((factor, more))
+    factors, overheads = zip(*fitted, strict=True)
     return factors, overheads

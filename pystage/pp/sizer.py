@@ -210,7 +210,8 @@ class ChunkSizer:
         factors = tuple(stage_factors) if stage_factors is not None else (1.0,) * ranks
         if len(factors) != ranks or not all(f > 0 for f in factors):
             raise ValueError(f"stage_factors={stage_factors}: {ranks} positive numbers are needed")
-        more = (*overhead_ms,) if isinstance(overhead_ms, Sequence) else (overhead_ms,) * ranks
+        given = np.asarray(overhead_ms, np.float64)
+        more = tuple(given.tolist()) if given.ndim else (float(given),) * ranks
         if len(more) != ranks or not all(ms >= 0 for ms in more):
             raise ValueError(f"overhead_ms={overhead_ms}: one number or {ranks}, none negative")
         question = Question(

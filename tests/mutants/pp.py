@@ -195,8 +195,8 @@ MUTANTS: Mutants = {
         "pipeline-first-chunk": M("return float(arrived[<|-1|>])", "0"),
         "makespan-ranks-ignored": M("rows[0].sum() + <|(len(factors) - 1)|> * rows[0].max()", "0"),
         "makespan-stages-alike": M("if len(set(factors)) == <|len(set(more.tolist())) == |>1:", ""),
-        "stages-absolute": M("np.stack([np.ones_like(alone), <|1.0 / alone|>]", "alone"),
-        "stages-below-nothing": M("if <|more >= 0|> else", "True"),
+        "stages-absolute": M("np.polyfit(alone, ms, 1<|, w=1.0 / alone|>)", ""),
+        "stages-below-nothing": M("if <|more < 0|>:", "False"),
         "stages-any-shape": M("<|alone.ndim != 1 or alone.size < 2 or |>piped.ndim != 2", ""),
     },
     "pystage/pp/budget.py": {
