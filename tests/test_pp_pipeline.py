@@ -8,10 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pystage.pp import random_token_ids
 
@@ -79,6 +80,34 @@ def test_a_batch_of_prompts_computes_what_each_does_alone(bench: ModuleType) -> 
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
+def test_the_first_chunk_of_a_prompt_says_nothing_about_the_stages(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It follows a pause, so it runs at a higher clock than alone."""
+    lengths: list[int] = []
+
+    def run(batches: list, _prompts: list) -> None:
+        sizes = [sum(piece.count for piece in batch) for batch in batches]
+        lengths.append(sum(sizes))
+        pipeline.piped_ms = [1.01 * size + 0.5 for size in sizes]
+        pipeline.piped_ms[0] /= 2
+
+    pipeline = SimpleNamespace(
+        rank=0, ranks=1, device=CPU, stage=SimpleNamespace(vocab=512), run=run
+    )
+    args = SimpleNamespace(fixed=[], context=1024, base=128, seed=0)
+    measured = bench.Bench(args, pipeline)
+    monkeypatch.setattr(measured, "alone", lambda chunks: [[float(size) for size in chunks]])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        stages = measured.measured_stages()
+    finally:
+        dist.destroy_process_group()
+    assert stages["stage_factors"] == pytest.approx((1.01,))
+    assert stages["overhead_ms"] == pytest.approx((0.5,))
+    assert set(lengths) == {512}
+
+
 def test_trace_lengths_come_from_a_file_or_a_seed(bench: ModuleType, tmp_path: Path) -> None:
     table = tmp_path / "trace.csv"
     table.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n1,374,44\n2,9999,1\n")
@@ -111,6 +140,7 @@ def test_two_ranks_prefill_a_prompt_and_report(tmp_path: Path) -> None:
     assert report["command"].startswith("python -m bench.pp.prefill --model=tiny")
     assert report["torch"] == torch.__version__
     results = report["results"]
+    assert [len(results["stages"][name]) for name in ("stage_factors", "overhead_ms")] == [2, 2]
     assert results["profile ours"]["forwards"] <= 64
     assert len(results["heldout"]["ours"]["ms"]) == 4
     for prompt_len in (512, 1024):
