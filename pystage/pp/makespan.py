@@ -73,7 +73,7 @@ def fit_stages(
     Args:
         alone_ms: times of chunks alone on the first stage, [chunks], as `time_chunks` measures
             them. There should be small and large chunks among them. Take them from a long prompt,
-            and leave out its first: after a pause a GPU runs at a higher clock for a while.
+            without its first chunk: after a pause a GPU runs at a higher clock for a while.
         piped_ms: times of the same chunks on each stage while they went through the pipeline,
             [ranks, chunks].
 
