@@ -282,7 +282,7 @@ class Cells:
     def above_bound(self, cell: str) -> Found:
         ours, below = self.time("host", cell, DEFERRED, "total"), self.bound(cell)
         where = cell
-        if BUFFERS in below:  # the cost that the cell's arrays add to that of one array
+        if BUFFERS in below and not cell.startswith("1 x"):  # what many arrays add to one
             parts = (BUFFERS, RAGGED, "memory", "launch")
             ragged = sum(below[part]["p50"] for part in parts)
             where += f"; {ours / ragged:.2f} x with its arrays asked and read one by one"
