@@ -209,7 +209,9 @@ class Cuda(Host):
         torch.cuda.synchronize()
 
     def new_stream(self) -> Any:
-        return torch.cuda.Stream(self.torch)
+        # torch hands out 32 streams in turn. Work on the current one would not run beside it.
+        stream = torch.cuda.Stream(self.torch)
+        return stream if stream != torch.cuda.current_stream() else torch.cuda.Stream(self.torch)
 
     def on(self, stream: Any) -> AbstractContextManager[Any]:
         return torch.cuda.stream(stream)

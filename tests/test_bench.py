@@ -752,6 +752,14 @@ def test_a_page_can_be_made_of_a_run_with_holes() -> None:
 
 
 @pytest.mark.gpu
+def test_a_new_stream_is_never_the_current_one() -> None:
+    device = Cuda(torch.device("cuda", 0))
+    with device.on(device.new_stream()):
+        current = torch.cuda.current_stream()
+        assert all(device.new_stream() != current for _ in range(100))  # torch has 32
+
+
+@pytest.mark.gpu
 def test_ways_to_copy_do_copy() -> None:
     device = Cuda(torch.device("cuda", 0))
     with device.on(device.new_stream()):

@@ -190,7 +190,7 @@ PLANS = {
         history=4096,
     ),
     "lengths": Plan(
-        "an 8B model, nothing else on the GPU: short and long prompts, a chat, arrivals of a trace",
+        "an 8B model, nothing else on the GPU: short and long prompts, arrivals of a trace",
         LLAMA_8B,
         GPU,
         (
