@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -228,12 +229,14 @@ def _command() -> str:
     else:
         program = [os.path.relpath(sys.argv[0])]
     given = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    words = ["python", *program, *given]
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    start = ["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]
+    words = [*start, *program, *given]
     for option in ("--out", "--peers"):
         if option in words:
             at = words.index(option)
             del words[at : at + 2]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def provenance() -> dict[str, Any]:

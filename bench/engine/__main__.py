@@ -1,6 +1,6 @@
 """Time to the first token of the real SGLang engine, with and without pystage.
 
-python -m bench.engine                            on a GPU, in SGLang's environment: all GPU plans
+python -m bench.engine                            in SGLang's environment: the plans of one GPU
 python -m bench.engine --plan direct --scale 0.5  one plan, half the blocks
 python -m bench.engine --plan tiny                a trial run on a CPU
 """

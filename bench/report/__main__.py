@@ -44,7 +44,7 @@ def fill(text: str, parts: dict[str, str], name: str) -> str:
 def suite_of(folder: Path) -> dict[str, Any] | None:
     """The last complete run of ``python -m bench`` on a GPU, or None. A run is complete if it has
     all regimes."""
-    runs = [figures.load(path) for path in folder.glob("suite-*.json")]
+    runs = [figures.load(path) | {"file": path.name} for path in folder.glob("suite-*.json")]
     whole = [
         run
         for run in runs

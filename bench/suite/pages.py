@@ -43,7 +43,7 @@ HEADS = {DEFERRED: "pystage", SGLANG: "baseline: SGLang"}  # contenders as colum
 def sections(result: dict[str, Any] | None) -> dict[str, str]:
     """The text for each mark, by the name of the mark. None: there is no run yet."""
     makers = {
-        "suite-source": lambda r: source(r | {"devices": 1}),  # it uses one, whatever is there
+        "suite-source": lambda r: source(r | {"devices": 1}, r.get("file", "")),  # it uses one GPU
         "suite-notes": _notes,
         "suite-targets": _targets,
         "suite-host": _host_summary,

@@ -1,5 +1,5 @@
-"""The targets of pystage on an H100 or H200, compared with what a run measured. All are ratios
-within one run."""
+"""The targets of pystage on an H100 or H200, compared with what a run measured. Most are ratios
+within one run, the others times and counts."""
 
 from __future__ import annotations
 

@@ -12,10 +12,12 @@ The plugin hooks these functions with SGLang's own ``HookRegistry``:
 ``ScheduleBatch.merge_batch``       first resolves two batches if it would lose their staged ids
 ==================================  ==============================================================
 
-If they exist, it also hooks the profiler of pipeline-parallel prefill, the check of request lengths
-(to validate ids), and the scheduler's metrics. The plugin never looks at a version number. It looks
-at the functions: whether they exist, what arguments they take, and what their code does
-(``known_code.py``):
+If they exist, it also hooks the writing of KV rows, the profiler of pipeline-parallel prefill, the
+check of request lengths (to validate ids), and the scheduler's metrics. Settings turn on more: the
+hooks for chunk sizes, for the time budget, and for the correction of the model.
+
+The plugin never looks at a version number. It looks at the functions: whether they exist, what
+arguments they take, and what their code does (``known_code.py``):
 
 - If one of the first five functions is missing or takes other arguments, the plugin hooks nothing.
   If only ``merge_batch`` is, the plugin leaves that function alone.

@@ -6,11 +6,10 @@ plugin profiles the engine when the scheduler starts, with any number of pipelin
 limits what SGLang's ``PrefillAdder`` takes of each request, as ``pystage.pp.BudgetSizer`` does: the
 pieces that the batch already has count, and so do the decodes of a mixed batch.
 
-The limit only lowers SGLang's own. A batch may exceed it by what the model mispredicts, and behind
-histories so long that the smallest profiled chunk (512 tokens) does not fit: a request goes on with
-that many. The decodes of a mixed batch
-count as prefills of one token, which is less than they take behind long histories. The plugin does
-not size batches of diffusion models.
+The limit only lowers SGLang's own. A batch may exceed it where the model predicts too little, and
+where even the smallest profiled chunk (512 tokens) does not fit behind a long history: the request
+then gets that many. The decodes of a mixed batch count as prefills of one token, which is less than
+they take behind long histories. The plugin does not size batches of diffusion models.
 """
 
 from __future__ import annotations
