@@ -804,6 +804,7 @@ class CudaDevice final : public Device {
 Device& cuda_device(int index) {
   static std::mutex mutex;
   static auto* devices = new std::vector<Device*>;  // never destroyed: pools outlive statics
+  if (index < 0) throw DeviceError("cuda:" + std::to_string(index) + " is no device");
   std::lock_guard<std::mutex> guard(mutex);
   if (static_cast<size_t>(index) >= devices->size()) devices->resize(index + 1, nullptr);
   Device*& device = (*devices)[index];

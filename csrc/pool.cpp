@@ -322,8 +322,8 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes, const Poll& poll) {
     if (grow(lock, need)) continue;
     const double so_far = wait.seconds();
     const bool give_up = options_.at_capacity != AtCapacity::kWait || so_far >= options_.timeout_s;
-    if (give_up && reaping_) {
-      // Another thread is going through the queues and may free a slot that fits.
+    if (give_up && (reaping_ || freeing_)) {
+      // Another thread is going through the queues or gives memory back, which may make room.
       slot_freed_.wait_for(lock, std::chrono::microseconds(20));
       polling.look();
       continue;
@@ -619,12 +619,14 @@ std::list<Segment> Pool::detach_idle_segments() noexcept {
 // Counts the memory as reserved until the device has freed it. Returns the bytes freed.
 size_t Pool::free_segments(Lock& lock, const std::list<Segment>& segments) noexcept {
   if (segments.empty()) return 0;
+  ++freeing_;
   lock.unlock();
   for (const Segment& segment : segments) {
     if (guards_) check_poison(segment, 0, segment.memory.bytes);
     device_.free(segment.memory);
   }
   lock.lock();
+  --freeing_;
   size_t bytes = 0;
   for (const Segment& segment : segments) {
     bytes += segment.memory.bytes;
@@ -703,6 +705,7 @@ void Pool::raise_exhausted(size_t bytes, double waited_s) {
 
 PoolStats Pool::stats() {
   check_process();
+  reap_orphans();
   PoolStats s;
   s.stages = counters_.stages;
   s.tokens = counters_.tokens;

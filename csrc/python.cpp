@@ -30,8 +30,7 @@ void log(const char* level, const std::string& text) {
   if (!done) throw py::error_already_set();
 }
 
-}  // namespace
-
+// Warns, once for each pool, that its memory is pageable, and says why.
 void warn_if_pageable(StagingPool& pool) {
   const std::string why = pool.core().why_pageable();
   if (why.empty() || pool.warned_pageable) return;
@@ -45,8 +44,11 @@ void warn_if_pageable(StagingPool& pool) {
   // GCOV_EXCL_STOP
 }
 
-void log_events(StagingPool& pool) {
+}  // namespace
+
+void tell_news(StagingPool& pool) {
   pool.may_have_news = false;
+  warn_if_pageable(pool);
   const uint64_t fallbacks = pool.core().counters().fallbacks;
   const bool grown = pool.core().allocations() != pool.logged_allocations;
   if (!grown && fallbacks == pool.logged_fallbacks) return;

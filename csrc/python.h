@@ -14,11 +14,9 @@ namespace py = pybind11;
 // The pool in a capsule made by StagingPool.handle(). Throws if the object is not such a capsule.
 const std::shared_ptr<StagingPool>& pool_of(PyObject* handle);
 
-// Warns, once for each pool, that its memory is pageable, and says why.
-void warn_if_pageable(StagingPool& pool);
 // Logs (logger "pystage") if a pool has grown, or has fallen back to torch's memory, since the last
-// call of this function. Runs Python code.
-void log_events(StagingPool& pool);
+// call of this function. Warns once if the pool's memory is pageable. Runs Python code.
+void tell_news(StagingPool& pool);
 
 // Makes a new pystage.StagedTokens; `pool` is the Python pool.
 PyObject* make_staged_tokens(PyObject* pool, StagedTokens tokens);

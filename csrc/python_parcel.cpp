@@ -43,8 +43,12 @@ PyObject* g_to = nullptr;           // "to"
 PyObject* g_original_to = nullptr;  // torch.Tensor.to
 
 void deliver(ParcelObject* self) {
-  const ReleaseGil release;
-  self->parcel->deliver();
+  bool asked_pool;
+  {
+    ReleaseGil release;
+    asked_pool = self->parcel->deliver([&] { release.check_signals(); });
+  }
+  if (asked_pool) self->parcel->pool().may_have_news = true;  // the next stage() logs it
 }
 
 // The known code makes an unexpected call: delivers its tensors so far, and takes no more.
@@ -129,6 +133,11 @@ struct TensorArguments {
   }
 };
 
+bool is_minus_one(PyObject* value) {
+  int overflow = 0;
+  return PyLong_CheckExact(value) && PyLong_AsLongAndOverflow(value, &overflow) == -1 && !overflow;
+}
+
 std::optional<at::ScalarType> known_dtype(PyObject* dtype) {
   if (!dtype || !THPDtype_Check(dtype)) return std::nullopt;
   const at::ScalarType type = reinterpret_cast<THPDtype*>(dtype)->scalar_type;
@@ -168,12 +177,10 @@ PyObject* parcel_tensor(PyObject* object, PyObject* const* args, Py_ssize_t give
     PyObject* list = args[0];
     const Py_ssize_t count = PyList_GET_SIZE(list);
     if (!arguments.dtype && arguments.device && self->minus_one != Py_None && count == 1 &&
-        PyLong_CheckExact(PyList_GET_ITEM(list, 0)) &&
-        PyLong_AsLong(PyList_GET_ITEM(list, 0)) == -1 && same(arguments.device, self->device)) {
+        is_minus_one(PyList_GET_ITEM(list, 0)) && same(arguments.device, self->device)) {
       Py_INCREF(self->minus_one);
       return self->minus_one;
     }
-    PyErr_Clear();  // from an int that does not fit a C long
     if (self->ended || !arguments.dtype) return original();
     const auto dtype = known_dtype(arguments.dtype);
     at::Tensor host;

@@ -1,6 +1,7 @@
 // write_rows(): the rows of an engine's table of KV indices, written by one kernel.
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <limits>
 #include <vector>
 
@@ -67,8 +68,8 @@ PyObject* write_rows_fast(PyObject*, PyObject* const* args, Py_ssize_t given) {
       const at::Tensor& prefix = THPVariable_Unpack(object);
       const int64_t row = rows[i], prefix_count = prefix_lens[i], length = lens[i];
       const bool fits = 0 <= row && row < table.size(0) && 0 <= prefix_count && 0 <= length &&
-                        prefix_count <= prefix.numel() && prefix_count + length <= table.size(1) &&
-                        rest_at + length <= rest.numel();
+                        prefix_count <= std::min(prefix.numel(), table.size(1)) &&
+                        length <= table.size(1) - prefix_count && length <= rest.numel() - rest_at;
       if (!fits)
         throw py::index_error("row " + std::to_string(row) + " with " +
                               std::to_string(prefix_count) + " and " + std::to_string(length) +

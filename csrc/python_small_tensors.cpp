@@ -139,6 +139,25 @@ at::ScalarType dtype_of(PyObject* dtype) {
   return scalar_type;
 }
 
+// Whether `to` holds the values of `from`, which it was converted from. As in read_list(), floats
+// are rounded and integers are not.
+bool holds(const at::Tensor& to, const at::Tensor& from) {
+  const at::ScalarType target = to.scalar_type(), source = from.scalar_type();
+  if (target == source) return true;
+  if (at::isComplexType(source)) return false;
+  if (target == at::kFloat)
+    return source != at::kDouble ||
+           !from.isfinite().logical_and(from.abs().gt(FLT_MAX)).any().item().toBool();
+  if (!to.to(source).equal(from)) return false;
+  // There and back is no proof where a sign bit is read as a value, or a float is clamped.
+  if (at::isFloatingType(source)) {
+    const int bits = target == at::kInt ? 31 : target == at::kLong ? 63 : 64;
+    return target == at::kBool || from.lt(std::ldexp(1.0, bits)).all().item().toBool();
+  }
+  if (target == at::kUInt64) return !c10::isSignedType(source) || !from.lt(0).any().item().toBool();
+  return target == at::kBool || c10::isSignedType(source) || !to.lt(0).any().item().toBool();
+}
+
 // small_tensors(handle, values, dtypes): values is a list of lists, tuples and CPU tensors. dtypes
 // is a list, with None for a tensor that keeps its own dtype.
 PyObject* small_tensors_fast(PyObject*, PyObject* const* args, Py_ssize_t given) {
@@ -173,9 +192,8 @@ PyObject* small_tensors_fast(PyObject*, PyObject* const* args, Py_ssize_t given)
         one.dtype = dtype == Py_None ? tensor.scalar_type() : dtype_of(dtype);
         check_dtype(one.dtype);
         one.tensor = tensor.to(one.dtype).resolve_neg().contiguous();
-        TORCH_CHECK_VALUE(
-            one.dtype == tensor.scalar_type() || one.tensor.to(tensor.scalar_type()).equal(tensor),
-            name + " has values that " + name_of(one.dtype) + " cannot hold");
+        TORCH_CHECK_VALUE(holds(one.tensor, tensor),
+                          name + " has values that " + name_of(one.dtype) + " cannot hold");
         bytes += Parcel::room(one.tensor.nbytes());
       } else if (PyList_Check(value) || PyTuple_Check(value)) {
         if (dtype == Py_None) throw py::type_error(name + " is a list, so it needs a dtype");
@@ -208,11 +226,12 @@ PyObject* small_tensors_fast(PyObject*, PyObject* const* args, Py_ssize_t given)
         made.push_back(std::move(place.tensor));
       }
     }
+    bool asked_pool;
     {
       ReleaseGil release;
-      parcel->deliver([&] { release.check_signals(); });
+      asked_pool = parcel->deliver([&] { release.check_signals(); });
     }
-    if (bytes > pool->core().device().most_values()) log_events(*pool);  // it used a slot
+    if (asked_pool) tell_news(*pool);
     py::tuple result(made.size());
     for (size_t i = 0; i < made.size(); ++i) {
       PyObject* tensor = THPVariable_Wrap(std::move(made[i]));

@@ -26,7 +26,6 @@ std::shared_ptr<Lease> acquire(StagingPool& pool, size_t bytes) {
     lease = pool.core().acquire(bytes, [&] { release.check_signals(); });
   }
   pool.may_have_news = true;
-  warn_if_pageable(pool);
   return lease;
 }
 
@@ -149,7 +148,7 @@ PyObject* stage_fast(PyObject*, PyObject* const* args, Py_ssize_t count) {
     auto staged = py::reinterpret_steal<py::object>(
         make_staged_tokens(args[1], stage(pool, args[2], args[3], args[4], vocab_size)));
     // Only now, because a handler of the log may change the requests.
-    if (pool->may_have_news) log_events(*pool);
+    if (pool->may_have_news) tell_news(*pool);
     return staged.release().ptr();
   });
 }

@@ -1,5 +1,7 @@
 #include "small_tensors.h"
 
+#include <c10/core/impl/VirtualGuardImpl.h>
+
 #include <cstring>
 #include <utility>
 
@@ -51,8 +53,8 @@ Parcel::Place Parcel::add(at::ScalarType dtype, at::IntArrayRef sizes) {
   return place;
 }
 
-void Parcel::deliver(const Poll& poll) {
-  if (delivered_ == used_) return;
+bool Parcel::deliver(const Poll& poll) {
+  if (delivered_ == used_) return false;
   const size_t from = delivered_, bytes = used_ - from;
   const DeviceScope scope(device_);
   if (current_stream_of(device_) != stream_)
@@ -62,7 +64,7 @@ void Parcel::deliver(const Poll& poll) {
                             static_cast<uint32_t>(bytes / Device::kValuesAlignment)};
     backend_.launch_values(values_.data() + from, bytes, &piece, 1, stream_);
     delivered_ = used_;
-    return;
+    return false;
   }
   const size_t count = bytes / sizeof(int64_t);
   const at::Tensor target = part(memory_, from, at::kLong, {static_cast<int64_t>(count)});
@@ -81,9 +83,12 @@ void Parcel::deliver(const Poll& poll) {
   if (device_.is_cpu() && resolved.fence && !host_stream_held(stream_))
     backend_.synchronize(resolved.fence);
   delivered_ = used_;
+  return true;
 }
 
 std::vector<at::Tensor> small_tensors(at::TensorList values, c10::Device device) {
+  if (device.is_cuda() && !device.has_index())
+    device = c10::impl::VirtualGuardImpl(device.type()).getDevice();
   Device& backend = backend_of(device);
   size_t bytes = 0;
   for (const at::Tensor& tensor : values) {
@@ -94,10 +99,11 @@ std::vector<at::Tensor> small_tensors(at::TensorList values, c10::Device device)
   }
   const DeviceScope scope(device);
   const StreamHandle stream = small_tensors_stream(device);
-  std::vector<char> parameters(bytes);
   std::vector<ValuesPiece> pieces;
   std::vector<at::Tensor> made;
-  const bool fits = values.size() * sizeof(ValuesPiece) + bytes <= backend.most_values();
+  const bool fits =
+      device.is_cuda() && values.size() * sizeof(ValuesPiece) + bytes <= backend.most_values();
+  std::vector<char> parameters(fits ? bytes : 0);
   size_t used = 0;
   for (const at::Tensor& tensor : values) {
     const at::Tensor from = tensor.resolve_neg().resolve_conj().contiguous();

@@ -36,6 +36,7 @@ class Parcel {
            Device::kValuesAlignment;
   }
   bool has_room(size_t bytes) const { return values_.size() - used_ >= room(bytes); }
+  StagingPool& pool() const { return *pool_; }
 
   struct Place {
     at::Tensor tensor;  // on the device
@@ -43,8 +44,8 @@ class Parcel {
   };
   Place add(at::ScalarType dtype, at::IntArrayRef sizes);
   // Runs on the parcel's stream; call it without the GIL. It waits only if the values do not fit
-  // into one launch: then it needs a slot, and may wait for one.
-  void deliver(const Poll& poll = {});
+  // into one launch: then it needs a slot, and may wait for one. Returns whether it asked the pool.
+  bool deliver(const Poll& poll);
 
  private:
   const c10::Device device_;

@@ -72,6 +72,29 @@ def test_growth_is_logged(device: str, caplog: pytest.LogCaptureFixture) -> None
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("how", ["small_tensors", "parcel"])
+def test_growth_by_small_tensors_is_logged(
+    device: str, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    caplog.set_level(logging.DEBUG, "pystage")
+    values = list(range(4096))  # with the kernel's own parameters just too many for one launch
+
+    def known() -> torch.Tensor:
+        return parcel.tensor(values, dtype=torch.int64, device=device)
+
+    with pystage.StagingPool(device, 1 << 20, reserve_bytes=0) as pool:
+        if how == "parcel":
+            parcel = _C.parcel(
+                pool._handle, 1 << 16, device, torch.tensor, (known.__code__,), (1,), None
+            )
+            assert known().tolist() == values
+            assert caplog.records == []  # not within the code of others
+            pool.stage([[1]])
+        else:
+            assert pool.small_tensors([values], [torch.int64])[0].tolist() == values
+    assert levels(caplog, "has grown to ") == [logging.INFO]
+
+
 @pytest.mark.parametrize("how", ["stage", "small_tensors"])
 def test_fallbacks_are_logged(device: str, caplog: pytest.LogCaptureFixture, how: str) -> None:
     """The first as a warning: more would fill the log of a server under load."""

@@ -30,13 +30,30 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 INTERRUPTED = """
-import os, signal, sys, threading, pystage
+import os, signal, sys, threading, pystage, torch
+from pystage import _C
 device, what = sys.argv[1:]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
 pool = pystage.StagingPool(device, 1 << 16, timeout_s=1000)
 held = pool.stage([list(range(12000))])
+def known(values):
+    return torch_tensor(values, dtype=torch.int64, device=device)
+def wait():
+    global torch_tensor
+    if what == "close":
+        pool.close()
+    elif what == "stage":
+        pool.stage([list(range(12000))])
+    elif what == "small_tensors":
+        pool.small_tensors([list(range(6000))], [torch.int64])
+    else:
+        parcel = _C.parcel(
+            pool._handle, 1 << 16, device, torch.tensor, (known.__code__,), (1,), None
+        )
+        torch_tensor = parcel.tensor
+        known(list(range(6000)))
 def interrupt():
-    while not (pool.stats().waits if what == "stage" else pool.closed):
+    while not (pool.closed if what == "close" else pool.stats().waits):
         pass
     os.kill(os.getpid(), signal.SIGINT)
 if what == "close":
@@ -47,10 +64,10 @@ if what == "close":
     del held
 threading.Thread(target=interrupt, daemon=True).start()
 try:
-    pool.close() if what == "close" else pool.stage([list(range(12000))])
+    wait()
 except KeyboardInterrupt:
     print("interrupted")
-if what == "stage":
+if what != "close":
     stats = pool.stats()
     assert stats.waits == 1 and stats.wait_seconds > 0 and stats.leased_slots == 1, stats
     del held
@@ -60,7 +77,7 @@ else:
 """
 
 
-@pytest.mark.parametrize("what", ["stage", "close"])
+@pytest.mark.parametrize("what", ["stage", "small_tensors", "parcel", "close"])
 def test_ctrl_c_ends_a_wait(device: str, what: str) -> None:
     """The wait would last 1,000 seconds."""
     done = run(INTERRUPTED, device, what)

@@ -123,6 +123,66 @@ def test_what_cannot_be_is_named(
     assert pool.small_tensors([[7]], [torch.int64])[0].tolist() == [7]
 
 
+EDGES = {
+    torch.uint8: [0, 1, 255],
+    torch.int8: [-128, -1, 0, 1, 127],
+    torch.uint16: [0, 1, 65535],
+    torch.uint32: [0, 1, 2**31 - 1, 2**31, 2**32 - 1],
+    torch.int32: [-(2**31), -1, 0, 1, 2, 2**31 - 1],
+    torch.uint64: [0, 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1],
+    torch.int64: [-(2**63), -(2**31) - 1, -1, 0, 1, 2, 2**31, 2**63 - 1],
+    torch.bool: [False, True],
+}
+
+
+@pytest.mark.parametrize("dtype", LISTS, ids=str)
+@pytest.mark.parametrize("source", EDGES, ids=str)
+def test_a_tensor_holds_what_a_list_does(
+    pool: pystage.StagingPool, source: torch.dtype, dtype: torch.dtype
+) -> None:
+    for value in EDGES[source]:
+        try:
+            (expected,) = pool.small_tensors([[value]], [dtype])
+        except ValueError:
+            with pytest.raises(ValueError, match="cannot hold"):
+                pool.small_tensors([torch.tensor([value], dtype=source)], [dtype])
+        else:
+            (made,) = pool.small_tensors([torch.tensor([value], dtype=source)], [dtype])
+            assert torch.equal(made.cpu(), expected.cpu())
+
+
+@pytest.mark.parametrize("source", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_of_floats_integers_hold_whole_numbers_in_range(
+    pool: pystage.StagingPool, source: torch.dtype
+) -> None:
+    ranges = {
+        torch.int32: (-(2**31), 2**31),
+        torch.int64: (-(2**63), 2**63),
+        torch.uint64: (0, 2**64),
+        torch.bool: (0, 2),
+    }
+    powers = [float(2**n) for n in (1, 15, 31, 32, 63, 64) if n < 16 or source != torch.float16]
+    odd = [0.0, 1.0, -1.0, 0.5, float("nan"), float("inf")]
+    for dtype, (least, end) in ranges.items():
+        for value in (*odd, *powers, *(-p for p in powers)):
+            given = torch.tensor([value], dtype=source)
+            if least <= value < end and value % 1 == 0:
+                (made,) = pool.small_tensors([given], [dtype])
+                assert made.tolist() == [value]
+            else:
+                with pytest.raises(ValueError, match="cannot hold"):
+                    pool.small_tensors([given], [dtype])
+
+
+def test_float32_is_rounded_and_never_overflows(pool: pystage.StagingPool) -> None:
+    values = np.array([0.7, float("nan"), float("-inf"), 3e38, -3e38])
+    (made,) = pool.small_tensors([values], [torch.float32])
+    assert torch.equal(made.cpu().nan_to_num(9), torch.tensor(values).float().nan_to_num(9))
+    for value in (np.array([0, 1e39]), torch.tensor([1 + 0j])):
+        with pytest.raises(ValueError, match=r"that torch\.float32 cannot hold"):
+            pool.small_tensors([value], [torch.float32])
+
+
 def test_as_many_dtypes_as_lists(pool: pystage.StagingPool) -> None:
     with pytest.raises(ValueError, match="2 lists of values, but 1 dtypes"):
         pool.small_tensors([[1], [2]], [torch.int64])
@@ -250,6 +310,16 @@ def test_the_op_takes_any_dtype(device: str) -> None:
             assert value.numel() == 0 or tensor.data_ptr() != value.data_ptr()
 
 
+@GPU
+def test_the_op_takes_the_current_device() -> None:
+    for values in ([torch.arange(5)], [torch.rand(9000)]):
+        (made,) = ops.small_tensors(values, device="cuda")
+        assert made.device == torch.device("cuda", torch.cuda.current_device())
+        assert torch.equal(made.cpu(), values[0])
+    with pystage.StagingPool("cuda:0", 1 << 20) as pool:  # the device is still known
+        assert pool.small_tensors([[1]], [torch.int64])[0].tolist() == [1]
+
+
 def test_the_op_in_a_graph(device: str) -> None:
     values = OF_ANY_KIND[:3]
     torch.library.opcheck(
@@ -319,6 +389,15 @@ def test_rows_that_do_not_fit_are_refused(pool: pystage.StagingPool) -> None:
         with pytest.raises(IndexError, match="does not fit a table of 6 x 700"):
             _C.write_rows(pool._handle, *bad.values())
         assert torch.equal(bad["table"], before)
+    # Sums of the lengths that overflow.
+    none, most = torch.empty(0, dtype=torch.int64, device=pool.device), (1 << 63) - 1
+    one_id = torch.zeros(1, dtype=torch.int64, device=pool.device)
+    table = torch.zeros(4, 64, dtype=torch.int32, device=pool.device)
+    rest, lens = one_id.repeat(2), torch.tensor([1, most, 60])
+    rows, before = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 0])
+    with pytest.raises(IndexError, match=f"with 1 and {most} entries"):
+        _C.write_rows(pool._handle, table, rest, [none, one_id, none], rows, before, lens)
+    assert not table.any()
     # As long as the table is wide, and as many as there are, and one more of each.
     table = torch.full((1, 8), -1, dtype=torch.int32, device=pool.device)
     rest, prefix = (torch.arange(20, device=pool.device) for _ in range(2))
@@ -529,6 +608,19 @@ def test_the_one_minus_one(pool: pystage.StagingPool) -> None:
         torch.tensor = parcel.tensor  # type: ignore[assignment]
         exec(code, names)
         assert names["made"] is through.minus_one and names["other"].tolist() == [5]
+        parcel.end()
+
+
+def test_an_int_beyond_a_c_long_is_torchs(pool: pystage.StagingPool) -> None:
+    text = "torch.tensor([1 << 70], device=device)"
+    code = compile(text, "<test>", "exec")
+    for original in (True, False):
+        parcel = _C.parcel(
+            pool._handle, 64, str(pool.device), tensor, within(code), (2,), torch.tensor([-1])
+        )
+        made = SimpleNamespace(tensor=tensor if original else parcel.tensor)
+        with pytest.raises((ValueError, RuntimeError), match="Overflow"):
+            exec(code, {"torch": made, "device": str(pool.device)})
         parcel.end()
 
 

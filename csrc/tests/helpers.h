@@ -54,6 +54,7 @@ class CountingDevice final : public Device {
     return memory;
   }
   void free(const HostMemory& memory) noexcept override {
+    if (on_free) on_free();
     {
       std::lock_guard<std::mutex> guard(mutex_);
       live_bytes_ -= memory.bytes;
@@ -100,7 +101,7 @@ class CountingDevice final : public Device {
   // Use relaxed order: the counters must not add ordering that the pool has to provide.
   std::atomic<int> fences{0}, live_fences{0};
   // Set before any other thread uses the device.
-  std::function<void()> on_allocate, on_query;
+  std::function<void()> on_allocate, on_free, on_query;
 
  private:
   void maybe_throw(Fail kind, const char* call) {

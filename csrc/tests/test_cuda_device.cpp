@@ -410,6 +410,13 @@ TEST_CASE("the probe runs once a device, beside whatever the device does") {
   stub::set_no_current();
 }
 
+TEST_CASE("a number below zero is no device, and the others stay as they are") {
+  const int index = fresh_device();
+  Device& device = cuda_device(index);
+  CHECK_THROWS_AS(cuda_device(-1), DeviceError);
+  CHECK(&cuda_device(index) == &device);
+}
+
 TEST_CASE("kernels that read stale bytes: pageable memory from the first, with the reason") {
   const int index = fresh_device();
   stub::set_stale_reads(index, true);

@@ -529,6 +529,26 @@ TEST_CASE("raise waits for a look through the queues that another thread is in t
   CHECK(second);
 }
 
+TEST_CASE("raise waits for memory that another thread is in the middle of giving back") {
+  CountingDevice& device = new_device();
+  std::atomic<bool> asked{false}, open{false};
+  device.on_free = [&] {
+    asked = true;
+    while (!open) std::this_thread::yield();
+  };
+  Owner pool(device, whole(8192));
+  Background trims([&] { pool->trim(); });
+  REQUIRE(eventually([&] { return asked.load(); }));
+  // The memory is reserved, and holds no slot any more.
+  LeasePtr lease;
+  Background raises([&] { lease = pool->acquire(4096); });
+  for (int i = 0; i < 5000 && !raises.done(); ++i) pool->stats();
+  open = true;
+  CHECK(trims.join() == "");
+  CHECK(raises.join() == "");
+  CHECK(lease);
+}
+
 // --- recycling ---------------------------------------------------------------------------------
 
 TEST_CASE("a stuck stream keeps its own slots and no others") {
@@ -1464,13 +1484,13 @@ TEST_CASE("of equal slots the one in the oldest segment is taken") {
   }
 }
 
-TEST_CASE("every call that takes or frees memory frees dropped pools, too") {
+TEST_CASE("every call that takes or frees memory, or tells the figures, frees dropped pools too") {
   CountingDevice& device = new_device();
   CountingDevice& other = new_device();
   Owner pool(other, whole(8192));
   const std::function<void()> calls[] = {[&] { pool->try_acquire(1); }, [&] { pool->acquire(1); },
                                          [&] { pool->trim(); }, [&] { Owner(other, whole(4096)); },
-                                         [&] { pool->close(); }};
+                                         [&] { pool->stats(); }, [&] { pool->close(); }};
   for (const auto& call : calls) {
     Held held(host_stream(1));
     Output out = [&] {

@@ -660,7 +660,7 @@ MUTANTS: Mutants = {
     "csrc/python_stage.cpp": {
         "news-not-told": M("  pool.may_have_news = true;\n", "", tests=FIGURES),
         "told-each-time": M(
-            "if (<|pool->may_have_news|>) log_events",
+            "if (<|pool->may_have_news|>) tell_news",
             "true",
             equivalent="it looks again whether there is something to tell",
         ),
