@@ -1488,9 +1488,9 @@ TEST_CASE("every call that takes or frees memory, or tells the figures, frees dr
   CountingDevice& device = new_device();
   CountingDevice& other = new_device();
   Owner pool(other, whole(8192));
-  const std::function<void()> calls[] = {[&] { pool->try_acquire(1); }, [&] { pool->acquire(1); },
-                                         [&] { pool->trim(); }, [&] { Owner(other, whole(4096)); },
-                                         [&] { pool->stats(); }, [&] { pool->close(); }};
+  const std::function<void()> calls[] = {
+      [&] { pool->try_acquire(1); },      [&] { pool->acquire(1); }, [&] { pool->trim(); },
+      [&] { Owner(other, whole(4096)); }, [&] { pool->stats(); },    [&] { pool->close(); }};
   for (const auto& call : calls) {
     Held held(host_stream(1));
     Output out = [&] {
