@@ -19,7 +19,6 @@ RESULTS = Path("bench/results")  # this and the following paths are relative to 
 PIPELINE = RESULTS / "pp_prefill-8b-2xnvidia-h200.json"
 OURS_FIRST = RESULTS / "pp_prefill-8b-2xnvidia-h200-ours-first.json"
 ONE_BLOCK = RESULTS / "pp_prefill-8b-2xnvidia-h200-one-block.json"
-STAGES = RESULTS / "pp_prefill-8b-2xnvidia-h200-stages.json"
 ONE_GPU = {
     "8B": RESULTS / "pp_prefill-8b-1xnvidia-h200.json",
     "1B (16 layers)": RESULTS / "pp_prefill-1b-1xnvidia-h200.json",
@@ -40,7 +39,7 @@ ENGINE_PLOT = Path("docs/engine.svg")
 def sections(root: Path) -> dict[str, str]:
     """The text to put between the marks of the pages, by the name of the mark."""
     pipeline, ours_first = load(root / PIPELINE), load(root / OURS_FIRST)
-    one_block, stages = load(root / ONE_BLOCK), load(root / STAGES)
+    one_block = load(root / ONE_BLOCK)
     one_gpu = {name: load(root / path) for name, path in ONE_GPU.items()}
     plugin = newest_on_gpu(root / RESULTS, "sglang")
     assert plugin is not None
@@ -52,7 +51,6 @@ def sections(root: Path) -> dict[str, str]:
         "sglang-in-place": in_place_table(plugin),
         "pp-errors": pipeline_errors(pipeline["results"], ours_first["results"]),
         "pp-plans": pipeline_plans(one_block["results"]),
-        "pp-stages": f"{pipeline_plans(stages['results'])}\n\n{source(stages, STAGES.name)}",
         "pp-trace": pipeline_trace(pipeline["results"]),
         "pp-budget": engine.budget_table(engine.runs_of(root / BUDGET)["budget"]),
         "pp-sized": engine.sized_table(engine.runs_of(root / SIZED)["pp2-sized"]),

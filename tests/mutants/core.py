@@ -390,7 +390,8 @@ MUTANTS: Mutants = {
             "const bool give_up = <|options_.at_capacity != AtCapacity::kWait|> ||", "false"
         ),
         "never-times-out": M("|| <|so_far >= options_.timeout_s|>;", "false"),
-        "raise-beside-a-look": M("if (<|give_up && reaping_|>) {", "false"),
+        "raise-beside-a-look": M("if (<|give_up && (reaping_ || freeing_)|>) {", "false"),
+        "raise-beside-a-free": M("give_up && (reaping_<| || freeing_|>)", ""),
         "full-does-not-fall-back": M(
             "if (<|options_.at_capacity == AtCapacity::kFallback|>) return nullptr;\n    if (give_up)",
             "false",
