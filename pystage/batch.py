@@ -168,6 +168,8 @@ def mix_with_running(batch: DeferredBatch, mix_running_indices: Tensor) -> None:
         raise ValueError(f"{_name(batch)} has running requests already: use merge")
     if not parts:
         raise _nothing_staged(batch)
+    if not len(mix_running_indices):
+        return
     batch.prefill_input_ids_cpu = _staging(parts)
     batch.input_ids = None
     batch.mix_running_indices = mix_running_indices
@@ -280,7 +282,9 @@ def merge(batch: DeferredBatch, other: DeferredBatch) -> None:
             raise _nothing_staged(side)
     resolved = all(_is_resolved(side) or _is_empty(side) for side in (batch, other))
     parts, more = _not_empty(parts), _not_empty(more)
-    if indices is not None and more:
+    indices, more_indices = _some(indices), _some(more_indices)
+    decodes = 0 if more_indices is None else len(more_indices)
+    if indices is not None and (more or len(getattr(other, "extend_lens", ())) > decodes):
         raise ValueError(
             f"{_name(other)} cannot follow the running requests of {_name(batch)}: merge the "
             "other way round, or resolve both first"
@@ -362,9 +366,9 @@ def _contents(batch: DeferredBatch) -> tuple[tuple[Part, ...], Tensor | None]:
     """The parts that the ids are read from, in order, and the indices of running requests."""
     staged, indices = batch.prefill_input_ids_cpu, batch.mix_running_indices
     if staged is not None:
-        return (staged if isinstance(staged, tuple) else (staged,)), indices
+        return (staged if isinstance(staged, tuple) else (staged,)), _some(indices)
     if batch.input_ids is not None:
-        return (batch.input_ids,), indices
+        return (batch.input_ids,), _some(indices)
     if indices is None and not _extends(batch):
         indices = getattr(batch, "req_pool_indices", None)
     return (), indices
@@ -378,7 +382,11 @@ def _extends(batch: DeferredBatch) -> bool:
 
 def _is_empty(batch: DeferredBatch) -> bool:
     parts, indices = _contents(batch)
-    return not _not_empty(parts) and indices is None
+    return not _not_empty(parts) and _some(indices) is None
+
+
+def _some(indices: Tensor | None) -> Tensor | None:
+    return None if indices is None or not len(indices) else indices
 
 
 def _not_empty(parts: tuple[Part, ...]) -> tuple[Part, ...]:

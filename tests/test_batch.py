@@ -672,6 +672,35 @@ def test_merge_with_decodes(pool: pystage.StagingPool, device: str) -> None:
         merge(batch, PrefillBatch(device, extend_lens=[3]))
 
 
+def test_running_requests_may_be_none_at_all(pool: pystage.StagingPool, device: str) -> None:
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    batch = staged(pool, [1, 2])
+    tokens = batch.prefill_input_ids_cpu
+    mix_with_running(batch, none)
+    assert batch.prefill_input_ids_cpu is tokens and batch.mix_running_indices is None
+    batch.mix_running_indices = none
+    merge(batch, PrefillBatch(device, req_pool_indices=none))
+    merge(batch, staged(pool, [3]))
+    assert batch.extend_lens == [2, 1] and resolved_ids(batch) == [1, 2, 3]
+    decode = PrefillBatch(device, req_pool_indices=none)
+    merge(decode, staged(pool, [3]))
+    assert resolved_ids(decode) == [3]
+    assert resolved_ids(PrefillBatch(device, req_pool_indices=none), tensor([7], device)) == []
+
+
+def test_a_request_without_ids_may_not_follow_running_ones(
+    pool: pystage.StagingPool, device: str
+) -> None:
+    batch = staged(pool, [1, 2])
+    mix_with_running(batch, tensor([0], device))
+    before = fields(batch)
+    with pytest.raises(ValueError, match="cannot follow the running requests"):
+        merge(batch, staged(pool, []))
+    assert all(vars(batch)[name] is value for name, value in before.items())
+    filter(batch, [1])
+    assert resolved_ids(batch, tensor([7], device)) == [7]
+
+
 def test_filter_and_slices(pool: pystage.StagingPool, device: str) -> None:
     relay = tensor([7, 8, 9], device)
     requests: list[list[int]] = [[1, 2], [], [3], [4, 5, 6]]

@@ -245,6 +245,27 @@ def test_plans_cover_any_prompt_within_the_limits(
         assert times[-1] >= 0.7 * times.mean()  # no sliver at the end
 
 
+@pytest.mark.parametrize(
+    ("prompt_len", "limits"),
+    [
+        (131_073, {"base_chunk": 4160, "min_chunk": 4160, "max_chunk": 4160}),
+        (200_000, {"base_chunk": 1984, "min_chunk": 1984, "max_chunk": 1984}),
+        (1 << 20, {"base_chunk": 576, "max_chunk": 1000}),
+        (1 << 21, {"base_chunk": 1024, "max_chunk": 1984}),
+        (1 << 22, {"base_chunk": 1024, "max_chunk": 1024}),
+    ],
+    ids=str,
+)
+def test_the_limits_hold_for_prompts_of_any_length(prompt_len: int, limits: dict[str, int]) -> None:
+    """Plans of long prompts are made of units of many pages."""
+    sizer = sizer_of(context_len=1 << 22, **limits)
+    for chunks in (sizer.fastest_plan(prompt_len, 2), list(sizer.choose(prompt_len, 2).chunks)):
+        assert sum(chunks) == prompt_len
+        assert max(chunks) <= limits["max_chunk"]
+        assert min(chunks[:-1]) >= limits.get("min_chunk", 512)
+        assert not any(size % 64 for size in chunks[:-1])
+
+
 def compositions(pages: int, most: int) -> Iterator[list[int]]:
     if pages == 0:
         yield []

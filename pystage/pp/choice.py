@@ -203,7 +203,8 @@ class Question:
     def grain(self) -> int:
         """Tokens of a cell: plans other than fixed sizes are made of whole cells."""
         pages = -(-self.prompt_len // self.page_size)
-        return self.page_size * -(-pages // _CELLS)
+        grain = self.page_size * -(-pages // _CELLS)
+        return grain_between(self.smallest, self.largest, grain, self.page_size)
 
     @property
     def overhead(self) -> float:
@@ -274,7 +275,7 @@ class Planner:
         """
         q, grain = self.q, self.q.grain
         cells = -(-q.prompt_len // grain)
-        ladder = _ladder(-(-q.smallest // grain), max(q.largest // grain, 1), _PER_OCTAVE)
+        ladder = _ladder(-(-q.smallest // grain), q.largest // grain, _PER_OCTAVE)
         sizes = np.array([s for s in ladder if s <= cells] or ladder[:1])
         history = np.arange(cells) * grain
         forms = self.model.committee or (self.model.form,)
@@ -612,6 +613,14 @@ def _shrunk(
         return mean, error
     keep = prior**2 / (prior**2 + error**2)
     return towards + keep * (mean - towards), math.sqrt(keep) * error
+
+
+def grain_between(smallest: int, largest: int, grain: int, page_size: int) -> int:
+    """The largest number of whole pages, up to `grain` tokens, that has a multiple between the two
+    sizes."""
+    while -(-smallest // grain) > largest // grain:
+        grain -= page_size
+    return grain
 
 
 def _ladder(smallest: int, largest: int, per_octave: int) -> list[int]:

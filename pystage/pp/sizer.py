@@ -15,6 +15,7 @@ from pystage.pp.choice import (
     RunPlan,
     TimeChunks,
     cheapest_covers,
+    grain_between,
 )
 from pystage.pp.makespan import fixed_chunks, histories, makespan
 from pystage.pp.makespan import simulate_pipeline as simulate_pipeline  # noqa: PLC0414
@@ -159,8 +160,9 @@ class ChunkSizer:
         if not self._usable():
             return self.plan(prompt_len)
         grain = self.page_size * max(1, round(prompt_len / (self.page_size * 1024)))
+        grain = grain_between(self._floor, self._cap, grain, self.page_size)
         cells = -(-prompt_len // grain)
-        least, most = -(-self._floor // grain), max(self._cap // grain, 1)
+        least, most = -(-self._floor // grain), self._cap // grain
         sizes = np.arange(min(least, cells, most), min(most, cells) + 1)
         history = np.arange(cells) * grain
         ms = self.model.predict(history[:, None], sizes * grain)

@@ -45,7 +45,9 @@ MUTANTS: Mutants = {
         "rows-anywhere": M("<|0 <= row && row < table.size(0)|> &&", "true"),
         "rows-too-long": M("<|prefix_count + length <= table.size(1)|> &&", "true"),
         "rows-beyond-the-rest": M("<|rest_at + length <= rest.numel()|>;", "true"),
-        "rows-of-short-prefix": M("<|prefix_count <= prefix.numel()|> &&", "true"),
+        "rows-of-short-prefix": M(
+            "prefix_count <= std::min(<|prefix.numel()|>, table.size(1)) &&", "table.size(1)"
+        ),
         "rest-not-counted": M("rest_at += length;", ";"),
         "too-many-rows": M("if (<|count > backend.most_rows()|> ||", "false"),
     },
@@ -57,7 +59,10 @@ MUTANTS: Mutants = {
         "never-ends": M("if (<|self->made >= self->deliver_at.back()|>)", "false"),
         "never-delivers": M("if (<|at == self->made|>) deliver(self);", "false"),
         "to-stays": M("if (<|PyObject_SetAttr(host, g_to, nullptr) != 0|>)", "false"),
-        "minus-one-of-anything": M("<|PyLong_AsLong(PyList_GET_ITEM(list, 0)) == -1|> &&", "true"),
+        "minus-one-of-anything": M(
+            "PyLong_CheckExact(value) && <|PyLong_AsLongAndOverflow(value, &overflow) == -1|>",
+            "true",
+        ),
     },
     "csrc/gather.cpp": {
         "low-ids-unchecked": M("bad |= <|(v - lo) | (hi - v)|>;", "hi - v"),

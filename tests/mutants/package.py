@@ -290,7 +290,9 @@ MUTANTS: Mutants = {
         ),
         "extends-always": M("return mode is not None and <|bool(mode.is_extend())|>", "True"),
         "empty-parts-kept": M("return tuple(part for part in parts<| if len(part)|>)", ""),
-        "empty-though-running": M("return not _not_empty(parts)<| and indices is None|>", ""),
+        "empty-though-running": M(
+            "return not _not_empty(parts)<| and _some(indices) is None|>", ""
+        ),
         "idle-without-ids": M(
             "    if not parts and indices is None:\n        ids = torch.empty(0",
             "    if False:\n        ids = torch.empty(0",

@@ -215,11 +215,9 @@ MUTANTS: Mutants = {
             tests=SGLANG_SMALL,
         ),
         "rows-of-unknown-code": M(
-            "release_of(WRITE_ROWS, layers_of(current(first_there(WRITE_ROWS)))[-1])",
-            "pass",
-            tests=SGLANG_SMALL,
+            'why = _shared("rows")<| or _unknown(WRITE_ROWS)|>', "", tests=SGLANG_SMALL
         ),
-        "rows-though-shared": M('if why := <|_shared("rows")|>:', '""', tests=SGLANG_SMALL),
+        "rows-though-shared": M('why = <|_shared("rows")|> or', '""', tests=SGLANG_SMALL),
         "small-in-spite": M(
             "    if state.settings.small:\n        left",
             "    if True:\n        left",
@@ -278,18 +276,19 @@ MUTANTS: Mutants = {
             "        finally:\n            request.release()", "        finally:\n            pass"
         ),
         "shared-batch-resized": M("or budget is None<| or adder.can_run_list|>", ""),
-        "whole-request-cut": M(
-            "if not continued and prompt_len - history_len <= budget:", "if False:"
-        ),
-        "decodes-not-taken-off": M("max(size<| - decodes|>, plans.page_size)", ""),
+        "whole-request-cut": M("if not continued and left <= budget:", "if False:"),
+        "decodes-not-taken-off": M("max(size<| - decodes|>, plans.page_size, serving.align)", ""),
+        "sizes-not-aligned": M("size = max(size // serving.align, 1) * serving.align", "pass"),
+        "host-hits-not-history": M("(0 if continued else int(req.host_hit_length))", "0"),
         "short-tail-left": M("if 0 < rest <= min(", "if 0 > rest <= min("),
         "one-vocabulary": M(
             "random_token_ids(tokens, <|int(self.owner.model_config.vocab_size)|>, self.count)", "8"
         ),
     },
     "pystage/integrations/sglang/budget.py": {
-        "decodes-are-free": M("[<|*_decodes(adder), |>*_prefills(adder)]", ""),
-        "prefills-are-free": M("[*_decodes(adder)<|, *_prefills(adder)|>]", ""),
+        "decodes-are-free": M("[<|*_decodes(adder), |>*prefills]", ""),
+        "prefills-are-free": M("[*_decodes(adder)<|, *prefills|>]", ""),
+        "batch-of-nothing": M("max(room // align, <|0 if prefills else 1|>)", "0"),
         "decodes-of-other-batches": M("if <|not get_schedule().enable_mixed_chunk or |>adder", ""),
         "unusable-budget": M("if model is None<| or not model.report.usable|>:", ""),
         "no-limit": M("        adder.rem_chunk_tokens = room\n", "        pass\n"),

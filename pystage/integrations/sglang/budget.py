@@ -63,20 +63,21 @@ def has_experts(config: Any) -> bool:
     return any((getattr(config, name, None) or 0) > 1 for name in names)
 
 
-def limit(adder: Any, req: Any) -> None:
+def limit(adder: Any, req: Any, continued: bool) -> None:
     """Lowers the batch's token budget if the rest of ``req`` would exceed the time budget."""
     sizer, tokens = serving.sizer, adder.rem_chunk_tokens
     if sizer is None or tokens is None or adder.dllm_config is not None:
         return
-    prompt_len, history_len = pp.lengths_of(req)
+    prompt_len, history_len = pp.lengths_of(req, continued)
     left = prompt_len - history_len
-    room = sizer.next_chunk(history_len, [*_decodes(adder), *_prefills(adder)], left)
+    prefills = [pp.piece_of(other) for other in adder.can_run_list]
+    room = sizer.next_chunk(history_len, [*_decodes(adder), *prefills], left)
+    if room < left:
+        align = pp.serving.align
+        # With nothing at all for its first request, SGLang would make no batch, ever.
+        room = max(room // align, 0 if prefills else 1) * align
     if room < min(left, tokens):
         adder.rem_chunk_tokens = room
-
-
-def _prefills(adder: Any) -> list[Piece]:
-    return [Piece(req.prefix_len, req.extend_end - req.prefix_len) for req in adder.can_run_list]
 
 
 def _decodes(adder: Any) -> list[Piece]:

@@ -37,6 +37,7 @@ from ...pp import (
     Choice,
     ChunkSizer,
     LatencyModel,
+    Piece,
     Profile,
     SamplePlan,
     Step,
@@ -68,6 +69,8 @@ class Plans:
     context_len: int
     page_size: int
     largest: int
+    base: int
+    """The static chunk size."""
 
     def next_chunk(self, history_len: int, prompt_len: int | None = None) -> int | None:
         """The size of the next chunk behind ``history_len`` tokens, or None if less than a page of
@@ -91,6 +94,8 @@ class Serving:
 
     model: LatencyModel | None = None
     plans: Plans | None = None
+    align: int = 1
+    """SGLang's ``truncation_align_size``: a chunk that leaves a rest is a multiple of it."""
 
 
 serving = Serving()
@@ -132,6 +137,7 @@ def plans_of(owner: Any, by_prompt: dict[str, list[int]]) -> Plans | None:
         context_len=int(owner.model_config.context_len),
         page_size=page_of(owner),
         largest=largest_of(owner),
+        base=int(owner.chunked_prefill_size),
     )
 
 
@@ -149,24 +155,39 @@ def fit_batch_to(adder: Any, req: Any, continued: bool) -> None:
     plans, budget = serving.plans, adder.rem_chunk_tokens
     if plans is None or budget is None or adder.can_run_list or adder.dllm_config is not None:
         return
-    prompt_len, history_len = lengths_of(req)
-    base = plans.next_chunk(history_len) if continued else None
-    if not continued and prompt_len - history_len <= budget:
+    prompt_len, history_len = lengths_of(req, continued)
+    left = prompt_len - history_len
+    if not continued and left <= budget:
         return  # it fits whole, and others may share its batch
     size = plans.next_chunk(history_len, prompt_len)
-    if size is None or (continued and base is None):
+    base = plans.next_chunk(history_len) if continued else plans.base
+    if size is None or base is None:
         return
+    if size < left:
+        size = max(size // serving.align, 1) * serving.align
     # SGLang has already subtracted the decodes that share the batch.
-    decodes = max(base - budget, 0) if base is not None else 0
-    adder.rem_chunk_tokens = max(size - decodes, plans.page_size)
+    decodes = max(base - budget, 0)
+    adder.rem_chunk_tokens = max(size - decodes, plans.page_size, serving.align)
 
 
-def lengths_of(req: Any) -> tuple[int, int]:
-    """The request's number of tokens to prefill in all, and how many of them are in the cache."""
+def lengths_of(req: Any, continued: bool) -> tuple[int, int]:
+    """The request's number of tokens to prefill in all, and how many of them are in the cache: on
+    the device, and for a request that begins also on the host, from where SGLang loads them."""
     if hasattr(req, "prefix_len"):
-        return len(req.full_untruncated_fill_ids), int(req.prefix_len)
-    ids = getattr(req, "full_untruncated_fill_ids", None)
-    return len(req.origin_input_ids if ids is None else ids), len(req.prefix_indices)
+        ids, history_len = req.full_untruncated_fill_ids, int(req.prefix_len)
+    else:
+        ids = getattr(req, "full_untruncated_fill_ids", None)
+        ids = req.origin_input_ids if ids is None else ids
+        history_len = len(req.prefix_indices)
+    return len(ids), history_len + (0 if continued else int(req.host_hit_length))
+
+
+def piece_of(req: Any) -> Piece:
+    """What a request that SGLang has admitted to a batch prefills there."""
+    if hasattr(req, "prefix_len"):
+        return Piece(req.prefix_len, req.extend_end - req.prefix_len)
+    span = getattr(req, "extend_range", None)  # 0.5.13 has none
+    return Piece(len(req.prefix_indices), req.extend_input_len if span is None else span.length)
 
 
 def _decide(owner: Any, with_plans: bool, profile: Profile, run: Step) -> dict[str, Any]:

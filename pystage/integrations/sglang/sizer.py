@@ -78,6 +78,11 @@ def add_chunked_req(original: Function, adder: Any, req: Any, *args: Any, **kwar
 
 
 def add_one_req(original: Function, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    from . import pp
+
+    # add_one_req(req, has_chunked_req, truncation_align_size)
+    align = args[1] if len(args) > 1 else kwargs.get("truncation_align_size")
+    pp.serving.align = align or 1
     _fit_batch_to(adder, req, continued=False)
     return original(adder, req, *args, **kwargs)
 
@@ -86,7 +91,7 @@ def _fit_batch_to(adder: Any, req: Any, continued: bool) -> None:
     from . import budget, pp
 
     pp.fit_batch_to(adder, req, continued)
-    budget.limit(adder, req)
+    budget.limit(adder, req, continued)
 
 
 def forward_batch_generation(

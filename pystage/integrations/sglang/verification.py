@@ -12,7 +12,6 @@ from .known_code import (
     RESOLVE,
     SAMPLING,
     WRITE_ROWS,
-    OtherCodeError,
     release_of,
 )
 from .small import codes_of
@@ -38,8 +37,11 @@ def verify() -> None:
 
     inactive = {part: f"{part} is not active" for part in found}
     left = {
-        "history": state.no_history or inactive.get("staging") or _shared("staging", "history"),
-        "mixed": inactive.get("resolve") or _unknown(),
+        "history": state.no_history
+        or inactive.get("staging")
+        or _shared("staging", "history")
+        or _unknown(PREPARE),
+        "mixed": inactive.get("resolve") or _shared("resolve") or _unknown(RESOLVE),
     }
     state.small_codes, state.writes_rows = (), False
     if state.settings.small:
@@ -94,22 +96,15 @@ def _no_small() -> str:
 
 def _no_rows() -> str:
     """Why the rows of KV indices are left to SGLang; empty if they are not."""
-    if why := _shared("rows"):
-        return why
+    why = _shared("rows") or _unknown(WRITE_ROWS)
+    process.state.writes_rows = not why
+    return why
+
+
+def _unknown(targets: tuple[str, ...]) -> str:
+    """Why the code of this function of SGLang is not known; empty if it is."""
     try:
-        release_of(WRITE_ROWS, layers_of(current(first_there(WRITE_ROWS)))[-1])
+        release_of(targets, layers_of(current(first_there(targets)))[-1])
     except LookupError as error:
-        return str(error)
-    process.state.writes_rows = True
-    return ""
-
-
-def _unknown() -> str:
-    """Why SGLang's resolve_forward_inputs cannot be preempted; empty if it can."""
-    if why := _shared("resolve"):
-        return why
-    try:
-        release_of(RESOLVE, layers_of(current(RESOLVE[0]))[-1])
-    except OtherCodeError as error:
         return str(error)
     return ""
