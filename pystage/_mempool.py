@@ -2,8 +2,8 @@
 
 Outputs of ``resolve`` are cut from blocks that live longer than one call. Inside a region that
 allocates from such a pool, this must not happen (see Note [Outputs cut from blocks] in
-``csrc/staging.cpp``). Torch cannot be asked whether a region is active, so this module wraps the
-functions that begin and end one.
+``csrc/output_memory.cpp``). Torch cannot be asked whether a region is active, so this module wraps
+the functions that begin and end one.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ FIGURES = "pytest tests/test_figures.py"
 MUTANTS: Mutants = {
     "csrc/small_tensors.cpp": {
         "delivered-twice": M(
-            "if (<|delivered_ == used_|>) return;",
+            "if (<|delivered_ == used_|>) return false;",
             "false",
             equivalent="a delivery of nothing writes nothing",
         ),
@@ -38,17 +38,24 @@ MUTANTS: Mutants = {
         "float-overflow": M("<|std::fabs(number) > FLT_MAX|>", "false"),
         "infinity-refused": M("if (<|std::isfinite(number)|> &&", "true"),
         "any-bool": M("if (<|number != 0 && number != 1|>)", "false"),
+        "below-zero-unsigned": M("<|!from.lt(0).any().item().toBool()|>", "true"),
+        "sign-bit-as-a-sign": M("<|!to.lt(0).any().item().toBool()|>", "true"),
+        "tensor-overflows-float": M("<|from.abs().gt(FLT_MAX)|>", "from.isnan()"),
         "list-shrinks": M("if (<|i >= PySequence_Fast_GET_SIZE(list)|>)", "false"),
-        "narrow-without-look": M("<|one.dtype == tensor.scalar_type()|> ||", "true"),
+        "narrow-without-look": M("TORCH_CHECK_VALUE(<|holds(one.tensor, tensor)|>,", "true"),
     },
     "csrc/python_rows.cpp": {
         "rows-anywhere": M("<|0 <= row && row < table.size(0)|> &&", "true"),
-        "rows-too-long": M("<|prefix_count + length <= table.size(1)|> &&", "true"),
-        "rows-beyond-the-rest": M("<|rest_at + length <= rest.numel()|>;", "true"),
+        "rows-too-long": M("<|length <= table.size(1) - prefix_count|> &&", "true"),
+        "rows-beyond-the-rest": M("<|length <= rest.numel() - rest_at|>;", "true"),
         "rows-of-short-prefix": M(
             "prefix_count <= std::min(<|prefix.numel()|>, table.size(1)) &&", "table.size(1)"
         ),
         "rest-not-counted": M("rest_at += length;", ";"),
+        "sum-overflows": M(
+            "<|length <= table.size(1) - prefix_count|> &&",
+            "prefix_count + length <= table.size(1)",
+        ),
         "too-many-rows": M("if (<|count > backend.most_rows()|> ||", "false"),
     },
     "csrc/python_parcel.cpp": {

@@ -193,9 +193,10 @@ MUTANTS: Mutants = {
             '    if False:\n        raise ValueError(f"{_name(batch)} has running',
         ),
         "mix-nothing": M(
-            "    if not parts:\n        raise _nothing_staged(batch)\n    batch.prefill",
-            "    batch.prefill",
+            "    if not parts:\n        raise _nothing_staged(batch)\n    if not len",
+            "    if not len",
         ),
+        "mix-with-nobody": M("    if not len(mix_running_indices):\n        return\n", ""),
         "mix-keeps-ids": M(
             "batch.prefill_input_ids_cpu = _staging(parts)\n    <|batch.input_ids = None|>", "pass"
         ),
@@ -238,7 +239,13 @@ MUTANTS: Mutants = {
             "False",
         ),
         "merge-empty-counts": M("all(_is_resolved(side)<| or _is_empty(side)|> for", ""),
-        "merge-behind-running": M("if indices is not None and more:", "if False:"),
+        "merge-behind-running": M("if <|indices is not None|> and (more or len(", "False"),
+        "merge-of-no-ids-behind-running": M(
+            '(more<| or len(getattr(other, "extend_lens", ())) > decodes|>)', ""
+        ),
+        "empty-indices-count": M(
+            "return <|None if indices is None or not len(indices) else |>indices", ""
+        ),
         "merge-keeps-empty": M("parts, more = _not_empty(parts), <|_not_empty(more)|>", "more"),
         "merge-lens-only": M('for name in ("extend_lens"<|, "req_pool_indices"|>)', ","),
         "merge-indices-of-one": M("indices = torch.cat([indices<|, more_indices|>])", ""),

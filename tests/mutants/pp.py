@@ -253,6 +253,7 @@ MUTANTS: Mutants = {
         "apart-uses-all-cores": M("env={**os.environ, <|**threads, |>", ""),
     },
     "pystage/pp/choice.py": {
+        "grain-over-the-limits": M("while <|-(-smallest // grain) > largest // grain|>:", "False"),
         "cover-not-reversed": M("plans.append(<|chunks[::-1]|>)", "chunks"),
         "cover-last-not-cut": M("<|chunks[-1] -= sum(chunks) - self.q.prompt_len|>", "pass"),
         "runs-not-asked": M("if run is not None and <|runs >= _FEWEST_RUNS|>:", "runs > 99"),
