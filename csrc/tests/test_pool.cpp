@@ -541,8 +541,9 @@ TEST_CASE("raise waits for memory that another thread is in the middle of giving
   REQUIRE(eventually([&] { return asked.load(); }));
   // The memory is reserved, and holds no slot any more.
   LeasePtr lease;
-  Background raises([&] { lease = pool->acquire(4096); });
-  for (int i = 0; i < 5000 && !raises.done(); ++i) pool->stats();
+  std::atomic<bool> waits{false};
+  Background raises([&] { lease = pool->acquire(4096, [&] { waits = true; }); });
+  CHECK(eventually([&] { return waits || raises.done(); }));
   open = true;
   CHECK(trims.join() == "");
   CHECK(raises.join() == "");

@@ -52,10 +52,6 @@ MUTANTS: Mutants = {
             "prefix_count <= std::min(<|prefix.numel()|>, table.size(1)) &&", "table.size(1)"
         ),
         "rest-not-counted": M("rest_at += length;", ";"),
-        "sum-overflows": M(
-            "<|length <= table.size(1) - prefix_count|> &&",
-            "prefix_count + length <= table.size(1)",
-        ),
         "too-many-rows": M("if (<|count > backend.most_rows()|> ||", "false"),
     },
     "csrc/python_parcel.cpp": {
@@ -403,7 +399,7 @@ MUTANTS: Mutants = {
         ),
         "never-times-out": M("|| <|so_far >= options_.timeout_s|>;", "false"),
         "raise-beside-a-look": M("if (<|give_up && (reaping_ || freeing_)|>) {", "false"),
-        "raise-beside-a-free": M("give_up && (reaping_<| || freeing_|>)", ""),
+        "raise-beside-a-free": M("give_up && <|(reaping_ || freeing_)|>", "reaping_"),
         "full-does-not-fall-back": M(
             "if (<|options_.at_capacity == AtCapacity::kFallback|>) return nullptr;\n    if (give_up)",
             "false",
