@@ -996,8 +996,9 @@ def test_validation(sglang: Small, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_profiler_and_sizer(sglang: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     sizers = sglang.module("managers.scheduler_components.dynamic_chunk_sizer")
     sglang.load()
-    folded, same = sizers.DynamicChunkSizer()._profile_prefill_latency()
+    folded, first, same = sizers.DynamicChunkSizer()._profile_prefill_latency()
     assert folded.origin_input_ids == array("q", [5, 9999 % 512])
+    assert first.origin_input_ids == array("q", [5, 0])  # the first id beyond the vocabulary
     assert same.origin_input_ids == array("q", [5, 6]) and sizers.Req is sglang.schedule_batch.Req
 
 

@@ -13,4 +13,4 @@ class DynamicChunkSizer:
         return 64
 
     def _profile_prefill_latency(self):
-        return Req(origin_input_ids=[5, 9999]), Req(origin_input_ids=[5, 6])
+        return [Req(origin_input_ids=[5, n]) for n in (9999, 512, 6)]
