@@ -330,6 +330,9 @@ def test_the_op_in_a_graph(device: str) -> None:
 def test_the_op_knows_no_other_device() -> None:
     with pytest.raises(RuntimeError, match="no pystage device for xpu"):
         ops.small_tensors([torch.ones(1)], device="xpu:0")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="no pystage device for cuda"):
+            ops.small_tensors([torch.ones(1)], device="cuda")
 
 
 # --- rows ----------------------------------------------------------------------------------------

@@ -288,7 +288,7 @@ MUTANTS: Mutants = {
     "pystage/integrations/sglang/budget.py": {
         "decodes-are-free": M("[<|*_decodes(adder), |>*prefills]", ""),
         "prefills-are-free": M("[*_decodes(adder)<|, *prefills|>]", ""),
-        "batch-of-nothing": M("max(room // align, <|0 if prefills else 1|>)", "0"),
+        "batch-of-nothing": M("max(room // align, <|1 if room and not prefills else 0|>)", "0"),
         "decodes-of-other-batches": M("if <|not get_schedule().enable_mixed_chunk or |>adder", ""),
         "unusable-budget": M("if model is None<| or not model.report.usable|>:", ""),
         "no-limit": M("        adder.rem_chunk_tokens = room\n", "        pass\n"),

@@ -74,8 +74,8 @@ def limit(adder: Any, req: Any, continued: bool) -> None:
     room = sizer.next_chunk(history_len, [*_decodes(adder), *prefills], left)
     if room < left:
         align = pp.serving.align
-        # With nothing at all for its first request, SGLang would make no batch, ever.
-        room = max(room // align, 0 if prefills else 1) * align
+        # With less than that for its first request, SGLang would make no batch, ever.
+        room = max(room // align, 1 if room and not prefills else 0) * align
     if room < min(left, tokens):
         adder.rem_chunk_tokens = room
 
