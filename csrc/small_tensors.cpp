@@ -88,7 +88,7 @@ bool Parcel::deliver(const Poll& poll) {
 
 std::vector<at::Tensor> small_tensors(at::TensorList values, c10::Device device) {
   if (device.is_cuda() && !device.has_index() && c10::impl::hasDeviceGuardImpl(device.type()))
-    device = c10::impl::VirtualGuardImpl(device.type()).getDevice();
+    device = c10::impl::VirtualGuardImpl(device.type()).getDevice();  // GCOV_EXCL_LINE: CUDA
   Device& backend = backend_of(device);
   size_t bytes = 0;
   for (const at::Tensor& tensor : values) {
