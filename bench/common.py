@@ -228,7 +228,8 @@ def _command() -> str:
         program = ["-m", spec.name.removesuffix(".__main__")]
     else:
         program = [os.path.relpath(sys.argv[0])]
-    given = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    given = [w for w in sys.argv[1:] if not w.startswith(("--out=", "--peers="))]
+    given = [Path(word).name if "/" in word else word for word in given]
     ranks = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
     start = ["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]
     words = [*start, *program, *given]

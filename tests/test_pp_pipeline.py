@@ -137,7 +137,8 @@ def test_two_ranks_prefill_a_prompt_and_report(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert report["ranks"] == 2
-    assert report["command"].startswith("python -m bench.pp.prefill --model=tiny")
+    started = "torchrun --nproc-per-node 2 -m bench.pp.prefill --model=tiny"
+    assert report["command"] == f"{started} --reps=1 --heldout=4 --context=1024 --base=128"
     assert report["torch"] == torch.__version__
     results = report["results"]
     assert [len(results["stages"][name]) for name in ("stage_factors", "overhead_ms")] == [2, 2]
