@@ -222,22 +222,26 @@ def _output(*command: str) -> str:
 
 
 def _command() -> str:
-    """The command line, without the paths of its results and inputs."""
+    """The command line, without the options --out and --peers. Of a path outside the project only
+    the last part remains."""
     spec = sys.modules["__main__"].__spec__
     if spec is not None and spec.name.startswith("bench"):
         program = ["-m", spec.name.removesuffix(".__main__")]
     else:
         program = [os.path.relpath(sys.argv[0])]
-    given = [w for w in sys.argv[1:] if not w.startswith(("--out=", "--peers="))]
-    given = [Path(word).name if "/" in word else word for word in given]
+    given, words = [], iter(sys.argv[1:])
+    for word in words:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if option in ("--out", "--peers"):
+            if not equals:
+                next(words, None)
+            continue
+        if "/" in value and not value.startswith("bench/"):
+            value = Path(value).name
+        given.append(option + equals + value)
     ranks = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
     start = ["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]
-    words = [*start, *program, *given]
-    for option in ("--out", "--peers"):
-        if option in words:
-            at = words.index(option)
-            del words[at : at + 2]
-    return shlex.join(words)
+    return shlex.join([*start, *program, *given])
 
 
 def provenance() -> dict[str, Any]:

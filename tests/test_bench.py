@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from bench.__main__ import default_path, main, parse
-from bench.common import merged, save, summary, two_calls_time
+from bench.common import merged, provenance, save, summary, two_calls_time
 from bench.device import DURING_CALL, IN_STREAM_ORDER, Absent, Cuda, Host, HostEvent
 from bench.report import __main__ as report
 from bench.report import figures, svg
@@ -164,6 +164,22 @@ def test_the_host_device_gives_every_cell_a_result_or_a_reason(
     printed = capsys.readouterr().out
     assert f"absent: {SGLANG}" in printed
     assert "no target applies" in printed
+
+
+def test_a_command_can_be_repeated_on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["bench/old.py", "--out", "/tmp/a.json", "--peers=/opt/peers", "--reps", "3", "--fast"]
+    given += [
+        "--like=/home/me/two.json",
+        "--from",
+        "/home/me/one.json",
+        "--to=bench/x.json",
+    ]
+    monkeypatch.setattr(sys, "argv", given)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    started = "torchrun --nproc-per-node 2 bench/old.py --reps 3 --fast"
+    told = f"{started} --like=two.json --from one.json --to=bench/x.json"
+    assert provenance()["command"] == told
 
 
 def test_every_cell_of_a_gpu_run_runs_on_stand_ins(tmp_path: Path, package: Path) -> None:

@@ -93,8 +93,9 @@ def test_the_first_chunk_of_a_prompt_says_nothing_about_the_stages(
         pipeline.piped_ms[0] /= 2
 
     pipeline = SimpleNamespace(
-        rank=0, ranks=1, device=CPU, stage=SimpleNamespace(vocab=512), run=run
+        rank=0, ranks=1, device=CPU, stage=SimpleNamespace(vocab=512), stages={}, run=run
     )
+    pipeline.gather = lambda ms: [ms]
     args = SimpleNamespace(fixed=[], context=1024, base=128, seed=0)
     measured = bench.Bench(args, pipeline)
     monkeypatch.setattr(measured, "alone", lambda chunks: [[float(size) for size in chunks]])
@@ -106,6 +107,73 @@ def test_the_first_chunk_of_a_prompt_says_nothing_about_the_stages(
     assert stages["stage_factors"] == pytest.approx((1.01,))
     assert stages["overhead_ms"] == pytest.approx((0.5,))
     assert set(lengths) == {512}
+
+
+LIKE = {
+    "transfer_ms_per_token": 0.01,
+    "stages": {"stage_factors": [1.0, 1.5], "overhead_ms": [0.0, 2.0]},
+}
+
+
+@pytest.mark.parametrize("like", [LIKE, None])
+def test_a_pipeline_in_turn_takes_what_its_stages_take(
+    bench: ModuleType, like: dict | None
+) -> None:
+    stage = bench.build_stage(bench.MODELS["tiny"], 0, 4, 512, CPU)
+    assert len(stage.layers) == 1 and stage.head is None
+    pipeline = bench.InTurn(stage, 4, like)
+    seen: list[list[int]] = []
+    stage.embed.register_forward_hook(lambda _module, ids, _out: seen.append(ids[0].tolist()))
+    prompt = random_token_ids(300, 512)
+    took = pipeline.run(bench.batches_of_one([128, 100, 72]), [prompt])
+    assert [t for ids in seen[3:] for t in ids] == list(prompt)  # three chunks warm up
+    factor, more, hop = (1.5, 2.0, 0.01) if like else (1.0, 0.0, 0.0)
+    # A stage starts a chunk when it is free and the chunk has arrived.
+    free = [0.0] * 4
+    for ms, tokens in zip(pipeline.piped_ms, [128, 100, 72], strict=True):
+        arrived = 0.0
+        for rank in range(4):
+            takes = ms if rank == 0 else factor * ms + more
+            free[rank] = max(free[rank], arrived) + takes
+            arrived = free[rank] + hop * tokens
+    assert took == pytest.approx(free[-1]) and pipeline.ended_ms[-1] == took
+    assert pipeline.ended_ms == sorted(pipeline.ended_ms) and len(pipeline.ended_ms) == 3
+    rows = pipeline.gather([10.0])
+    assert rows == [[10.0], *[[factor * 10.0 + more]] * 3]
+
+
+def test_one_process_reports_on_four_ranks_in_turn(tmp_path: Path) -> None:
+    like, out = tmp_path / "two.json", tmp_path / "out.json"
+    like.write_text(json.dumps({"results": LIKE}))
+    command = [sys.executable, "-m", "bench.pp.prefill", "--model=tiny", "--in-turn=4"]
+    command += [f"--like={like}", "--context=512", "--base=64", "--reps=1", "--parts=ttft,trace"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, f"--out={out}"], env=environment, check=True, timeout=300)
+    report = json.loads(out.read_text())
+    assert report["ranks"] == 4 and report["in_turn"] and report["like"] == "two.json"
+    results = report["results"]
+    assert results["stages"]["stage_factors"] == [1.0, 1.5, 1.5, 1.5]
+    run = results["ttft 512 fixed 64"]
+    assert len(run["piped_ms"]) == 4 and "simulation_error" not in run
+    assert run["ttft_ms"] > 4 * 2.0 + sum(run["piped_ms"][0])
+    assert results["trace"]["fixed 64"]["ttft_p95_ms"] <= results["trace"]["fixed 64"]["ms"]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [(["--in-turn=1"], "at least 2 ranks"), (["--like=x.json"], "--like needs --in-turn")],
+)
+def test_a_pipeline_in_turn_that_cannot_be(
+    bench: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    says: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["prefill", *given])
+    with pytest.raises(SystemExit):
+        bench.arguments()
+    assert says in capsys.readouterr().err
 
 
 def test_trace_lengths_come_from_a_file_or_a_seed(bench: ModuleType, tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ Parts (`--parts`, default all):
   trace     prompts with the lengths of a conversation trace, all there at the start: makespan, and
             time to first token of each
 
+With `--in-turn N` one process on one GPU measures a pipeline of N ranks: it runs the chunks on the
+first stage only, and the times of the pipeline follow from the times of these chunks (`InTurn`).
+
 On 2 x H100, `--model 8b` with all parts takes about ten minutes; `--prompts 65536 --reps 2` takes a
 third of that, `--model 1b` about a quarter. PYSTAGE_COMMIT names the commit where there is no git.
 
@@ -49,7 +52,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.common import parts_of, write_result
+from bench.common import load, parts_of, write_result
 from bench.llama import SHAPES as MODELS
 from bench.pp.sglang_sizes import chunks_of, sglang_class, sweep_lengths
 from pystage.pp import (
@@ -65,7 +68,7 @@ from pystage.pp import (
     time_chunks,
 )
 from pystage.pp.choice import size_at
-from pystage.pp.makespan import fixed_chunks, histories
+from pystage.pp.makespan import fixed_chunks, histories, pipeline_ends
 from pystage.pp.profile import DeviceClock
 
 logger = logging.getLogger("pp_prefill")
@@ -245,7 +248,16 @@ class Pipeline:
         """Times of the last run's chunks on this stage, in ms."""
         self.ended_ms: list[float] = []
         """When they ended, in ms after the run's start."""
+        self.stages: dict[str, Any] = {}
+        """`stage_factors` and `overhead_ms`, if they are known before a run."""
         self.dtype = next(stage.layers.parameters()).dtype
+
+    def gather(self, ms: list[float]) -> list[list[float]]:
+        """The times of chunks on each stage, [ranks, chunks], the same on all ranks. `ms` are those
+        on this rank's stage."""
+        stages: list[Any] = [None] * self.ranks
+        dist.all_gather_object(stages, ms)
+        return stages
 
     def ids(self, batch: Batch, prompts: Sequence[array[int]]) -> torch.Tensor:
         """The batch's ids, staged on the host and resolved on the current stream."""
@@ -329,6 +341,46 @@ class Pipeline:
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - begin) * 1e3)
         return float(np.median(times[2:])) / tokens
+
+
+class InTurn(Pipeline):
+    """A pipeline of `ranks` stages with equal numbers of layers. This GPU has the first one.
+
+    A run takes the prompt through the first stage alone. For each chunk, stage s then takes
+    `stage_factors[s]` times as long and `overhead_ms[s]` more, and a hop takes `hop_ms` per token.
+    These numbers come from a run on two GPUs, whose second stage stands for all that receive.
+    Without such a run all stages take as long as the first one, and a hop takes no time.
+    """
+
+    def __init__(self, stage: Stage, ranks: int, like: dict[str, Any] | None) -> None:
+        super().__init__(stage, 0, ranks)
+        self.hop_ms = like["transfer_ms_per_token"] if like else 0.0
+        told = like["stages"] if like else {"stage_factors": [1.0, 1.0], "overhead_ms": [0.0, 0.0]}
+        self.stages = {
+            name: [first, *[second] * (ranks - 1)] for name, (first, second) in told.items()
+        }
+
+    def gather(self, ms: list[float]) -> list[list[float]]:
+        each = zip(self.stages["stage_factors"], self.stages["overhead_ms"], strict=True)
+        return [[factor * one + more for one in ms] for factor, more in each]
+
+    @torch.inference_mode()
+    def run(self, batches: Sequence[Batch], prompts: Sequence[array[int]]) -> float:
+        # The first forward of a size may load kernels. The first batch has the least history.
+        for batch in {sum(p.count for p in batch): batch for batch in reversed(batches)}.values():
+            self.stage(self.ids(batch, prompts), batch)
+        clock = ChunkClock(self.device)
+        for batch in batches:
+            begin = clock.start()
+            self.stage(self.ids(batch, prompts), batch)
+            clock.finish(begin)
+        self.piped_ms = clock.read()
+        hops = [self.hop_ms * sum(p.count for p in batch) for batch in batches]
+        self.ended_ms = pipeline_ends(self.gather(self.piped_ms), hops).tolist()
+        return self.ended_ms[-1]
+
+    def transfer_ms_per_token(self, _tokens: int) -> float:
+        return self.hop_ms
 
 
 # --- SGLang's predictor, for comparison -----------------------------------------------------------
@@ -432,7 +484,7 @@ class Bench:
             self.next_sizes[f"fixed {size}"] = lambda _history, _prompt, size=size: size
         self.sizer: ChunkSizer | None = None
         self.sglang: dict[str, SglangSizes] = {}
-        self.stages: dict[str, Any] = {}
+        self.stages = pipeline.stages
         """What `choose` is told about the stages."""
         vocab = pipeline.stage.vocab
         self.prompt = random_token_ids(args.context, vocab, args.seed)
@@ -450,9 +502,7 @@ class Bench:
         """Times of the chunks of a prompt in ms on each stage, without communication: [ranks,
         chunks], the same on all ranks."""
         points = list(zip(histories(chunks).tolist(), chunks, strict=True))
-        stages: list[list[float]] = [[0.0]] * self.ranks
-        dist.all_gather_object(stages, time_chunks(self.step, points, self.pipeline.device))
-        return stages
+        return self.pipeline.gather(time_chunks(self.step, points, self.pipeline.device))
 
     def on_rank0(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Runs `work` on rank 0 and returns its result on every rank. Its failure is raised on
@@ -623,8 +673,7 @@ class Bench:
         for _ in range(4):
             self.pipeline.run(batches_of_one(chunks), [self.prompt])
             runs.append(self.pipeline.piped_ms[1:])
-        piped: list[Any] = [None] * self.ranks
-        dist.all_gather_object(piped, np.median(runs[1:], axis=0).tolist())
+        piped = self.pipeline.gather(np.median(runs[1:], axis=0).tolist())
         names = ("stage_factors", "overhead_ms")
         return self.on_rank0(lambda: dict(zip(names, fit_stages(alone, piped), strict=True)))
 
@@ -633,7 +682,7 @@ class Bench:
         per_token = self.pipeline.transfer_ms_per_token(args.base)
         self.results["transfer_ms_per_token"] = per_token
         if self.ranks > 1:
-            self.stages = self.measured_stages()
+            self.stages = self.stages or self.measured_stages()
             self.results["stages"] = self.stages
         order = random.Random(args.seed)  # the same on all ranks
         for prompt_len in args.prompts:
@@ -642,15 +691,19 @@ class Bench:
                 for name, policy in self.policies.items()
                 if not {name, f"{name}:{prompt_len}"}.intersection(args.without)
             }
-            stages = {name: self.alone(chunks) for name, chunks in plans.items()}
+            alone: dict[str, list[list[float]]] = {}
+            if not args.in_turn:  # there a run is the first stage alone
+                alone = {name: self.alone(chunks) for name, chunks in plans.items()}
             runs: dict[str, list[float]] = {name: [] for name in plans}
-            piped = {name: [[0.0]] * self.ranks for name in plans}
+            piped: dict[str, list[list[float]]] = {}
             for _ in range(args.reps):
                 for name in order.sample([*plans], len(plans)):
                     runs[name].append(self.pipeline.run(batches_of_one(plans[name]), [self.prompt]))
-                    dist.all_gather_object(piped[name], self.pipeline.piped_ms)
+                    piped[name] = self.pipeline.gather(self.pipeline.piped_ms)
             for name, chunks in plans.items():
-                told = self._told_ttft(chunks, stages[name], piped[name], runs[name], per_token)
+                told = self._told_ttft(chunks, piped[name], runs[name], per_token)
+                if name in alone:
+                    told |= self._told_alone(chunks, alone[name], runs[name], per_token)
                 self.results[f"ttft {prompt_len} {name}"] = told
             self.write()  # a run of ten minutes may be cut
 
@@ -660,34 +713,40 @@ class Bench:
             return None
         args, device = self.args, self.pipeline.device
         kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-        name = f"pp_prefill-{args.model}-{self.ranks}x{kind.lower().replace(' ', '-')}"
+        where = f"{self.ranks}-in-turn-" if args.in_turn else f"{self.ranks}x"
+        name = f"pp_prefill-{args.model}-{where}{kind.lower().replace(' ', '-')}"
         name += "-ours-first" if args.first == "ours" else ""
-        body = {"ranks": self.ranks, "first": args.first, "seconds": self.seconds}
+        body: dict[str, Any] = {"ranks": self.ranks, "first": args.first, "seconds": self.seconds}
+        if args.in_turn:
+            body |= {"in_turn": True, "like": args.like and args.like.name}
         return write_result(name, {**body, "results": self.results}, args.out)
 
     def _told_ttft(
-        self,
-        chunks: list[int],
-        stages: list[list[float]],
-        piped: list[list[float]],
-        runs: list[float],
-        per_token: float,
+        self, chunks: list[int], piped: list[list[float]], runs: list[float], per_token: float
     ) -> dict[str, Any]:
-        """`stages` are the times of the chunks on each stage alone, `piped` those in the last
-        run."""
+        """`piped` are the times of the chunks on each stage in the last run."""
+        hops = [per_token * c for c in chunks]
+        return {
+            "chunks": chunks,
+            "piped_ms": piped,
+            "spread": spread(piped[0]),
+            "ttft_ms": float(np.median(runs)),
+            "runs_ms": runs,
+            "simulated_from_piped_ms": simulate_pipeline(piped, hops),
+        }
+
+    def _told_alone(
+        self, chunks: list[int], stages: list[list[float]], runs: list[float], per_token: float
+    ) -> dict[str, Any]:
+        """`stages` are the times of the chunks on each stage alone."""
         hops = [per_token * c for c in chunks]
         simulated = simulate_pipeline(stages, hops)
         layers = np.mean(stages, axis=0) * self.ranks
         return {
-            "chunks": chunks,
             "stage_ms": stages,
-            "piped_ms": piped,
             "spread": spread(stages[0]),
-            "ttft_ms": float(np.median(runs)),
-            "runs_ms": runs,
             "simulated_ms": simulated,
             "simulation_error": simulated / float(np.median(runs)) - 1,
-            "simulated_from_piped_ms": simulate_pipeline(piped, hops),
             "simulated_ms_by_ranks": {
                 n: simulate_pipeline([layers / n] * n, hops) for n in range(2, 17)
             },
@@ -720,7 +779,7 @@ class Bench:
             for _ in range(args.reps):
                 runs.append(self.pipeline.run(batches, prompts))
                 ended: list[Any] = [self.pipeline.ended_ms]
-                dist.broadcast_object_list(ended, src=self.ranks - 1)
+                dist.broadcast_object_list(ended, src=dist.get_world_size() - 1)
                 first.append([ended[0][i] for i in last.values()])
             ttft = np.median(first, axis=0)
             told[name] = {
@@ -787,7 +846,8 @@ def summary(results: dict[str, Any]) -> str:
         elif name.startswith("ttft"):
             lines.append(
                 f"{name}: {r['ttft_ms']:.1f} ms in {len(r['chunks'])} chunks, spread "
-                f"{r['spread']:.1%}, simulation {r['simulation_error']:+.1%}"
+                f"{r['spread']:.1%}"
+                + (f", simulation {r['simulation_error']:+.1%}" if "stage_ms" in r else "")
             )
         elif name == "trace":
             lines += [
@@ -834,6 +894,18 @@ def arguments() -> argparse.Namespace:
         help="thread blocks of a transfer between GPUs (NCCL_MAX_CTAS, and one channel); default: "
         "NCCL's own choice. Blocks that wait for a chunk take multiprocessors from the forward",
     )
+    parser.add_argument(
+        "--in-turn",
+        type=int,
+        metavar="N",
+        help="one process measures a pipeline of N ranks with the chunk times of its first stage",
+    )
+    parser.add_argument(
+        "--like",
+        type=Path,
+        help="with --in-turn: the JSON of a run on two GPUs, whose second stage the stages behind "
+        "the first are like",
+    )
     parser.add_argument("--first", choices=("ours", "sglang"), default="sglang")
     parser.add_argument("--trace", type=Path, help="CSV with input_length or ContextTokens")
     parser.add_argument("--seed", type=int, default=0)
@@ -850,6 +922,10 @@ def arguments() -> argparse.Namespace:
     args.prompts = args.prompts or [args.context // 4, args.context // 2, args.context]
     if not all(0 < n <= args.context for n in args.prompts):
         parser.error(f"--prompts {args.prompts}: between 1 and the context, {args.context}")
+    if args.like and not args.in_turn:
+        parser.error("--like needs --in-turn")
+    if args.in_turn and (args.in_turn < 2 or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        parser.error(f"--in-turn {args.in_turn}: at least 2 ranks, measured by one process")
     return args
 
 
@@ -860,8 +936,13 @@ def main() -> None:
         os.environ |= {"NCCL_MAX_CTAS": str(args.nccl_blocks), "NCCL_MAX_P2P_NCHANNELS": "1"}
     rank, ranks, device = start_group()
     try:
-        stage = build_stage(MODELS[args.model], rank, ranks, args.context, device)
-        bench = Bench(args, Pipeline(stage, rank, ranks))
+        stages = args.in_turn or ranks
+        stage = build_stage(MODELS[args.model], rank, stages, args.context, device)
+        if args.in_turn:
+            like = load(args.like)["results"] if args.like else None
+            bench = Bench(args, InTurn(stage, stages, like))
+        else:
+            bench = Bench(args, Pipeline(stage, rank, ranks))
         # The other parts need the profile, so it always runs, and runs first.
         for part in ("profile", *(p for p in args.parts if p != "profile")):
             began = time.perf_counter()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -381,6 +382,34 @@ def one_gpu_table(runs: dict[str, dict[str, Any]]) -> str:
         )
     head = ["one GPU", "forwards", "error, median / p95", "best of 1,024 to 8,192, ms"]
     return tabulate([*head, "choose, ms", "choose, run, ms", "choose: chunks"], rows)
+
+
+def in_turn_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Pipelines of which one GPU ran the first stage: the best fixed size, what share of its time
+    the stages behind the first wait or finish, and the other plans against it."""
+    rows, others = [], ("choose", "equal time", "sglang warm", "fixed 8192")
+    for run in runs:
+        for prompt, plans in plans_of(run["results"]).items():
+            best = plans[best_fixed(plans)]
+            shown = [best_fixed(plans), *(name for name in others if name in plans)]
+            against = {name: plans[name]["ttft_ms"] / best["ttft_ms"] - 1 for name in shown}
+            rows.append(
+                [
+                    in_turn_name(run),
+                    f"{prompt:,}",
+                    sized_by(shown[0]),
+                    f"{best['ttft_ms']:,.0f}",
+                    f"{1 - sum(best['piped_ms'][0]) / best['ttft_ms']:.1%}",
+                    *(f"{against[name]:+.1%}" if name in against else "absent" for name in others),
+                ]
+            )
+    head = ["stages of", "prompt", "best size", "first token, ms", "after the first stage"]
+    return tabulate([*head, *map(sized_by, others)], rows)
+
+
+def in_turn_name(run: dict[str, Any]) -> str:
+    model = run["benchmark"].split("-")[1]
+    return f"{model.upper()} over {run['ranks']}"
 
 
 def pipeline_trace(measured: dict[str, Any]) -> str:

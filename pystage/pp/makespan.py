@@ -31,6 +31,13 @@ def simulate_pipeline(
     hidden states from one stage to the next. A stage starts a chunk when it has finished the
     previous one and the hidden states have arrived. Transfers overlap with compute.
     """
+    return float(pipeline_ends(stage_ms, transfer_ms)[-1])
+
+
+def pipeline_ends(
+    stage_ms: Sequence[Sequence[float]], transfer_ms: Sequence[float] | None = None
+) -> Floats:
+    """When the last stage has finished each chunk, in ms, [chunks]. Arguments as above."""
     times = np.asarray(stage_ms, dtype=np.float64)
     if times.ndim != 2 or times.size == 0:
         raise ValueError(f"stage_ms must be stages x chunks, got shape {times.shape}")
@@ -42,7 +49,7 @@ def simulate_pipeline(
         # Chunk i ends at max over j <= i of arrived[j] + row[j] + ... + row[i].
         ends = np.cumsum(row)
         arrived = ends + np.maximum.accumulate(arrived - (ends - row))
-    return float(arrived[-1])
+    return arrived
 
 
 def makespan(
