@@ -192,7 +192,7 @@ MUTANTS: Mutants = {
         "pipeline-hop-everywhere": M("        if <|stage|>:\n            arrived", "True"),
         "pipeline-no-wait": M("np.maximum.accumulate(<|arrived|> - (ends - row))", "0 * arrived"),
         "pipeline-no-queue": M("<|np.maximum.accumulate|>(arrived - (ends - row))", ""),
-        "pipeline-first-chunk": M("return float(arrived[<|-1|>])", "0"),
+        "pipeline-first-chunk": M("pipeline_ends(stage_ms, transfer_ms)[<|-1|>]", "0"),
         "makespan-ranks-ignored": M("rows[0].sum() + <|(len(factors) - 1)|> * rows[0].max()", "0"),
         "makespan-stages-alike": M("if len(set(factors)) == <|len(set(more.tolist())) == |>1:", ""),
         "stages-absolute": M("np.polyfit(alone, ms, 1<|, w=1.0 / alone|>)", ""),
