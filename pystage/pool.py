@@ -50,8 +50,8 @@ class StagingPool:
             that call. ``"eager"``: :meth:`stage` launches it, on a high-priority stream that the
             pool owns, and ``resolve`` makes the current stream wait for it.
         transfer: ``"kernel"``: a kernel reads the mapped slot and does not wait in the copy
-            engine's queue. ``"copy_engine"``: ``cudaMemcpyAsync``, for comparison. It is also used
-            where the device cannot map host memory.
+            engine's queue. ``"copy_engine"``: ``cudaMemcpyAsync``. Choose it if several processes
+            share the GPU without MPS. It is also used where the device cannot map host memory.
         wire: ``"auto"``: ids cross the bus as int32 if all ids of a batch fit, else as int64.
             ``"int64"``: always as int64. A copy engine cannot widen, so with ``"auto"`` it needs
             an additional kernel.

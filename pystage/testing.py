@@ -14,7 +14,7 @@ def hold_transfers(pool: StagingPool) -> Iterator[None]:
     """Keeps all new work on the current stream and on the pool's eager stream pending.
 
     On the host device, ``resolve`` returns at once inside the block, and the ids arrive after the
-    block, which must not read them. On CUDA the stream stays busy, as if a long kernel were
+    block: do not read them inside it. On CUDA the stream stays busy, as if a long kernel were
     running. The hold ends with the block, or after 60 seconds.
     """
     hold = _C.Hold(pool._pool)

@@ -138,7 +138,7 @@ def test_a_command_exists(page: str, line: str) -> None:
                 else word in targets(folder)
             )
     elif program == "pip":
-        assert rest[0] in ("install", "list", "wheel")
+        assert rest[0] in ("download", "install", "list", "uninstall", "wheel")
         extras = re.findall(r"\.\[([\w,]+)\]", line)
         assert all(f"\n{name} = [" in (ROOT / "pyproject.toml").read_text() for name in extras)
     elif rest[0] == "-m" and rest[1].startswith("sglang"):

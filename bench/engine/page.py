@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.common import amount, load
 from bench.engine.plans import PLANS
-from bench.engine.tables import HEADS, VARIANTS, cells, targets, verdict
+from bench.engine.tables import HEADS, VARIANTS, cells, p99_of, requests, targets, verdict
 from bench.report import svg
 from bench.report.tables import indented, source, tabulate
 
@@ -92,10 +92,10 @@ def table(runs: dict[str, Run]) -> str:
         return "Not measured yet."
     parts = []
     for run in runs.values():
-        rows = [[label(row["workload"]), *cells(row)] for row in run.found["rows"]]
+        rows = [[label(row["workload"]), *cells(row), requests(row)] for row in run.found["rows"]]
         parts += [
             f"`{run.plan}`: {run.found['about']}.",
-            tabulate(["time to first token, ms, p50 / p99", *HEADS], rows),
+            tabulate(["time to first token, ms, p50 / p99", *HEADS, "requests"], rows),
         ]
         if gaps := [gap_cells(row) for row in run.found["rows"] if "itl_ms" in row["on"]]:
             head = ["between two tokens, ms, p50 / p99 / longest", *HEADS[:3]]
@@ -114,8 +114,12 @@ def table(runs: dict[str, Run]) -> str:
     traces = {f"{r.plan}: {w}": t for r in judged for w, t in r.found["traces"].items()}
     for row in targets(every, traces):
         where = label(row["where"]) if "where" in row else ""
+        measured = amount(row)
+        if "interval" in row:
+            low, high = row["interval"]
+            measured = f"{row['value']:.3f} x ({low:.3f} to {high:.3f})"
         rows.append(
-            [indented(measure(row["measure"])), row["target"], amount(row), verdict(row), where]
+            [indented(measure(row["measure"])), row["target"], measured, verdict(row), where]
         )
     parts.append(tabulate(["measure", "target", "measured", "met", "where"], rows))
     if others := [f"`{run.plan}`" for run in runs.values() if run not in judged]:
@@ -131,7 +135,7 @@ def gap_cells(row: dict[str, Any]) -> list[str]:
     told = [label(row["workload"])]
     for variant in VARIANTS:
         ms = row[variant]["itl_ms"]
-        told.append(f"{ms['p50']:,.1f} / {ms['p99']:,.1f} / {ms['max']:,.1f}")
+        told.append(f"{ms['p50']:,.1f} / {p99_of(ms)} / {ms['max']:,.1f}")
     return told
 
 
@@ -154,8 +158,9 @@ def sized_table(run: Run) -> str:
     rows = []
     for row in run.rows.values():
         off, _, on, sooner = cells(row)
-        rows.append([label(row["workload"]), off, on, sooner])
+        rows.append([label(row["workload"]), off, on, sooner, requests(row)])
     head = ["first token, ms, p50 / p99", "SGLang's sizes", "pystage's sizes", "sooner, ms"]
+    head.append("requests")
     return "\n\n".join([tabulate(head, rows), run.source])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 VARIANTS = ("off", "bypassed", "on")
+FEW = 20  # below so many samples a p99 is not told
 GATED_MS = 1.0  # ids that take longer to reach the device have waited for another copy
 ROUNDS = 2000  # rounds of the bootstrap
 
@@ -130,8 +131,7 @@ def targets(rows: list[dict[str, Any]], traces: dict[str, Any]) -> list[dict[str
     behind a load-back; equal outputs.
 
     Each ratio is that of the worst workload, which the row names. A target is missed if the whole
-    95 % interval is above the limit. If only the ratio itself is above it, that counts as within
-    the noise.
+    95 % interval is above the limit. If only the ratio itself is above it, the run does not decide.
     """
     calm = {row["workload"]: row for row in rows if "+" not in row["workload"]}
     told = []
@@ -183,7 +183,7 @@ def _worst(measure: str, limit: float, ratios: list[Any]) -> dict[str, Any]:
     above = [ratio for ratio in ratios if ratio[1] > limit]
     low, value, bounds, where = max(above or ratios)
     told |= {"value": round(value, 4), "interval": bounds, "where": where}
-    return {**told, "ok": value <= limit, "within_noise": low <= limit}
+    return {**told, "ok": value <= limit, "undecided": value > limit >= low}
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -191,7 +191,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     told = []
     for variant in VARIANTS:
         ms, starved = row[variant]["ttft_ms"], row[variant]["starved"]
-        parts = [f"{ms['p50']:,.1f} / {ms['p99']:,.1f}"] if ms else []
+        parts = [f"{ms['p50']:,.1f} / {p99_of(ms)}"] if ms else []
         if starved:
             after = f"in {row[variant]['given_up_after_s']:g} s"
             parts.append(f"{starved} without an answer {after}" if ms else f"no answer {after}")
@@ -203,6 +203,16 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [*told, gain]
 
 
+def p99_of(ms: dict[str, Any]) -> str:
+    return f"{ms['p99']:,.1f}" if ms["samples"] >= FEW else "-"
+
+
+def requests(row: dict[str, Any]) -> str:
+    """How many requests each variant sent: one number if it is the same for all."""
+    counts = [f"{row[v]['answered'] + row[v]['starved']}" for v in VARIANTS]
+    return counts[0] if len(set(counts)) == 1 else " / ".join(counts)
+
+
 def line(row: dict[str, Any]) -> str:
     """A workload's row as padded text for a terminal."""
     padded = "  ".join(f"{cell:>26}" for cell in cells(row))
@@ -210,8 +220,8 @@ def line(row: dict[str, Any]) -> str:
 
 
 def verdict(target: dict[str, Any]) -> str:
-    if target["ok"] is False and target.get("within_noise"):
-        return "within the noise"
+    if target["ok"] is False and target.get("undecided"):
+        return "not certain"
     return {True: "yes", False: "no", None: "not measured"}[target["ok"]]
 
 

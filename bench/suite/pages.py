@@ -244,10 +244,11 @@ def _targets(result: dict[str, Any]) -> str:
             row["target"],
             amount(row),
             {True: "yes", False: "no", None: "not measured"}[row["met"]],
+            row["where"] if "worst" in row["measure"] else "",
         ]
         for row in result["targets"]
     ]
-    return tabulate(["measure", "target", "measured", "met"], rows)
+    return tabulate(["measure", "target", "measured", "met", "where"], rows)
 
 
 def _notes(result: dict[str, Any]) -> str:

@@ -282,8 +282,8 @@ def verdict(report: ChunkReport) -> str:
     measured = f"the times of its chunks spread by {planned:.0%}, those of one size by {fixed:.0%}"
     if planned < fixed:
         return (
-            f"The fit is usable, and the plan was run: {measured}. A pipeline waits for its "
-            "slowest chunk, and chunks of one size take longer the more tokens came before them."
+            f"The fit is usable, and the plan was run: {measured}. Equal times bound the slowest "
+            "chunk. For the lowest time to first token use ChunkSizer.choose (docs/pp.md)."
         )
     return (
         f"The fit is usable and the plan was run, but it did not help here: {measured}. Other work "

@@ -147,7 +147,7 @@ def examine(
         try:
             checks.append(step())
         except (PystageError, ValueError, RuntimeError, OSError) as error:
-            advice = f"first fix what is WRONG above; if nothing is, {_REPORT}"
+            advice = f"first fix the checks above that say WRONG; if there are none, {_REPORT}"
             checks.append(Check(name, False, str(error), {"error": str(error)}, advice))
     return checks
 

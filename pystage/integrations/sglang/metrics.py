@@ -13,7 +13,7 @@ from .symbols import Function
 logger = logging.getLogger("pystage.sglang")
 
 GAUGES = {
-    "capacity_bytes": "Cap on the pinned memory of the staging pool.",
+    "capacity_bytes": "Limit of the staging pool's pinned memory.",
     "reserved_bytes": "Memory held from the device by the staging pool, waste included.",
     "in_use_bytes": "Memory in slots that are leased, in flight or quarantined.",
     "high_water_bytes": "The most in_use_bytes ever was.",
@@ -28,7 +28,7 @@ COUNTERS = {
     "wire_bytes": ("wire_bytes", "Bytes transferred from slots to the device."),
     "waits": ("waits", "Stages that waited for a slot."),
     "wait_seconds": ("wait_seconds", "Time that stages waited for a slot."),
-    "exhausted": ("exhausted", "Stages for which there was no slot at the cap."),
+    "exhausted": ("exhausted", "Stages for which there was no slot at the limit."),
     "fallbacks": ("fallbacks", "Stages that left the pool for torch's own allocator."),
     "allocations": ("allocations", "Pieces of memory taken from the device."),
     "frees": ("frees", "Pieces of memory given back to the device."),
