@@ -1189,6 +1189,7 @@ def test_the_plan_fits_the_kv_cache() -> None:
     assert plan.base == (0, 1024) and plan.page_size == 64
     assert max(history + chunk for history, chunk in plan.points) <= 6000 - 64
     assert max(chunk for _, chunk in plan.points) <= 1280
+    assert pp.sample_plan(owner(), 8).ranks == 8  # the plans that it compares
 
 
 def stage_rank(rank: int, folder: str, fails_at: int) -> None:

@@ -106,7 +106,7 @@ HICACHE = {  # the device holds fewer tokens than the conversations have, so the
     "max_total_tokens": 36864,
     "enable_hierarchical_cache": True,
     "hicache_write_policy": "write_through",
-    "hicache_size": 12,
+    "hicache_size": 12,  # GB of the host for each rank
 }
 
 
@@ -235,6 +235,7 @@ PLANS = {
         "direct",
         "copies, on 8 GPUs at once, --tp-size 8",
         tp_size=8,
+        hicache_size=2,  # a rank has an eighth of the KV heads
         disable_custom_all_reduce=True,
     ),
     "pp8": ranks("8 GPUs, --pp-size 8", 65536, pp_size=8),

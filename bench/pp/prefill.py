@@ -36,7 +36,9 @@ import logging
 import math
 import os
 import random
+import sys
 import time
+import traceback
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -74,6 +76,7 @@ from pystage.pp.profile import DeviceClock
 logger = logging.getLogger("pp_prefill")
 
 PARTS = ("profile", "heldout", "ttft", "trace")
+MEASURED_TOKENS = 131072  # the stages are measured with a prompt of at most half of this
 IN_FLIGHT = DeviceClock.AHEAD  # chunks enqueued ahead of the device, as where they are timed alone
 
 
@@ -528,6 +531,7 @@ class Bench:
             context_len=args.context,
             page_size=args.page,
             min_chunk=args.min_chunk,
+            **({"ranks": self.ranks} if self.ranks > 1 else {}),
         )
         if args.first == "ours":
             self._ours(plan)
@@ -549,7 +553,7 @@ class Bench:
         self.policies["choose, run"] = self._choose_by_runs
         self.next_sizes["equal time"] = lambda history, _: sizer.next_chunk(history) or args.base
 
-    def _choose(self, prompt_len: int) -> list[int]:
+    def _choose(self, prompt_len: int, key: str = "choice") -> list[int]:
         """Rank 0 chooses the chunks. It times the finalists on its own stage."""
 
         def choose() -> dict[str, Any]:
@@ -563,7 +567,7 @@ class Bench:
             )
             return _told(choice, time.perf_counter() - began)
 
-        told = self.results[f"choice {prompt_len}"] = self.on_rank0(choose)
+        told = self.results[f"{key} {prompt_len}"] = self.on_rank0(choose)
         chunks: list[int] = told["chunks"]
         return chunks
 
@@ -659,15 +663,16 @@ class Bench:
         self.results["heldout"] = result
 
     def measured_stages(self) -> dict[str, Any]:
-        """`stage_factors` and `overhead_ms`, from a prompt of half the context in chunks of four
-        sizes. The same on all ranks.
+        """`stage_factors` and `overhead_ms`, from a prompt of half the context (at most 65,536
+        tokens) in chunks of four sizes. The same on all ranks.
 
         The prompt is long, and its first chunk does not count, because after a pause a GPU runs at
         a higher clock. From prompts of 16,384 tokens, two equal stages seemed to differ by 8 %.
         """
         args = self.args
         sizes = [args.base // part for part in (8, 4, 2, 1)]
-        chunks = [c for size in sizes for c in fixed_chunks(size, args.context // 8)]
+        each = min(args.context, MEASURED_TOKENS) // len(sizes) // 2
+        chunks = [c for size in sizes for c in fixed_chunks(size, each)]
         alone = self.alone(chunks)[0][1:]
         runs = []
         for _ in range(4):
@@ -700,12 +705,12 @@ class Bench:
                 for name in order.sample([*plans], len(plans)):
                     runs[name].append(self.pipeline.run(batches_of_one(plans[name]), [self.prompt]))
                     piped[name] = self.pipeline.gather(self.pipeline.piped_ms)
-            for name, chunks in plans.items():
-                told = self._told_ttft(chunks, piped[name], runs[name], per_token)
-                if name in alone:
-                    told |= self._told_alone(chunks, alone[name], runs[name], per_token)
-                self.results[f"ttft {prompt_len} {name}"] = told
-            self.write()  # a run of ten minutes may be cut
+                for name, chunks in plans.items():
+                    told = self._told_ttft(chunks, piped[name], runs[name], per_token)
+                    if name in alone:
+                        told |= self._told_alone(chunks, alone[name], runs[name], per_token)
+                    self.results[f"ttft {prompt_len} {name}"] = told
+                self.write()  # a run of ten minutes may be cut
 
     def write(self) -> Path | None:
         """Writes what has been measured. Only rank 0 does."""
@@ -763,7 +768,8 @@ class Bench:
         prompts = [random_token_ids(n, vocab, args.seed + i) for i, n in enumerate(lengths)]
         told = self.results["trace"] = {"lengths": lengths}
         # As the SGLang plugin does: plans for a few lengths, and a size is looked up by history.
-        plans = {n: self._choose(n) for n in (args.context // 4 >> k for k in range(3))}
+        lengths_of_plans = [args.context // 4 >> k for k in range(3)]
+        plans = {n: self._choose(n, "trace choice") for n in lengths_of_plans}
 
         def chosen(history: int, prompt: int) -> int:
             return size_at(plans[min(n for n in plans if n >= prompt)], history)
@@ -953,6 +959,13 @@ def main() -> None:
         if rank == 0:
             print(summary(bench.results))
             print("written to", bench.write())
+    except BaseException:
+        if dist.get_backend() == "nccl" and dist.get_world_size() > 1:
+            # NCCL's shutdown waits for receives that nobody will serve any more.
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        raise
     finally:
         dist.destroy_process_group()
 

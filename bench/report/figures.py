@@ -233,13 +233,14 @@ def ranks_text(path: Path) -> str:
         return pair(max((r[when]["ready_us"] for r in ranks), key=lambda us: float(us["p50"])))
 
     pinned = {f"{r['pinned_bytes'] / 2**20:.0f}" for r in ranks}
-    alone = all(len(r["contexts_on"]) == 1 for r in ranks)
+    devices = result["devices_of_ranks"]
+    alone = len(set(devices)) == len(devices) and all(len(r["contexts_on"]) == 1 for r in ranks)
     return (
         f"{len(ranks)} ranks that start together: their pools are made in at most "
         f"{1e3 * max(r['pool_s'] for r in ranks):.0f} ms, each pins {' or '.join(sorted(pinned))} "
         f"MiB, and {'each' if alone else 'not each'} has a context on its own GPU alone. 8,192 ids "
         f"are on the GPU after {slowest('alone')} us (p50 / p99) if one rank works, and after "
-        f"{slowest('together')} us if all do; the slower rank counts.\n\n"
+        f"{slowest('together')} us if all do; the slowest rank counts.\n\n"
         f"{source(result, path.name)}"
     )
 
@@ -487,6 +488,8 @@ def plan_targets(name: str, run: dict[str, Any]) -> list[list[Any]]:
             for prompt, plans in prompts.items()
             if policy in plans  # a search by runs takes minutes for long prompts
         }
+        if not told:
+            continue
         ratio, prompt = max(
             (mine["ttft_ms"] / best["ttft_ms"], prompt) for prompt, (mine, best) in told.items()
         )

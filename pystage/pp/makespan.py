@@ -101,7 +101,7 @@ def fit_stages(
     for ms in piped:
         # The weights make the errors relative, so that a small chunk counts as much as a large one.
         factor, more = np.polyfit(alone, ms, 1, w=1.0 / alone).tolist()
-        if more < 0:  # noise: no chunk is faster for being small
+        if more < 0 or factor <= 0:  # noise: a larger chunk takes longer, and not less per token
             factor, more = float(np.mean(ms / alone)), 0.0
         fitted.append((factor, more))
     factors, overheads = zip(*fitted, strict=True)

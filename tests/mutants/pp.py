@@ -196,7 +196,8 @@ MUTANTS: Mutants = {
         "makespan-ranks-ignored": M("rows[0].sum() + <|(len(factors) - 1)|> * rows[0].max()", "0"),
         "makespan-stages-alike": M("if len(set(factors)) == <|len(set(more.tolist())) == |>1:", ""),
         "stages-absolute": M("np.polyfit(alone, ms, 1<|, w=1.0 / alone|>)", ""),
-        "stages-below-nothing": M("if <|more < 0|>:", "False"),
+        "stages-below-nothing": M("if <|more < 0 or |>factor <= 0:", ""),
+        "stages-shrinking": M("if more < 0<| or factor <= 0|>:", ""),
         "stages-any-shape": M("<|alone.ndim != 1 or alone.size < 2 or |>piped.ndim != 2", ""),
     },
     "pystage/pp/budget.py": {

@@ -107,13 +107,16 @@ def profile_and_fit(owner: Any, with_plans: bool = True) -> bool:
     from sglang.srt.distributed import parallel_state
 
     stage, world = parallel_state.get_tp_group(), parallel_state.get_world_group()
+    stages = int(parallel_state.get_pp_group().world_size)
     serving.model = serving.plans = None
     try:
         step = PrefillStep(owner)
         if parallel_state.get_pp_group().is_first_rank and dist.get_rank() != 0:
             _follow(step, stage.cpu_group)
         decision = share_json(
-            lambda: _lead(step, owner, stage, lambda *found: _decide(owner, with_plans, *found)),
+            lambda: _lead(
+                step, owner, stage, lambda *found: _decide(owner, with_plans, *found), stages
+            ),
             group=world.cpu_group,
             device="cpu",
         )
@@ -261,8 +264,9 @@ def better_plans(owner: Any, choices: dict[int, Choice]) -> dict[str, list[int]]
     return {} if as_good else {str(n): list(c.chunks) for n, c in choices.items()}
 
 
-def sample_plan(owner: Any) -> SamplePlan:
-    """The sample plan, limited by a request's row, the KV cache and the model's context."""
+def sample_plan(owner: Any, stages: int = 1) -> SamplePlan:
+    """The sample plan, limited by a request's row, the KV cache and the model's context. It may
+    stop early once the plan for so many pipeline stages no longer changes."""
     context = int(owner.model_config.context_len)
     free = int(owner.token_to_kv_pool_allocator.available_size())
     row = int(owner.req_to_token_pool.req_to_token.shape[1])
@@ -276,6 +280,7 @@ def sample_plan(owner: Any) -> SamplePlan:
         max_chunk=int(owner.max_prefill_tokens),
         # One page stays free: a request that fills its last page may take another.
         max_tokens=max(page, min(context, free - page, row - page)),
+        **({"ranks": stages} if stages > 1 else {}),
     )
 
 
@@ -300,7 +305,9 @@ def largest_of(owner: Any) -> int:
 # --- the ranks of the first stage ----------------------------------------------------------------
 
 
-def _lead(step: Step, owner: Any, stage: Any, then: Callable[[Profile, Step], T]) -> T:
+def _lead(
+    step: Step, owner: Any, stage: Any, then: Callable[[Profile, Step], T], stages: int = 1
+) -> T:
     """Profiles with the other ranks of the stage, and returns the result of ``then``, which may run
     more forwards."""
     together = stage.world_size > 1
@@ -311,7 +318,7 @@ def _lead(step: Step, owner: Any, stage: Any, then: Callable[[Profile, Step], T]
         step(history_len, chunk_len)
 
     try:
-        plan = sample_plan(owner)
+        plan = sample_plan(owner, stages)
         profile = profile_prefill(tell_and_run, plan, device=owner.device, progress=True)
         return then(profile, tell_and_run)
     finally:
