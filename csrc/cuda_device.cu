@@ -287,6 +287,8 @@ struct DriverError : DeviceError {
 
 // The process is ending or the device is lost, so the resources to be freed are already gone.
 bool is_gone(CUresult code) {
+  constexpr int kContained = 226, kTensorMemoryLeak = 721;  // older toolkits do not name them
+  if (int{code} == kContained || int{code} == kTensorMemoryLeak) return true;
   switch (code) {
     case CUDA_ERROR_DEINITIALIZED:
     case CUDA_ERROR_NOT_INITIALIZED:
@@ -305,6 +307,7 @@ bool is_gone(CUresult code) {
     case CUDA_ERROR_INVALID_PC:
     case CUDA_ERROR_LAUNCH_FAILED:
     case CUDA_ERROR_EXTERNAL_DEVICE:
+    case CUDA_ERROR_MPS_CLIENT_TERMINATED:
       return true;
     default:
       return false;

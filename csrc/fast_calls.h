@@ -20,21 +20,40 @@ void translate(std::exception_ptr pointer);
 // Runs `body`, which returns a new reference. Turns every exception into a Python error.
 template <typename Body>
 PyObject* guarded(Body body) noexcept {
+  std::exception_ptr error;
   try {
-    try {
-      return body();
-    } catch (py::error_already_set& e) {
-      e.restore();
-    } catch (const py::builtin_exception& e) {
-      e.set_error();
-    } catch (const Interrupted&) {  // NOLINT(bugprone-empty-catch): the Python error is set already
-    } catch (...) {
-      translate(std::current_exception());  // rethrows what is not pystage's
-    }
+    return body();
+  } catch (py::error_already_set& e) {
+    e.restore();
+    return nullptr;
+  } catch (const Interrupted&) {
+    return nullptr;  // the Python error is set already
   } catch (...) {
-    torch::translate_exception_to_python(std::current_exception());
+    error = std::current_exception();
   }
+  // Not in the handler: there a forced unwind terminates the process before call_python() sees it.
+  try {
+    translate(error);  // rethrows what is not pystage's
+    return nullptr;
+  } catch (py::error_already_set& e) {
+    e.restore();
+    return nullptr;
+  } catch (const py::builtin_exception& e) {
+    e.set_error();
+    return nullptr;
+  } catch (...) {
+    error = std::current_exception();
+  }
+  torch::translate_exception_to_python(error);
   return nullptr;
+}
+
+// The new reference that `call` returns, see call_python(). Throws the Python error if it is null.
+template <typename Call>
+py::object called(Call call) {
+  PyObject* object = call_python(call);
+  if (!object) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
 }
 
 inline void check_count(const char* name, Py_ssize_t given, Py_ssize_t taken) {

@@ -40,7 +40,9 @@ PyObject* ids_view(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Py_ssize_t length = PyObject_Length(args[0]);
   if (length < 0) return nullptr;
   const Py_ssize_t size = PySlice_AdjustIndices(length, &bounds[0], &bounds[1], 1);
-  return make_view(args[0], bounds[0], bounds[0] + size);
+  if (Py_TYPE(args[0]) != g_type) return make_view(args[0], bounds[0], bounds[0] + size);
+  const IdsView& view = view_of(args[0]);  // no chain of views, whose end would be recursive
+  return make_view(view.ids, view.start + bounds[0], view.start + bounds[0] + size);
 }
 
 void end_view(PyObject* object) {

@@ -85,6 +85,7 @@ at::Tensor OutputMemory::allocate(at::ScalarType dtype, size_t count, StreamHand
   at::Tensor ids = next(fresh);
   std::lock_guard<std::mutex> guard(mutex_);
   const auto block = of_stream();
+  if (closed_) return ids;
   if (block != blocks_.end())
     std::swap(*block, fresh);
   else if (blocks_.size() < kOutputStreams)
@@ -95,9 +96,10 @@ at::Tensor OutputMemory::allocate(at::ScalarType dtype, size_t count, StreamHand
   // GCOV_EXCL_STOP
 }
 
-void OutputMemory::clear() {
+void OutputMemory::close() {
   std::vector<Block> blocks;
   std::lock_guard<std::mutex> guard(mutex_);
+  closed_ = true;
   blocks.swap(blocks_);
 }
 

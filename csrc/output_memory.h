@@ -30,7 +30,8 @@ class OutputMemory {
   explicit OutputMemory(c10::Device device) : device_(device) {}
   // A new tensor [count] for work on `stream`, which is current.
   at::Tensor allocate(at::ScalarType dtype, size_t count, StreamHandle stream);
-  void clear();
+  // Gives the blocks back, and keeps no more.
+  void close();
   // Keeps the blocks until the process ends.
   void leak() noexcept;
 
@@ -44,6 +45,7 @@ class OutputMemory {
   std::mutex mutex_;           // not held while torch allocates
   std::vector<Block> blocks_;  // at most one per stream
   size_t turn_ = 0;
+  bool closed_ = false;
 };
 
 }  // namespace pystage

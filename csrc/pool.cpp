@@ -14,8 +14,9 @@
 namespace pystage {
 namespace {
 
-constexpr size_t kMinSlot = 64;            // a cache line, so that no two slots share one
-constexpr size_t kPage = 4096;             // segments are whole pages
+constexpr size_t kMinSlot = 64;  // a cache line, so that no two slots share one
+constexpr size_t kPage = 4096;   // segments are whole pages
+constexpr double kSettle = 1.0;  // seconds for what other threads have begun with the device
 constexpr size_t kGrow = size_t{1} << 20;  // the largest size that is pinned in well under 1 ms
 constexpr auto kPollEvery = std::chrono::milliseconds(50);
 
@@ -321,9 +322,11 @@ std::shared_ptr<Lease> Pool::acquire(size_t bytes, const Poll& poll) {
     if (Slot* slot = take(need)) return make_lease(slot, bytes);
     if (grow(lock, need)) continue;
     const double so_far = wait.seconds();
-    const bool give_up = options_.at_capacity != AtCapacity::kWait || so_far >= options_.timeout_s;
-    if (give_up && (reaping_ || freeing_)) {
-      // Another thread is going through the queues or gives memory back, which may make room.
+    const double patience = options_.at_capacity == AtCapacity::kWait ? options_.timeout_s : 0.0;
+    const bool give_up = so_far >= patience;
+    if (give_up && (reaping_ || allocating_ || freeing_) && so_far < patience + kSettle) {
+      // Another thread is going through the queues, or takes or gives back memory, which may make
+      // room.
       slot_freed_.wait_for(lock, std::chrono::microseconds(20));
       polling.look();
       continue;
@@ -566,11 +569,13 @@ void Pool::allocate_segment(Lock& lock, size_t bytes) {
   Slot* slot = spare_slot();
   std::string why;
   reserved_bytes_ += bytes;
+  ++allocating_;
   lock.unlock();
   try {
     segment.memory = device_.allocate(bytes, &why);
   } catch (...) {
     lock.lock();
+    --allocating_;
     reserved_bytes_ -= bytes;
     put_by(slot);
     slot_freed_.notify_all();  // others may be waiting for the room
@@ -578,6 +583,7 @@ void Pool::allocate_segment(Lock& lock, size_t bytes) {
   }
   if (guards_) std::memset(segment.memory.host, kFreeByte, bytes);
   lock.lock();
+  --allocating_;
   ++allocations_;
   if (segment.memory.fallback) pageable_bytes_ += bytes;
   if (!why.empty()) why_pageable_.swap(why);

@@ -327,7 +327,8 @@ class Pool : public std::enable_shared_from_this<Pool> {
   sync::ConditionVariable slot_freed_;
   bool closed_ = false;
   bool reaping_ = false;
-  size_t freeing_ = 0;  // threads that give segments back to the device
+  size_t allocating_ = 0;  // threads that take a segment from the device
+  size_t freeing_ = 0;     // threads that give segments back to the device
   bool orphaned_ = false;
   std::string why_pageable_;
   std::list<Segment> segments_;

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -24,10 +25,10 @@ namespace {
 constexpr const char* kPoolCapsule = "pystage.StagingPool";
 
 void log(const char* level, const std::string& text) {
-  const py::object logger = py::module_::import("logging").attr("getLogger")("pystage");
-  const auto done = py::reinterpret_steal<py::object>(call_python(
-      [&] { return PyObject_CallMethod(logger.ptr(), level, "ss", "%s", text.c_str()); }));
-  if (!done) throw py::error_already_set();
+  const py::module_ logging = py::module_::import("logging");
+  const py::object logger =
+      called([&] { return PyObject_CallMethod(logging.ptr(), "getLogger", "s", "pystage"); });
+  called([&] { return PyObject_CallMethod(logger.ptr(), level, "ss", "%s", text.c_str()); });
 }
 
 // Warns, once for each pool, that its memory is pageable, and says why.
@@ -169,12 +170,11 @@ void raise_as(const char* name, const E& error) {
 // NOLINTNEXTLINE(performance-unnecessary-value-param): pybind11 passes it by value
 void translate(std::exception_ptr pointer) {
   if (!pointer) return;
+  std::optional<TokenRangeError> out_of_range;
   try {
     std::rethrow_exception(pointer);
   } catch (const TokenRangeError& e) {
-    const py::object type = py::module_::import("pystage.errors").attr("TokenRangeError");
-    const py::object error = type(e.what(), e.request, e.position, e.value, e.vocab_size);
-    PyErr_SetObject(type.ptr(), error.ptr());
+    out_of_range = e;
   } catch (const RequestTooLargeError& e) {
     raise_as("RequestTooLargeError", e);
   } catch (const PoolExhaustedError& e) {
@@ -194,6 +194,12 @@ void translate(std::exception_ptr pointer) {
   } catch (const c10::ValueError& e) {
     PyErr_SetString(PyExc_ValueError, e.what_without_backtrace());
   }
+  if (!out_of_range) return;
+  const TokenRangeError& e = *out_of_range;  // its class is Python code, see guarded()
+  const py::object type = py::module_::import("pystage.errors").attr("TokenRangeError");
+  const auto given = py::make_tuple(e.what(), e.request, e.position, e.value, e.vocab_size);
+  const py::object error = called([&] { return PyObject_CallObject(type.ptr(), given.ptr()); });
+  PyErr_SetObject(type.ptr(), error.ptr());
 }
 
 const std::shared_ptr<StagingPool>& pool_of(PyObject* handle) {

@@ -61,11 +61,15 @@ PyObject* write_rows_fast(PyObject*, PyObject* const* args, Py_ssize_t given) {
     check_memory(table, "table");
     check_memory(rest, "rest");
     std::vector<RowWrite> writes(count);
+    std::vector<at::Tensor> held;  // another thread may change the list while the GIL is released
+    held.reserve(count);
     int64_t rest_at = 0;
     for (size_t i = 0; i < count; ++i) {
+      if (i >= static_cast<size_t>(PySequence_Fast_GET_SIZE(prefixes.ptr())))
+        throw Error("prefixes shrank while they were read");
       PyObject* object = PySequence_Fast_GET_ITEM(prefixes.ptr(), static_cast<Py_ssize_t>(i));
       if (!is_tensor(object)) throw py::type_error("prefixes must be tensors");
-      const at::Tensor& prefix = THPVariable_Unpack(object);
+      const at::Tensor& prefix = held.emplace_back(THPVariable_Unpack(object));
       const int64_t row = rows[i], prefix_count = prefix_lens[i], length = lens[i];
       const bool fits = 0 <= row && row < table.size(0) && 0 <= prefix_count && 0 <= length &&
                         prefix_count <= std::min(prefix.numel(), table.size(1)) &&

@@ -32,8 +32,8 @@ std::string name_of(at::ScalarType dtype) {
 
 [[noreturn]] void does_not_fit(PyObject* value, size_t index, Py_ssize_t position,
                                at::ScalarType dtype) {
-  throw py::value_error(where(index, position) + " is " +
-                        py::repr(py::handle(value)).cast<std::string>() + ", which " +
+  const py::object text = called([value] { return PyObject_Repr(value); });
+  throw py::value_error(where(index, position) + " is " + text.cast<std::string>() + ", which " +
                         name_of(dtype) + " cannot hold");
 }
 
@@ -148,12 +148,14 @@ bool holds(const at::Tensor& to, const at::Tensor& from) {
   if (target == at::kFloat)
     return source != at::kDouble ||
            !from.isfinite().logical_and(from.abs().gt(FLT_MAX)).any().item().toBool();
-  if (!to.to(source).equal(from)) return false;
   // There and back is no proof where a sign bit is read as a value, or a float is clamped.
   if (at::isFloatingType(source)) {
+    const at::Tensor exact = from.to(at::kDouble);  // a half holds no int that a clamp gives
+    if (!to.to(at::kDouble).equal(exact)) return false;
     const int bits = target == at::kInt ? 31 : target == at::kLong ? 63 : 64;
-    return target == at::kBool || from.lt(std::ldexp(1.0, bits)).all().item().toBool();
+    return target == at::kBool || exact.lt(std::ldexp(1.0, bits)).all().item().toBool();
   }
+  if (!to.to(source).equal(from)) return false;
   if (target == at::kUInt64) return !c10::isSignedType(source) || !from.lt(0).any().item().toBool();
   return target == at::kBool || c10::isSignedType(source) || !to.lt(0).any().item().toBool();
 }
@@ -180,7 +182,13 @@ PyObject* small_tensors_fast(PyObject*, PyObject* const* args, Py_ssize_t given)
     all.reserve(static_cast<size_t>(count));
     size_t bytes = 0;
     for (Py_ssize_t i = 0; i < count; ++i) {
-      PyObject* value = PySequence_Fast_GET_ITEM(values.ptr(), i);
+      // A tensor's subclass runs Python code when it is converted.
+      if (i >= PySequence_Fast_GET_SIZE(values.ptr()) ||
+          i >= PySequence_Fast_GET_SIZE(dtypes.ptr()))
+        throw Error("values or dtypes shrank while they were read");
+      const auto held =
+          py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(values.ptr(), i));
+      PyObject* value = held.ptr();
       PyObject* dtype = PySequence_Fast_GET_ITEM(dtypes.ptr(), i);
       const std::string name = "values[" + std::to_string(i) + "]";
       Given one;

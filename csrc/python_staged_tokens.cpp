@@ -118,8 +118,10 @@ StagedTokens& tokens_of(PyObject* self) {
 }  // namespace
 
 PyObject* make_staged_tokens(PyObject* pool, StagedTokens tokens) {
-  PyObject* object = g_staged_tokens_type->tp_alloc(g_staged_tokens_type, 0);
-  if (!object) throw py::error_already_set();
+  // This may collect garbage, and so run Python code.
+  PyObject* object = called([] { return g_staged_tokens_type->tp_alloc(g_staged_tokens_type, 0); })
+                         .release()
+                         .ptr();
   auto* self = reinterpret_cast<StagedTokensObject*>(object);
   Py_XINCREF(pool);  // null in a slice of tokens that the garbage collector has cleared
   self->pool = pool;

@@ -1,5 +1,6 @@
 #include "staging.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/CachingHostAllocator.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/StreamGuard.h>
@@ -118,9 +119,25 @@ std::shared_ptr<RelayTail> make_tail(const at::Tensor& relay, const at::Tensor& 
   return tail;
 }
 
+// Autograd compares the version, to find a tensor that was changed after the forward used it.
+void count_write(const at::Tensor& out) {
+  if (!out.is_inference()) out.unsafeGetTensorImpl()->bump_version();
+}
+
 void check_int64(const at::Tensor& out) {
   TORCH_CHECK_TYPE(out.scalar_type() == at::kLong,
                    std::string("out must be int64, not ") + c10::toString(out.scalar_type()));
+}
+
+void check_apart(const at::Tensor& out, const at::Tensor& relay, const at::Tensor& indices) {
+  auto check = [&out](const at::Tensor& read, const char* name) {
+    const at::MemOverlapStatus status = at::get_overlap_status(out, read);
+    TORCH_CHECK_VALUE(
+        status != at::MemOverlapStatus::Full && status != at::MemOverlapStatus::Partial,
+        std::string("out shares memory with ") + name + ", which is read while out is written");
+  };
+  check(relay, "relay");
+  check(indices, "indices");
 }
 
 // Launches a transfer that does not read a slot. On the host device it also records a fence, so
@@ -192,8 +209,13 @@ StagingPool::~StagingPool() {
 }
 
 void StagingPool::close(const Poll& poll) {
+  struct Clear {
+    ~Clear() {  // also where the poll throws
+      if (pool.can_free()) pool.outputs_.close();
+    }
+    StagingPool& pool;
+  } clear{*this};
   core_->close(poll);
-  if (can_free()) outputs_.clear();
 }
 
 bool StagingPool::can_free() const noexcept {
@@ -295,6 +317,8 @@ void StagedTokens::start_eager() {
   // only after all work that is still pending on that stream.
   const c10::OptionalStreamGuard stream_guard(pool_->eager_stream_);
   const StreamHandle stream = pool_->eager_stream();
+  // Torch hands out its streams in turn, so another user may capture on this one.
+  if (pool_->backend_->capturing(stream)) return;
   at::Tensor ids = pool_->outputs_.allocate(at::kLong, count_, stream);
   const FenceHandle fence = transfer_to(ids, stream);
   eager_ = std::make_shared<EagerIds>(pool_, std::move(ids), fence);
@@ -335,6 +359,7 @@ Resolved StagedTokens::resolve(const std::optional<at::Tensor>& out, at::ScalarT
                     "these ids do not all fit int32: resolve to int64");
   const DeviceScope scope(device);
   const StreamHandle stream = resolving_stream();
+  if (out) count_write(*out);
 
   if (fallback_) {
     at::Tensor ids = out ? *out : pool_->outputs_.allocate(dtype, count_, stream);
@@ -374,8 +399,10 @@ Resolved StagedTokens::resolve_mixed(const at::Tensor& relay, const at::Tensor& 
   if (out) {
     check_out(*out, device, count_ + static_cast<size_t>(indices.numel()));
     check_int64(*out);
+    check_apart(*out, relay, indices);
   }
   const StreamHandle stream = resolving_stream();
+  if (out) count_write(*out);
   const auto tail = make_tail(relay, indices, device);
   const at::Tensor ids =
       out ? *out : pool_->outputs_.allocate(at::kLong, count_ + tail->count, stream);
@@ -409,6 +436,8 @@ Resolved gather_relay(const at::Tensor& relay, const at::Tensor& indices,
   if (out) {
     check_out(*out, device, static_cast<size_t>(indices.numel()));
     check_int64(*out);
+    check_apart(*out, relay, indices);
+    count_write(*out);
   }
   const auto tail = make_tail(relay, indices, device);
   return launch_gather(backend, current_stream_of(device), tail,
@@ -435,9 +464,12 @@ void transfer_tensor(const at::Tensor& wire, const at::Tensor& out) {
   const IntType from = int_type(wire.scalar_type());
   TORCH_CHECK_VALUE(wire.dim() == 1, "wire must be 1-D, not " + shape_of(wire));
   check_out(out, out.device(), static_cast<size_t>(wire.numel()));
+  count_write(out);
   if (!wire.numel()) return;
   const c10::Device device = out.device();
   const at::Tensor src = plain(wire, "wire").contiguous();
+  TORCH_CHECK_VALUE(at::get_overlap_status(out, src) != at::MemOverlapStatus::Partial,
+                    "out shares memory with wire, which is read while out is written");
   if (device.is_cpu()) {
     TORCH_CHECK_VALUE(wire.is_cpu(), "wire is on " + wire.device().str() + ", out on the CPU");
     convert(src.const_data_ptr(), from, out.mutable_data_ptr(), int_type(out.scalar_type()),

@@ -414,6 +414,12 @@ def test_wrong_arguments_of_resolve_mixed(pool: pystage.StagingPool, device: str
     ):
         with pytest.raises(ValueError, match=r"out (must|is)"):
             pystage.resolve_mixed(tokens, relay, indices, out)
+    both = torch.zeros(6, dtype=torch.int64, device=device)
+    for read, name in (((both[:1], indices), "relay"), ((relay, both[2:3]), "indices")):
+        with pytest.raises(ValueError, match=f"out shares memory with {name}"):
+            pystage.resolve_mixed(tokens, *read, both[:3])
+        with pytest.raises(ValueError, match=f"out shares memory with {name}"):
+            _C.gather(*read, both[2:3] if name == "indices" else both[:1])
     for bad in (indices[None], indices.to("meta")):
         with pytest.raises(ValueError, match="indices"):
             pystage.resolve_mixed(tokens, relay, bad)

@@ -340,6 +340,15 @@ def test_bounds_of_a_view_that_are_no_ints(bounds: tuple[Any, Any]) -> None:
         _C.ids_view(ids(1, 2), *bounds)
 
 
+def test_views_of_views_are_no_chain() -> None:
+    """The end of a long chain would overflow the stack."""
+    view = _C.ids_view(ids(*range(100)), 10, 90)
+    assert list(_C.ids_view(view, 5, -5)) == list(range(15, 85))
+    for _ in range(300_000):
+        view = _C.ids_view(view, 0, 80)
+    assert list(view) == list(range(10, 90))
+
+
 def test_a_view_of_what_has_no_length() -> None:
     with pytest.raises(TypeError, match=r"has no len\(\)"):
         _C.ids_view(iter([1]), 0, 1)  # type: ignore[arg-type]

@@ -142,6 +142,73 @@ def test_daemon_threads_do_not_end_the_process_at_exit(device: str, what: str) -
     assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == (0, "bye", "")
 
 
+IN_PYTHON_AT_EXIT = """
+import gc, logging, sys, threading, time, torch, pystage
+device, what = sys.argv[1:]
+pool = pystage.StagingPool(device, 1 << 22)
+calls = 0
+started = threading.Event()
+def count(most):
+    global calls
+    calls += 1
+    if calls > most:
+        started.set()
+def slow(*_):
+    count(5)
+    sum(1 for _ in range(200_000))
+class AtTheEnd:
+    def __del__(self):
+        sum(1 for _ in range(2_000_000))  # the threads run on while the interpreter ends
+end = AtTheEnd()
+class Big(int):
+    def __repr__(self):
+        slow()
+        return "big"
+def of_range():
+    try:
+        pool.stage([[1, 999]], vocab_size=10)
+    except pystage.TokenRangeError:
+        count(2000)
+def collect(kept=[]):
+    kept.append(pool.stage([[1, 2, 3]]))
+    if len(kept) > 100:
+        kept.clear()
+def repr_():
+    try:
+        pystage._C.small_tensors(pool._handle, [[Big(1 << 80)]], [torch.int64])
+    except ValueError:
+        pass
+def log():
+    with pystage.StagingPool(device, 1 << 22, reserve_bytes=4096) as small:
+        small.stage([list(range(40_000))])
+if what == "collect":
+    main = threading.current_thread()
+    gc.callbacks.append(lambda *_: threading.current_thread() is main or slow())
+    gc.set_threshold(1, 1, 1)
+original = logging.getLogger
+if what == "log":
+    logging.getLogger = lambda name: slow() or original(name)
+def work(do):
+    while True:
+        do()
+do = {"range": of_range, "collect": collect, "repr": repr_, "log": log}[what]
+for _ in range(4 if what == "range" else 1):
+    threading.Thread(target=work, args=[do], daemon=True).start()
+started.wait()
+print("bye")
+"""
+
+
+@pytest.mark.parametrize("what", ["range", "collect", "repr", "log"])
+def test_threads_in_python_code_that_pystage_calls_do_not_end_the_process_at_exit(
+    device: str, what: str
+) -> None:
+    """An error's class, a collection of garbage, a value's text, the logger."""
+    for _ in range(3):
+        done = run(IN_PYTHON_AT_EXIT, device, what)
+        assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == (0, "bye", "")
+
+
 WAITING_AT_EXIT = """
 import sys, threading, pystage
 pool = pystage.StagingPool(sys.argv[1], 1 << 16, timeout_s=1000)

@@ -267,6 +267,27 @@ def test_the_op_in_a_graph() -> None:
 
 
 @pytest.mark.gpu
+def test_a_capture_on_the_stream_of_an_eager_pool() -> None:
+    """Torch hands out 32 streams in turn. A transfer in a capture would run at each replay."""
+    with pystage.StagingPool("cuda:0", 4 << 20, issue="eager") as pool:
+        static = torch.zeros(10, device="cuda")
+        staged = []
+        for turn in range(32):
+            stream = torch.cuda.Stream(priority=-1)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
+                static.add_(1)
+                staged.append(pool.stage([run_of(turn, 100)]))
+            graph.replay()
+        assert pool.stats().eager_transfers == 31  # one of the streams is the pool's
+        for turn, tokens in enumerate(staged):
+            assert pystage.resolve(tokens).tolist() == list(range(turn, turn + 100))
+        staged.clear()
+        torch.cuda.synchronize()
+        assert pool.stats().quarantined_slots == 0 and pool.stats().in_flight_slots == 0
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("issue", ["deferred", "eager"])
 def test_every_way_to_the_device_is_refused_in_a_capture(issue: Any) -> None:
     """And works once it is over, as if nothing had been."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pystage
+from pystage import _C
 from pystage.testing import hold_transfers
 
 GPU = pytest.mark.gpu
@@ -105,6 +106,38 @@ def test_bad_input(wire: torch.Tensor, kwargs: Any, error: type, says: str) -> N
         pystage.ops.transfer(wire, **kwargs)
     with torch._subclasses.FakeTensorMode() as mode, pytest.raises(error, match=says):
         pystage.ops.transfer(mode.from_tensor(wire), **kwargs)
+
+
+def test_out_that_shares_memory_with_what_is_read(device: str) -> None:
+    ids = torch.arange(100, device=device)
+    for wire, out in ((ids.view(torch.int32)[:50], ids[:50]), (ids[:50], ids[1:51])):
+        before = ids.clone()
+        with pytest.raises(ValueError, match="out shares memory with wire"):
+            torch.ops.pystage.transfer_out(wire, out)
+        assert torch.equal(ids, before)
+    torch.ops.pystage.transfer_out(ids[:50], ids[50:])
+    assert ids.tolist() == [*range(50), *range(50)]
+    torch.ops.pystage.transfer_out(ids, ids)  # onto itself
+    assert ids.tolist() == [*range(50), *range(50)]
+
+
+def test_autograd_sees_that_out_was_written(pool: pystage.StagingPool, device: str) -> None:
+    table = torch.nn.Embedding(4, 2, device=device)
+    tokens, one = pool.stage([[2, 3]]), torch.tensor([0], device=device)
+    relay = torch.tensor([1], device=device)
+    for write in (
+        lambda out: torch.ops.pystage.transfer_out(torch.tensor([2, 3]), out),
+        lambda out: pystage.resolve(tokens, out=out),
+        lambda out: pystage.resolve_mixed(tokens[:1], relay, one, out=out),
+        lambda out: _C.gather(relay, one.repeat(2), out),
+    ):
+        ids = torch.tensor([0, 1], device=device)
+        rows = table(ids).sum()
+        write(ids)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            rows.backward()
+        with torch.inference_mode():  # where tensors have no version
+            write(torch.tensor([0, 1], device=device))
 
 
 def test_bad_out() -> None:

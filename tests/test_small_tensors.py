@@ -21,6 +21,7 @@ from pystage.testing import hold_transfers, synchronize
 
 GPU = pytest.mark.gpu
 PARAMETERS = 32 << 10  # bytes that a launch takes, at most
+INF = float("inf")
 LISTS = {
     torch.int32: [0, -1, 2**31 - 1, -(2**31)],
     torch.int64: [0, -1, 2**63 - 1, -(2**63)],
@@ -111,6 +112,10 @@ def test_any_length_to_the_limit_and_one_beyond(pool: pystage.StagingPool) -> No
         ([1], "int64", TypeError, "a torch.dtype, not a str"),
         (torch.tensor([1 << 40]), torch.int32, ValueError, "that torch.int32 cannot hold"),
         (torch.tensor([1.5]), torch.int64, ValueError, "cannot hold"),
+        (torch.tensor([-INF], dtype=torch.float16), torch.int64, ValueError, "cannot hold"),
+        (torch.tensor([-INF], dtype=torch.float16), torch.int32, ValueError, "cannot hold"),
+        (torch.tensor([INF], dtype=torch.bfloat16), torch.uint64, ValueError, "cannot hold"),
+        (torch.tensor([INF]).to(torch.float8_e5m2), torch.int32, ValueError, "cannot hold"),
         (torch.tensor([1.0], dtype=torch.float64), None, TypeError, "not torch.float64"),
         (torch.empty(3, device="meta"), None, ValueError, "on meta"),
     ],
@@ -375,6 +380,61 @@ def test_rows_are_what_indexing_writes(pool: pystage.StagingPool, rows: int) -> 
     expected = written(case)
     assert _C.write_rows(pool._handle, *case.values()) is True
     assert torch.equal(case["table"].cpu(), expected)
+
+
+def test_lists_that_shrink_while_they_are_read(pool: pystage.StagingPool) -> None:
+    class Shrinks(torch.Tensor):
+        __torch_function__ = torch._C._disabled_torch_function_impl
+
+        @classmethod
+        def __torch_dispatch__(cls, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+            dtypes.clear()
+            return torch.zeros(4, dtype=torch.int64)
+
+    dtypes = [torch.int32, *[torch.int64] * 4000]
+    values = [torch.arange(4).as_subclass(Shrinks), *[[1]] * 4000]
+    with pytest.raises(pystage.PystageError, match="shrank while they were read"):
+        pool.small_tensors(values, dtypes)
+    assert pool.small_tensors([[7]], [torch.int64])[0].tolist() == [7]
+
+    class Sized(torch.Tensor):
+        @staticmethod
+        def __new__(cls) -> Sized:
+            return torch.Tensor._make_wrapper_subclass(
+                cls, (4,), dtype=torch.int64, dispatch_sizes_strides_policy="sizes"
+            )
+
+        @classmethod
+        def __torch_dispatch__(cls, function: Any, *_args: Any, **_kwargs: Any) -> Any:
+            prefixes.clear()
+            return 4 if "numel" in str(function) else (4,)
+
+    prefixes: list[torch.Tensor] = [Sized(), *[torch.arange(4)] * 500]
+    count, none = len(prefixes), torch.zeros(501, dtype=torch.int64)
+    table = torch.zeros(count, 8, dtype=torch.int32, device=pool.device)
+    rest = torch.arange(8, device=pool.device)
+    with pytest.raises(pystage.PystageError, match="prefixes shrank"):
+        _C.write_rows(pool._handle, table, rest, prefixes, torch.arange(count), none, none)
+
+
+def test_prefixes_that_go_while_they_are_copied(pool: pystage.StagingPool) -> None:
+    """The host device copies without the GIL."""
+    size, rows = 1 << 18, 40
+    table = torch.zeros(rows, size, dtype=torch.int32, device=pool.device)
+    for _ in range(3):
+        prefixes = [torch.full((size,), 7, device=pool.device) for _ in range(rows)]
+        thread = threading.Thread(target=prefixes.clear)
+        lens = torch.full((rows,), size)
+        arguments = (table, lens[:8].to(pool.device), prefixes, torch.arange(rows), lens, 0 * lens)
+        thread.start()
+        try:
+            _C.write_rows(pool._handle, *arguments)
+        except ValueError as error:  # it was faster
+            assert "not as many prefixes" in str(error)
+            table.fill_(7)
+        thread.join()
+        assert (table == 7).all()
+        table.zero_()
 
 
 def test_rows_that_do_not_fit_are_refused(pool: pystage.StagingPool) -> None:

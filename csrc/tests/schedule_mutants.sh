@@ -48,7 +48,9 @@ mutant reuse "a slot in flight is free" \
 mutant "two looks" "two threads look through the queues at once" \
   's/if \(reaping_ \|\| !in_flight_slots_\)/if (!in_flight_slots_)/'
 mutant raise "nobody waits for another thread's look" \
-  's/if \(give_up \&\& \(reaping_ \|\| freeing_\)\)/if (false)/'
+  's/if \(give_up \&\& \(reaping_ \|\|/if (give_up \&\& (/'
+mutant "raise and grow" "nobody waits for another thread's growth" \
+  's/if \(give_up \&\& \(reaping_ \|\| allocating_ \|\|/if (give_up \&\& (reaping_ ||/'
 mutant wake-up "the end of a lease wakes nobody" \
   's/(free_.insert\(std::move\(slot->node\)\);\n)  slot_freed_.notify_all\(\);\n(\}\n\nReader)/\1\2/'
 mutant grow "an allocation counts from when it is made" \

@@ -606,10 +606,15 @@ TEST_CASE("a lost device is told from one that lacks something") {
     stub::fail("cuMemGetInfo", 1, CUDA_ERROR_OUT_OF_MEMORY);
     CHECK(device.usable());
     CHECK(stub::clear_failure() == "cuMemGetInfo");
-    stub::fail("", 1, CUDA_ERROR_ASSERT, /*lost=*/true);
-    CHECK_FALSE(device.usable());
-    stub::clear_failure();
-    CHECK(device.usable());
+    // 226 and 721 are CUDA_ERROR_CONTAINED and CUDA_ERROR_TENSOR_MEMORY_LEAK.
+    for (const int code :
+         {int{CUDA_ERROR_ASSERT}, 226, 721, int{CUDA_ERROR_MPS_CLIENT_TERMINATED}}) {
+      CAPTURE(code);
+      stub::fail("", 1, static_cast<CUresult>(code), /*lost=*/true);
+      CHECK_FALSE(device.usable());
+      stub::clear_failure();
+      CHECK(device.usable());
+    }
     CHECK(stub::current().empty());
   });
   CHECK_FALSE(stub::has_context(0));

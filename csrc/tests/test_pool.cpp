@@ -427,6 +427,35 @@ TEST_CASE("raise: the wait for another thread's look through the queues can be g
   CHECK(looks.join() == "");
 }
 
+TEST_CASE("no policy waits for ever while another thread's device call is stuck") {
+  CountingDevice& device = new_device();
+  for (const AtCapacity policy : {AtCapacity::kRaise, AtCapacity::kFallback, AtCapacity::kWait}) {
+    PoolOptions options;
+    options.capacity_bytes = 2 << 20;
+    options.reserve_bytes = 1 << 20;
+    options.at_capacity = policy;
+    options.timeout_s = 0.1;
+    Owner pool(device, options);
+    LeasePtr idle = pool->acquire(1 << 20), kept = pool->acquire(1 << 20);  // two segments
+    idle.reset();
+    std::atomic<bool> stuck{false}, open{false};
+    device.on_free = [&] {
+      stuck = true;
+      while (!open) std::this_thread::yield();
+    };
+    Background trims([&] { pool->trim(); });
+    REQUIRE(eventually([&] { return stuck.load(); }));
+    if (policy == AtCapacity::kFallback)
+      CHECK_FALSE(pool->acquire(4096));
+    else
+      CHECK_THROWS_AS(pool->acquire(4096), PoolExhaustedError);
+    CHECK_FALSE(open);
+    open = true;
+    CHECK(trims.join() == "");
+    device.on_free = nullptr;
+  }
+}
+
 TEST_CASE("close can be given up: the pool is closed, and what is in flight comes back later") {
   CountingDevice& device = new_device();
   Owner pool(device, whole(8192, AtCapacity::kWait));

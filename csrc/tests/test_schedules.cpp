@@ -231,6 +231,12 @@ const std::vector<Scenario>& scenarios() {
                   for (int t = 0; t < 2; ++t) run.thread([&w] { w.kept.push_back(w.take()); });
                 }),
        4},
+      {"raise and grow",  // one thread's growth makes room for both, so no thread may fail
+       in_world(options(2, AtCapacity::kRaise, /*reserve=*/false), 1,
+                [](Run& run, World& w) {
+                  for (int t = 0; t < 2; ++t) run.thread([&w] { w.kept.push_back(w.take()); });
+                }),
+       4},
       {"wake-up",  // no thread may depend on a timeout
        in_world(options(1, AtCapacity::kWait), 1,
                 [](Run& run, World& w) {
