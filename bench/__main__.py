@@ -82,10 +82,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "absent": bench.contenders.absent,
         "errors": bench.contenders.errors,
         "targets": [],
+        "complete": False,
     }
     path = args.out or default_path(device, args)
     with own_stream(device):
         measure(bench, args.regimes, result, path, console)
+    result["complete"] = True
+    save(path, result)
     for name in args.regimes:
         console.print(regime_table(name, result["regimes"][name]))
     show(result, console)

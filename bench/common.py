@@ -66,7 +66,7 @@ def summary(samples_us: Sequence[float]) -> Summary:
 def merged(passes: Sequence[Any]) -> Any:
     """Combines the results of several passes. Times are summarised over all samples, and ``passes``
     has the median of each pass. Other values are those of the last pass. A contender that failed in
-    one pass counts as failed."""
+    one pass, or was not there, counts as failed."""
     last = passes[-1]
     if len(passes) == 1 or not isinstance(last, dict):
         return last
@@ -77,7 +77,13 @@ def merged(passes: Sequence[Any]) -> Any:
         together = summary([us for part in passes for us in part.samples_us])
         together["passes"] = [part["p50"] for part in passes]
         return together
-    return {key: merged([part[key] for part in passes if key in part]) for key in last}
+    found = {}
+    for key in dict.fromkeys(key for part in passes for key in part):
+        parts = [part[key] for part in passes if key in part]
+        absent = len(parts) < len(passes) and isinstance(parts[-1], dict)
+        why = {"error": f"{key}: in {len(parts)} of {len(passes)} passes only"}
+        found[key] = why if absent else merged(parts)
+    return found
 
 
 def amount(row: dict[str, Any], key: str = "value") -> str:
@@ -258,7 +264,8 @@ def provenance() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": _command(),
-        "commit": os.environ.get("PYSTAGE_COMMIT") or _output("git", "rev-parse", "HEAD"),
+        "commit": os.environ.get("PYSTAGE_COMMIT")
+        or _output("git", "-C", str(RESULTS.parents[1]), "rev-parse", "HEAD"),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "devices": torch.cuda.device_count() if cuda else 0,
         "driver": _output(

@@ -85,6 +85,12 @@ class Copies:
         """Number of copies done since the start."""
         return int(self._count.value)
 
+    def wait_for(self, count: int) -> None:
+        """Waits until that many copies are done, or the loop has ended with an error, which
+        ``stop`` raises."""
+        while self.count < count and self._thread is not None and self._thread.is_alive():
+            time.sleep(0)
+
     def stop(self) -> float | None:
         """Stops the copies, and waits for those that are queued.
 

@@ -42,6 +42,7 @@ NODES = Path("/sys/devices/system/node")
 REQUESTS, LENGTH = 8, 1024
 INPUTS = 64  # different batches, so that no batch's ids are in the caches
 WARMUP = 50
+BLOCKS = 5  # of samples: one rank at a time, then all at once, and again
 
 
 # --- the host -------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ class Rank:
             "nodes": sorted(nodes()),
         }
 
-    def times(self, samples: int) -> dict[str, Any]:
+    def times(self, samples: int) -> dict[str, list[float]]:
         return self._times(self._pool, samples)
 
     def near_and_far(self, samples: int) -> dict[str, Any]:
@@ -132,19 +133,19 @@ class Rank:
         told = {}
         for node, cpus in nodes().items():
             with on_node(cpus), pystage.StagingPool(self.device.torch) as pool:
-                told[str(node)] = self._times(pool, samples)
+                told[str(node)] = summaries([self._times(pool, samples)])
         return told
 
     def _ids(self, batch: Sequence[array[int]], pool: Any = None) -> torch.Tensor:
         return pystage.resolve((pool or self._pool).stage(batch))
 
-    def _times(self, pool: Any, samples: int) -> dict[str, Any]:
+    def _times(self, pool: Any, samples: int) -> dict[str, list[float]]:
         host, ready = host_and_ready_us(
             lambda batch: self._ids(batch, pool),
             islice(cycle(self._batches), WARMUP + samples),
             self.device.event(),
         )
-        return {"host_us": summary(host[WARMUP:]), "ready_us": summary(ready[WARMUP:])}
+        return {"host_us": host[WARMUP:], "ready_us": ready[WARMUP:]}
 
     def _contexts(self) -> list[int]:
         """The GPUs on which this process has a context."""
@@ -153,6 +154,10 @@ class Rank:
         from bench.two_gpus import driver
 
         return [d for d in range(torch.cuda.device_count()) if driver().has_context(d)]
+
+
+def summaries(blocks: Sequence[dict[str, list[float]]]) -> dict[str, Any]:
+    return {kind: summary([us for part in blocks for us in part[kind]]) for kind in blocks[0]}
 
 
 def serve(rank: int, device: str, begun: float) -> None:
@@ -202,11 +207,18 @@ def measure(devices: Sequence[str], samples: int) -> list[dict[str, Any]]:
         for rank in ranks:
             rank.answer()  # its context is there
         told = _all(ranks, "start")
-        for rank, row in zip(ranks, told, strict=True):
-            rank.ask("times", samples=samples)
-            row["alone"] = rank.answer()
-        for row, times in zip(told, _all(ranks, "times", samples=samples), strict=True):
-            row["together"] = times
+        alone: list[list[Any]] = [[] for _ in ranks]
+        together: list[list[Any]] = [[] for _ in ranks]
+        for _ in range(BLOCKS):  # in turn, because the machine's speed changes
+            for rank, parts in zip(ranks, alone, strict=True):
+                rank.ask("times", samples=-(-samples // BLOCKS))
+                parts.append(rank.answer())
+            for times, parts in zip(
+                _all(ranks, "times", samples=-(-samples // BLOCKS)), together, strict=True
+            ):
+                parts.append(times)
+        for row, *both in zip(told, alone, together, strict=True):
+            row["alone"], row["together"] = map(summaries, both)
         if all(len(row["nodes"]) > 1 for row in told):
             for rank, row in zip(ranks, told, strict=True):
                 rank.ask("near_and_far", samples=samples)

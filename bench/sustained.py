@@ -218,13 +218,19 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Memory is compared within each run, from its second row on. The first row is the warm-up.
     """
 
-    def growth(name: str) -> int:
+    def growth(name: str) -> float | None:
+        """None if no minute has the figure."""
+        if all(row[name] is None for row in rows):
+            return None
         most = 0
         for run in {row["run"] for row in rows}:
             of_run = [row for row in rows if row["run"] == run and row[name] is not None]
             later = of_run[1:] or of_run
             most = max([most, *(row[name] - later[0][name] for row in later)])
         return most
+
+    def mib(count: float | None) -> float | None:
+        return None if count is None else count / MIB
 
     p99 = sorted(row["host"]["p99"] for row in rows)
     found = [
@@ -235,9 +241,9 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             p99[-1] / p99[len(p99) // 2],
             "x",
         ),
-        ("memory of the process: growth", 32, growth("resident_bytes") / MIB, "MiB"),
-        ("memory of the pools: growth", 0, growth("pool_bytes") / MIB, "MiB"),
-        ("memory of the GPU: growth", 0, growth("device_bytes") / MIB, "MiB"),
+        ("memory of the process: growth", 32, mib(growth("resident_bytes")), "MiB"),
+        ("memory of the pools: growth", 0, mib(growth("pool_bytes")), "MiB"),
+        ("memory of the GPU: growth", 0, mib(growth("device_bytes")), "MiB"),
         ("CUDA contexts: growth", 0, growth("contexts"), ""),
         ("open files: growth", 0, growth("fds"), ""),
         ("threads: growth", 0, growth("threads"), ""),
@@ -246,9 +252,9 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "measure": measure,
             "target": f"<= {limit} {unit}".strip() if limit else "0",
-            "value": round(value, 3),
+            "value": None if value is None else round(value, 3),
             "unit": unit,
-            "ok": value <= limit,
+            "ok": None if value is None else value <= limit,
         }
         for measure, limit, value, unit in found
     ]

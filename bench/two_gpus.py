@@ -361,7 +361,7 @@ def main() -> int:
         found[name] = run_apart(name)
         print(f"{name}: {found[name]}", flush=True)
     kind = torch.cuda.get_device_name(0).lower().replace(" ", "-")
-    print("written to", write_result(f"two-gpus-{kind}", {"scenarios": found}, options.out))
+    print("written to", write_result(f"two-gpus-2x{kind}", {"scenarios": found}, options.out))
     return 0 if all(s["ok"] for s in found.values()) else 1
 
 

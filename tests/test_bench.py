@@ -272,7 +272,12 @@ def test_ids_that_never_come_have_starved(monkeypatch: pytest.MonkeyPatch) -> No
     text = pages.sections(
         made_up() | {"targets": [], "regimes": {"latency": {unpaused_name(16, 2, 2048): cell}}}
     )["suite-unpaused"]
-    assert "none within 0.001 s" in text and "2,048 ids, 2 x 16 MiB queued" in text
+    nobody = {**cell, "contenders": {READY: {"starved_after_s": 2.0, "answered": 0}}}
+    none = pages.sections(
+        made_up() | {"targets": [], "regimes": {"latency": {unpaused_name(16, 2, 2048): nobody}}}
+    )["suite-unpaused"]
+    assert "none within 2 s" in none
+    assert "; 1 of 3 not within 0.001 s" in text and "2,048 ids, 2 x 16 MiB queued" in text
 
 
 def test_turns_are_drawn_anew() -> None:
@@ -555,7 +560,7 @@ def test_targets_are_met_by_what_meets_them() -> None:
     bulk = next(w for measure, w in where.items() if "bulk" in measure)
     assert bulk.startswith("15 us in the call; 30 us as late without copies; ")
     assert "SGLang 9,600" in bulk
-    assert "1.10 x with its arrays asked" in next(w for m, w in where.items() if "bound" in m)
+    assert "1.10 x where its arrays are asked" in next(w for m, w in where.items() if "bound" in m)
 
 
 @pytest.mark.parametrize(

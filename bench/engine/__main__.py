@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             found = {"model": plan.model, "engine": plan.engine, **experiment.result}
             result["plans"][name] = found
             if plan.same_chunks:  # other chunks are meant to change the times
-                rows += found["rows"]
+                rows += [{**row, "plan": name} for row in found["rows"]]
                 traces |= {f"{name}: {w}": t for w, t in found["traces"].items()}
             result["targets"] = targets(rows, traces)
             save(out, result)

@@ -214,6 +214,9 @@ class Experiment:
             except EngineFailed as error:
                 self.result["cut"].append(str(error).partition("\n")[0])
                 self._say(str(error))
+            except BaseException as error:
+                self.result["cut"].append(repr(error))
+                raise
             finally:
                 for side in sides:
                     side.close(gently=not self.result["cut"])
@@ -259,7 +262,8 @@ class Experiment:
         starved: set[str] = set()
         self._settle(workload, off, on)
         for block in range(max(1, round(workload.blocks * self._scale))):
-            same, others = self._requests(workload), self._requests(workload)
+            same = self._requests(workload)
+            others = self._others(workload, same)
             turns = [("off", off, same), ("on", on, same), ("bypassed", on, others)]
             turns = turns[block % 3 :] + turns[: block % 3]
             for variant, side, requests in turns if block % 2 == 0 else turns[::-1]:
@@ -338,6 +342,12 @@ class Experiment:
     def _next_turn(self, new: int) -> list[int]:
         self._turn += 1
         return self._histories[self._turn % len(self._histories)] + self._ids(new)
+
+    def _others(self, workload: Workload, same: dict[str, Any]) -> dict[str, Any]:
+        """Other prompts of the same lengths, and the same arrival times."""
+        if workload.kind != "open":
+            return self._requests(workload)
+        return {**same, "prompts": [self._ids(len(prompt)) for prompt in same["prompts"]]}
 
     def _requests(self, workload: Workload, count: int = 0) -> dict[str, Any]:
         count = count or workload.count

@@ -107,21 +107,25 @@ def table(runs: dict[str, Run]) -> str:
         ]
         if corrections := run.found.get("sizing", {}).get("corrections"):
             parts.append(f"The latency model was corrected {corrections} times during the run.")
-        parts += [f"This run is not complete: {cut}." for cut in run.found["cut"]]
+        parts += cuts(run)
     rows = []
     judged = [run for run in runs.values() if PLANS[run.plan].same_chunks]
-    every = [row for run in judged for row in run.found["rows"]]
+    every = [{**row, "plan": run.plan} for run in judged for row in run.found["rows"]]
     traces = {f"{r.plan}: {w}": t for r in judged for w, t in r.found["traces"].items()}
     for row in targets(every, traces):
-        where = label(row["where"]) if "where" in row else ""
+        where = f"`{row['plan']}`: {label(row['where'])}" if "where" in row else ""
         measured = amount(row)
         if "interval" in row:
             low, high = row["interval"]
             measured = f"{row['value']:.3f} x ({low:.3f} to {high:.3f})"
-        rows.append(
-            [indented(measure(row["measure"])), row["target"], measured, verdict(row), where]
-        )
-    parts.append(tabulate(["measure", "target", "measured", "met", "where"], rows))
+        several = ""
+        if row.get("undecided_of", [0])[0]:
+            (above, count), (largest, plan, name) = row["undecided_of"], row["largest"]
+            several = f"{above} of {count}, up to {largest:.2f} x (`{plan}`: {label(name)})"
+        shown = [indented(measure(row["measure"])), row["target"], measured, verdict(row)]
+        rows.append([*shown, where, several])
+    head = ["measure", "target", "most certainly above", "met", "where", "above, not certainly"]
+    parts.append(tabulate(head, rows))
     if others := [f"`{run.plan}`" for run in runs.values() if run not in judged]:
         parts.append(f"Not judged, because the chunks are not SGLang's: {', '.join(others)}.")
     disclosed = dict.fromkeys(text for run in runs.values() for text in run.result["disclosed"])
@@ -150,7 +154,8 @@ def budget_table(run: Run) -> str:
         rows.append([f"first token, {label(row['workload'])}", off, on])
     for workload, (off, on) in longest_forwards(run).items():
         rows.append([f"longest forward, {label(workload)}", f"{off:,.1f}", f"{on:,.1f}"])
-    return "\n\n".join([tabulate(["ms, p50 / p99", "baseline", "with a budget"], rows), run.source])
+    table = tabulate(["ms, p50 / p99", "baseline", "with a budget"], rows)
+    return "\n\n".join([table, *cuts(run), run.source])
 
 
 def sized_table(run: Run) -> str:
@@ -161,7 +166,11 @@ def sized_table(run: Run) -> str:
         rows.append([label(row["workload"]), off, on, sooner, requests(row)])
     head = ["first token, ms, p50 / p99", "SGLang's sizes", "pystage's sizes", "sooner, ms"]
     head.append("requests")
-    return "\n\n".join([tabulate(head, rows), run.source])
+    return "\n\n".join([tabulate(head, rows), *cuts(run), run.source])
+
+
+def cuts(run: Run) -> list[str]:
+    return [f"This run is not complete: {cut}." for cut in run.found["cut"]]
 
 
 def longest_forwards(run: Run) -> dict[str, tuple[float, float]]:
@@ -187,7 +196,7 @@ def first_table(runs: dict[str, Run]) -> str:
             off, _, on, _ = cells(row)
             rows.append([label(name), off, on])
     head = ["time to first token in SGLang, ms, p50 / p99", "baseline", "pystage"]
-    return "\n\n".join([tabulate(head, rows), run.source])
+    return "\n\n".join([tabulate(head, rows), *cuts(run), run.source])
 
 
 def finding(rows: dict[str, dict[str, Any]], sizes: list[int]) -> str:

@@ -60,6 +60,11 @@ def _connect(link: socket.socket, path: str) -> None:
             time.sleep(0.05)
 
 
+def on_device(details: Any) -> int | None:
+    """The cached tokens that were on the device, as far as this release of SGLang tells."""
+    return details.get("device") if isinstance(details, dict) else None
+
+
 class Worker:
     def __init__(self, model: str, engine: dict[str, Any]) -> None:
         from sglang.srt.entrypoints.engine import Engine
@@ -100,6 +105,7 @@ class Worker:
             "itl_ms": [1e3 * (b - a) for a, b in itertools.pairwise(times)],
             "out": list(answer["output_ids"]),
             "cached": answer["meta_info"].get("cached_tokens"),
+            "cached_on_device": on_device(answer["meta_info"].get("cached_tokens_details")),
         }
 
     async def _patiently(self, requests: list[Any], patience: float) -> list[dict[str, Any]]:

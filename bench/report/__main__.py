@@ -42,13 +42,16 @@ def fill(text: str, parts: dict[str, str], name: str) -> str:
 
 
 def suite_of(folder: Path) -> dict[str, Any] | None:
-    """The last complete run of ``python -m bench`` on a GPU, or None. A run is complete if it has
-    all regimes."""
+    """The last complete run of ``python -m bench`` on a GPU, or None. It has all regimes and came
+    to its end."""
     runs = [figures.load(path) | {"file": path.name} for path in folder.glob("suite-*.json")]
     whole = [
         run
         for run in runs
-        if run["devices"] and not run["quick"] and run["regimes"].keys() >= REGIMES.keys()
+        if run["devices"]
+        and not run["quick"]
+        and run["regimes"].keys() >= REGIMES.keys()
+        and run.get("complete", True)  # older runs do not say
     ]
     return max(whole, key=lambda run: str(run["date"]), default=None)
 

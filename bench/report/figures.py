@@ -230,7 +230,7 @@ def ranks_text(path: Path) -> str:
     ranks = result["ranks"]
 
     def slowest(when: str) -> str:
-        return pair(max((r[when]["ready_us"] for r in ranks), key=lambda us: float(us["p50"])))
+        return pair({q: max(float(r[when]["ready_us"][q]) for r in ranks) for q in ("p50", "p99")})
 
     pinned = {f"{r['pinned_bytes'] / 2**20:.0f}" for r in ranks}
     devices = result["devices_of_ranks"]
@@ -240,7 +240,7 @@ def ranks_text(path: Path) -> str:
         f"{1e3 * max(r['pool_s'] for r in ranks):.0f} ms, each pins {' or '.join(sorted(pinned))} "
         f"MiB, and {'each' if alone else 'not each'} has a context on its own GPU alone. 8,192 ids "
         f"are on the GPU after {slowest('alone')} us (p50 / p99) if one rank works, and after "
-        f"{slowest('together')} us if all do; the slowest rank counts.\n\n"
+        f"{slowest('together')} us if all do; for each figure the slowest rank counts.\n\n"
         f"{source(result, path.name)}"
     )
 

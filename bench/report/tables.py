@@ -51,7 +51,7 @@ def target_table(result: dict[str, Any]) -> str:
             r["target"],
             amount(r),
             *([amount(r, "limit")] if limits else []),
-            "yes" if r["ok"] else "no",
+            {True: "yes", False: "no", None: "not measured"}[r["ok"]],
         ]
         for r in targets
     ]

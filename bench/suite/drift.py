@@ -68,11 +68,11 @@ class Pinned:
 def _drift_cell(bench: Bench, name: str) -> dict[str, Any]:
     device, batches = bench.device, bench.trace
     _warm_process(bench, name)
+    largest = max(map(count_of, batches))  # a buffer of fixed size is as large
     device.forget_pinned()
     before = device.pinned_bytes()
     start = time.perf_counter_ns()
-    # A buffer of fixed size is as large as the largest batch.
-    contender = bench.contenders.make(name, max(map(count_of, batches)))
+    contender = bench.contenders.make(name, largest)
     made_us = (time.perf_counter_ns() - start) / 1e3
     if contender is None:
         raise Absent(bench.contenders.why_not(name))

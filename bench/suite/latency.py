@@ -108,8 +108,7 @@ def _unpaused_cell(bench: Bench, mib: int, depth: int, ids: int) -> dict[str, An
         try:
             device.synchronize()
             copies.start(size, depth)
-            while copies.count < depth:  # from here on the link is busy
-                time.sleep(0)
+            copies.wait_for(depth)  # from here on the link is busy
             for i in range(-min(bench.warmup, 10), bench.few_samples):
                 for contender in bench.shuffled([c for c in everybody if c.name not in out]):
                     name, batch = contender.name, inputs[contender.takes[0]](next(number))
@@ -126,6 +125,7 @@ def _unpaused_cell(bench: Bench, mib: int, depth: int, ids: int) -> dict[str, An
                             rates.append(copies.stop() or 0.0)
                             device.synchronize()
                             copies.start(size, depth)
+                            copies.wait_for(depth)
                         elif i >= 0:
                             times[name].append(took)
                         del keep
@@ -245,6 +245,7 @@ def _latency_cell(
                     # An eager pool starts the transfer in stage(), so its ids are already on the
                     # way.
                     early = None if name == EAGER else contender.stage(batch)
+                    device.synchronize()  # one contender's stage() launches a kernel
                     ends = load.start() if load else []
                     running = bool(ends) and not any(end.query() for end in ends)
                     start = time.perf_counter_ns()

@@ -98,7 +98,7 @@ def _host_summary(result: dict[str, Any]) -> str:
             ratio, where = look.best_peer(name)
             peer = where.removeprefix(f"{name}: ")
             theirs = cell["contenders"][peer]["total"]
-            passes = zip(theirs.get("passes", ()), ours["total"].get("passes", ()), strict=True)
+            passes = zip(theirs.get("passes", ()), ours["total"].get("passes", ()), strict=False)
             ratios = [other / own for other, own in passes]
             between = f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else ""
         except Missing:
@@ -173,9 +173,12 @@ def _unpaused(result: dict[str, Any]) -> str:
         return NOT_YET
 
     def shown(row: dict[str, Any]) -> str:
-        if "starved_after_s" in row:
-            return f"none within {row['starved_after_s']:g} s"
-        return _pair(row.get("ready"))
+        if "starved_after_s" not in row:
+            return _pair(row.get("ready"))
+        late = f"within {row['starved_after_s']:g} s"
+        if not row["answered"]:
+            return f"none {late}"
+        return f"{_pair(row.get('ready'))}; 1 of {row['answered'] + 1} not {late}"
 
     table = [[label, *(shown(cell.get(name, {})) for name in names)] for label, cell in rows]
     return tabulate(["ids on the GPU, us, p50 / p99", *(HEADS.get(n, n) for n in names)], table)

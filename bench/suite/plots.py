@@ -216,7 +216,7 @@ def _drift(plt: Any, cells: dict[str, Any]) -> tuple[Any, str, str]:
     if ours and rest:
         finding = (
             f"pystage pins {_span(ours)} MiB when it is made, and no more; peers come to "
-            f"{_span(rest)} MiB in this trace, without a limit"
+            f"{_span(rest)} MiB in this trace"
         )
     absent = f" {', '.join(without)}: pinned memory is not its own." if without else ""
     return figure, finding, f"Batches of a serving trace.{absent}"

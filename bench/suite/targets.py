@@ -285,7 +285,7 @@ class Cells:
         if BUFFERS in below and not cell.startswith("1 x"):  # what many arrays add to one
             parts = (BUFFERS, RAGGED, "memory", "launch")
             ragged = sum(below[part]["p50"] for part in parts)
-            where += f"; {ours / ragged:.2f} x with its arrays asked and read one by one"
+            where += f"; {ours / ragged:.2f} x where its arrays are asked and read one by one, cold"
         return ours / below[TOTAL]["p50"], where
 
     def tail(self, cell: str) -> Found:

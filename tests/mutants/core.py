@@ -395,11 +395,13 @@ MUTANTS: Mutants = {
         "acquire-does-not-reap": M("for (;;) {\n    <|reap(lock);|>", ""),
         "never-grows": M("if (<|grow(lock, need)|>) continue;", "false"),
         "always-waits": M(
-            "const bool give_up = <|options_.at_capacity != AtCapacity::kWait|> ||", "false"
+            "const double patience = <|options_.at_capacity == AtCapacity::kWait|> ?", "true"
         ),
-        "never-times-out": M("|| <|so_far >= options_.timeout_s|>;", "false"),
-        "raise-beside-a-look": M("if (<|give_up && (reaping_ || freeing_)|>) {", "false"),
-        "raise-beside-a-free": M("give_up && <|(reaping_ || freeing_)|>", "reaping_"),
+        "never-times-out": M("const bool give_up = <|so_far >= patience|>;", "!patience"),
+        "raise-beside-a-look": M("if (give_up && (<|reaping_|> || allocating_", "false"),
+        "raise-beside-growth": M("(reaping_ || <|allocating_|> || freeing_)", "false"),
+        "raise-beside-a-free": M("allocating_ || <|freeing_|>)", "false"),
+        "waits-for-a-stuck-call": M("&& <|so_far < patience + kSettle|>) {", "true"),
         "full-does-not-fall-back": M(
             "if (<|options_.at_capacity == AtCapacity::kFallback|>) return nullptr;\n    if (give_up)",
             "false",
