@@ -178,9 +178,14 @@ def repr_():
         pystage._C.small_tensors(pool._handle, [[Big(1 << 80)]], [torch.int64])
     except ValueError:
         pass
+small = iter([
+    pystage.StagingPool(device, 1 << 21, reserve_bytes=4096)
+    for _ in range(200 if what == "log" else 0)
+])
+kept = []
 def log():
-    with pystage.StagingPool(device, 1 << 22, reserve_bytes=4096) as small:
-        small.stage([list(range(40_000))])
+    kept.append(next(small))  # a pool's end may run torch's code
+    kept[-1].stage([list(range(40_000))])
 if what == "collect":
     main = threading.current_thread()
     gc.callbacks.append(lambda *_: threading.current_thread() is main or slow())

@@ -273,7 +273,7 @@ def test_a_capture_on_the_stream_of_an_eager_pool() -> None:
         static = torch.zeros(10, device="cuda")
         staged = []
         for turn in range(32):
-            stream = torch.cuda.Stream(priority=-1)
+            stream = torch.cuda.Stream(priority=-100)  # the highest there is, as the pool's
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
                 static.add_(1)
