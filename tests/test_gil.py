@@ -178,14 +178,9 @@ def repr_():
         pystage._C.small_tensors(pool._handle, [[Big(1 << 80)]], [torch.int64])
     except ValueError:
         pass
-small = iter([
-    pystage.StagingPool(device, 1 << 21, reserve_bytes=4096)
-    for _ in range(200 if what == "log" else 0)
-])
-kept = []
 def log():
-    kept.append(next(small))  # a pool's end may run torch's code
-    kept[-1].stage([list(range(40_000))])
+    pool.stage([list(range(40_000))])
+    pool.trim()  # the next batch makes the pool grow
 if what == "collect":
     main = threading.current_thread()
     gc.callbacks.append(lambda *_: threading.current_thread() is main or slow())
