@@ -156,6 +156,9 @@ def count(most):
 def slow(*_):
     count(5)
     sum(1 for _ in range(200_000))
+def brief():
+    count(20)
+    sum(1 for _ in range(20_000))
 class AtTheEnd:
     def __del__(self):
         sum(1 for _ in range(2_000_000))  # the threads run on while the interpreter ends
@@ -183,7 +186,7 @@ def log():
     pool.trim()  # the next batch makes the pool grow
 if what == "collect":
     main = threading.current_thread()
-    gc.callbacks.append(lambda *_: threading.current_thread() is main or slow())
+    gc.callbacks.append(lambda *_: threading.current_thread() is main or brief())
     gc.set_threshold(1, 1, 1)
 original = logging.getLogger
 if what == "log":
