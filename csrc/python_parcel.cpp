@@ -28,10 +28,11 @@ struct ParcelObject {
   PyObject_HEAD std::unique_ptr<Parcel> parcel;
   PyObject* device;                // the device, as the known code names it
   PyObject* original;              // torch.tensor
-  PyObject* codes;                 // a tuple of the known functions' code objects
+  PyObject* groups;                // for each number in deliver_at, a tuple of code objects
   PyObject* minus_one;             // the result of torch.tensor([-1], device=device), or None
   std::vector<size_t> deliver_at;  // deliver after these numbers of tensors
   size_t made;
+  size_t group;                  // the one whose tensors are made now
   std::vector<PyObject*> hosts;  // CPU tensors whose .to was replaced
   std::thread::id thread;
   bool ended;
@@ -60,20 +61,28 @@ void give_up(ParcelObject* self) {
 // Counts one more tensor. Delivers if a round of tensors, which go together, is complete.
 void count_one(ParcelObject* self) {
   ++self->made;
-  for (const size_t at : self->deliver_at)
-    if (at == self->made) deliver(self);
-  if (self->made >= self->deliver_at.back()) self->ended = true;
+  if (self->made != self->deliver_at[self->group]) return;
+  deliver(self);
+  self->ended = ++self->group == self->deliver_at.size();
 }
 
-bool is_called_by(PyObject* codes) {
+enum class Caller { kUnknown, kOtherGroup, kThisGroup };
+
+Caller caller_of(const ParcelObject* self) {
   PyFrameObject* frame = PyEval_GetFrame();
-  if (!frame) return false;
+  if (!frame) return Caller::kUnknown;
   PyCodeObject* code = PyFrame_GetCode(frame);
-  bool known = false;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(codes); ++i)
-    known |= PyTuple_GET_ITEM(codes, i) == reinterpret_cast<PyObject*>(code);
+  Caller caller = Caller::kUnknown;
+  for (size_t group = 0; group < self->deliver_at.size(); ++group) {
+    PyObject* codes = PyTuple_GET_ITEM(self->groups, static_cast<Py_ssize_t>(group));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(codes); ++i) {
+      if (PyTuple_GET_ITEM(codes, i) != reinterpret_cast<PyObject*>(code)) continue;
+      if (group == self->group) caller = Caller::kThisGroup;
+      if (caller == Caller::kUnknown) caller = Caller::kOtherGroup;
+    }
+  }
   Py_DECREF(code);
-  return known;
+  return caller;
 }
 
 bool same(PyObject* a, PyObject* b) {
@@ -169,9 +178,10 @@ PyObject* parcel_tensor(PyObject* object, PyObject* const* args, Py_ssize_t give
         return PyObject_Vectorcall(self->original, args, static_cast<size_t>(given), names);
       });
     };
-    if (self->thread != std::this_thread::get_id() || given != 1 || !PyList_CheckExact(args[0]) ||
-        !is_called_by(self->codes))
+    if (self->thread != std::this_thread::get_id() || given != 1 || !PyList_CheckExact(args[0]))
       return original();
+    const Caller caller = caller_of(self);
+    if (caller == Caller::kUnknown) return original();
     const TensorArguments arguments(args + 1, names);
     if (arguments.others) return original();
     PyObject* list = args[0];
@@ -181,7 +191,8 @@ PyObject* parcel_tensor(PyObject* object, PyObject* const* args, Py_ssize_t give
       Py_INCREF(self->minus_one);
       return self->minus_one;
     }
-    if (self->ended || !arguments.dtype) return original();
+    // What another group's code makes may be read at once, so torch makes it.
+    if (self->ended || !arguments.dtype || caller != Caller::kThisGroup) return original();
     const auto dtype = known_dtype(arguments.dtype);
     at::Tensor host;
     if (dtype) host = read(list, count, *dtype);
@@ -237,7 +248,7 @@ void free_parcel(PyObject* object) {
   }
   self->deliver_at.~vector();
   self->hosts.~vector();
-  for (PyObject* held : {self->device, self->original, self->codes, self->minus_one})
+  for (PyObject* held : {self->device, self->original, self->groups, self->minus_one})
     Py_XDECREF(held);
   type->tp_free(object);
   Py_DECREF(type);
@@ -245,14 +256,18 @@ void free_parcel(PyObject* object) {
 
 PyTypeObject* g_parcel_type = nullptr;
 
-// parcel(handle, capacity, device, original, codes, deliver_at, minus_one)
+// parcel(handle, capacity, device, original, groups, deliver_at, minus_one)
 PyObject* parcel_fast(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return guarded([&] {
     check_count("parcel", given, 7);
     const std::shared_ptr<StagingPool> pool = pool_of(args[0]);
     const size_t capacity = size_argument(args[1]);
-    if (!PyTuple_Check(args[4]) || !PyTuple_Check(args[5]) || !PyTuple_GET_SIZE(args[5]))
-      throw py::type_error("codes and deliver_at must be tuples");
+    if (!PyTuple_Check(args[4]) || !PyTuple_Check(args[5]) || !PyTuple_GET_SIZE(args[5]) ||
+        PyTuple_GET_SIZE(args[4]) != PyTuple_GET_SIZE(args[5]))
+      throw py::type_error("groups and deliver_at must be tuples of one length");
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[4]); ++i)
+      if (!PyTuple_Check(PyTuple_GET_ITEM(args[4], i)))
+        throw py::type_error("each group must be a tuple of code objects");
     std::vector<size_t> deliver_at;
     deliver_at.reserve(static_cast<size_t>(PyTuple_GET_SIZE(args[5])));
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[5]); ++i)
@@ -271,7 +286,7 @@ PyObject* parcel_fast(PyObject*, PyObject* const* args, Py_ssize_t given) {
     new (&self->thread) std::thread::id(std::this_thread::get_id());
     self->device = py::reinterpret_borrow<py::object>(args[2]).release().ptr();
     self->original = py::reinterpret_borrow<py::object>(args[3]).release().ptr();
-    self->codes = py::reinterpret_borrow<py::object>(args[4]).release().ptr();
+    self->groups = py::reinterpret_borrow<py::object>(args[4]).release().ptr();
     self->minus_one = py::reinterpret_borrow<py::object>(args[6]).release().ptr();
     return object;
   });

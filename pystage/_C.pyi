@@ -74,8 +74,9 @@ class Parcel:
     """Replaces ``torch.tensor`` in one thread while known code runs (``python_parcel.cpp``).
 
     A tensor that this code makes from a list and sends with ``.to(device, non_blocking=True)`` is
-    sent as a small tensor. The tensors made so far are delivered whenever their number is in
-    ``deliver_at``. The last number in it ends the replacement."""
+    sent as a small tensor. For each number in ``deliver_at`` there is a group of code. It is the
+    group's turn until so many tensors are made, which are then delivered. The last number ends the
+    replacement."""
 
     def tensor(self, data: Any, /, **kwargs: Any) -> torch.Tensor: ...
     def end(self) -> int:
@@ -86,7 +87,7 @@ def parcel(
     capacity: int,
     device: object,
     original: Any,
-    codes: tuple[Any, ...],
+    groups: tuple[tuple[Any, ...], ...],
     deliver_at: tuple[int, ...],
     minus_one: torch.Tensor | None,
     /,

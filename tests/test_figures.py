@@ -85,7 +85,7 @@ def test_growth_by_small_tensors_is_logged(
     with pystage.StagingPool(device, 1 << 20, reserve_bytes=0) as pool:
         if how == "parcel":
             parcel = _C.parcel(
-                pool._handle, 1 << 16, device, torch.tensor, (known.__code__,), (1,), None
+                pool._handle, 1 << 16, device, torch.tensor, ((known.__code__,),), (1,), None
             )
             assert known().tolist() == values
             assert caplog.records == []  # not within the code of others

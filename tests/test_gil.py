@@ -48,7 +48,7 @@ def wait():
         pool.small_tensors([list(range(6000))], [torch.int64])
     else:
         parcel = _C.parcel(
-            pool._handle, 1 << 16, device, torch.tensor, (known.__code__,), (1,), None
+            pool._handle, 1 << 16, device, torch.tensor, ((known.__code__,),), (1,), None
         )
         torch_tensor = parcel.tensor
         known(list(range(6000)))

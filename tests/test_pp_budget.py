@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pystage.pp import BudgetSizer, ChunkSizer, LatencyModel, Piece, SamplePlan
+from pystage.pp.budget import Batch
 from pystage.pp.forms import Form
 from tests.test_pp_sizer import LAW, STAIRS, model_of
 
@@ -113,6 +115,33 @@ def test_a_prompt_gets_on_where_nothing_fits_and_only_if_nobody_else_does() -> N
     assert sizer.next_chunk(100_000, [Piece(50, 1)] * 3) == 256
     assert sizer.next_chunk(100_000, left=100) == 100
     assert sizer.next_chunk(100_000, [Piece(0, 300)]) == 0
+
+
+def test_a_batch_that_is_over_the_budget_gets_no_more() -> None:
+    """By its waves, a short chunk behind a long history may take longer than with more tokens."""
+    sizer = sizer_of(STAIRS, tile=128)
+    full = [Piece(81_900, 426)]
+    assert sizer.batch_ms(full) > 60.0 > sizer.batch_ms([*full, (0, 448)])
+    assert sizer.next_chunk(0, full, 2000) == 0
+    assert sizer.next_chunk(0, [Piece(81_900, 1)], 2000) > 0
+
+
+@given(st.tuples(*BATCHES), st.lists(st.tuples(st.integers(0, 900), st.just(1)), max_size=3))
+def test_a_batch_that_grows_is_the_list_of_its_pieces(
+    case: tuple[int, list[tuple[int, int]], int], decodes: list[tuple[int, int]]
+) -> None:
+    history, pieces, page = case
+    sizer = sizer_of(STAIRS, page_size=page, decode_ms_per_token=1e-4)
+    batch = Batch.of(decodes)
+    for piece in pieces:
+        batch.add(*piece)
+    listed = [*decodes, *pieces]
+    assert sizer.next_chunk(history, batch, 5000) == sizer.next_chunk(history, listed, 5000)
+    chunks = np.array([chunk for _, chunk in listed], dtype=float)
+    histories = np.array([h for h, _ in listed], dtype=float)
+    read = sum(h for h, chunk in listed if chunk == 1)
+    expected = STAIRS.form.predict_batch(histories, chunks) + 1e-4 * read
+    assert sizer.batch_ms(listed) == pytest.approx(expected)
 
 
 def test_a_batch_has_no_more_tokens_than_it_may() -> None:

@@ -426,6 +426,9 @@ def test_stages_are_fitted_to_what_they_take_in_the_pipeline() -> None:
     # 4 ms too much of a large chunk count as 0.5 ms of a small one
     (factor,), (more,) = fit_stages([10.0, 20.0, 40.0, 80.0], [[11.0, 21.0, 41.0, 85.0]])
     assert factor * 10.0 + more == pytest.approx(11.0, abs=0.15)
+    # Chunks of nearly one time say nothing about a slope.
+    (factor,), (more,) = fit_stages([10.0, 10.1, 10.2], [[15.6, 15.5, 15.7]])
+    assert factor == pytest.approx(1.545, abs=0.01) and more == 0.0
     # On a busy machine a large chunk may seem faster than a small one. `choose` takes the result.
     (factor,), (more,) = fit_stages([1.0, 2.0, 4.0, 8.0], [[5.0, 4.0, 3.0, 2.0]])
     assert factor == pytest.approx((5 + 2 + 3 / 4 + 2 / 8) / 4) and more == 0.0
@@ -526,3 +529,15 @@ def test_chunks_of_one_size_cover_the_prompt() -> None:
     assert fixed_chunks(8, 16) == [8, 8]
     assert fixed_chunks(8, 3) == [3]
     assert histories([8, 8, 4]).tolist() == [0, 8, 16]
+
+
+def test_one_fixed_size_without_a_neighbour_is_run() -> None:
+    sizer = ChunkSizer(LAW, base_chunk=512, context_len=600, page_size=256, min_chunk=512)
+    ran: list[list[int]] = []
+
+    def run(chunks: list[int]) -> float:
+        ran.append(chunks)
+        return 100.0
+
+    choice = sizer.choose(543, 2, run=run, runs=4)
+    assert sum(choice.chunks) == 543 and choice.runs == len(ran) > 0

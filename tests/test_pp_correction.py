@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
@@ -153,6 +154,15 @@ def test_the_other_process_may_print_and_has_one_core_and_no_gpu() -> None:
     assert apart(os.getpid) != os.getpid()
 
 
+def test_what_the_other_process_prints_while_it_starts_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "noisy.py").write_text("print('hello')\ndef f():\n    return 7\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    noisy = importlib.import_module("noisy")
+    assert apart(noisy.f) == 7
+
+
 def test_a_slower_attention_is_learned_to_a_fraction_of_the_error() -> None:
     correction = Correction(model())
     for sample in chunks_run(slower, 256, seed=2, noise=0.03):
@@ -166,6 +176,23 @@ def test_a_slower_attention_is_learned_to_a_fraction_of_the_error() -> None:
     assert old > 0.10 and new < 0.025
     correction.model.adopt(correction._draft)
     assert correction.model.predict(0, 8192) == correction._draft.predict(0, 8192)
+
+
+def test_a_slower_engine_is_learned_though_the_profile_keeps_its_weight() -> None:
+    """The profile's times and those of another speed are not fitted together as they are."""
+    slow = model()
+    for _ in range(3):
+        slow.update(chunks_run(lambda h, c: 1.5 * law(h, c), 256, seed=2, noise=0.03))
+    points = [(h, c) for h in (0, 5000, 40_000, 120_000) for c in (512, 2048, 8192)]
+    errors = [abs(slow.predict(h, c) / (1.5 * law(h, c)) - 1) for h, c in points]
+    assert max(errors) < 0.06
+
+
+def test_times_that_are_none_do_not_count() -> None:
+    correction = Correction(model())
+    for ms in (0.0, -1.0, math.nan, math.inf):
+        assert not correction.observe_ms([(0, 512)], ms)
+    assert correction.collect() == 0
 
 
 @pytest.mark.gpu

@@ -244,6 +244,37 @@ def special_requests(rig: Any) -> Outcome:
     return out
 
 
+def hybrid(rig: Any) -> Outcome:
+    """A hybrid model's batch: one more small tensor is made, and read at once."""
+    from sglang.srt.managers import schedule_batch
+
+    execution = schedule_batch.get_exec()
+    mamba = SimpleNamespace(enable_mamba_extra_buffer=True, enable_mamba_extra_buffer_lazy=False)
+    tracked = SimpleNamespace(track_mask=True, track_position=1, track_seqlen=64)
+    reqs = [rig.request(range(n)) for n in (40, 50, 60)]
+    batch = rig.batch(reqs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            schedule_batch,
+            "get_exec",
+            lambda: SimpleNamespace(**{**vars(execution), "mamba": mamba}),
+        )
+        patch.setattr(
+            type(batch), "_mamba_radix_cache_v2_req_prepare_for_extend", lambda *_: tracked
+        )
+        slots = torch.arange(2 * len(rig.rows.req_to_token)).view(-1, 2) + 1000
+        name = "req_index_to_mamba_ping_pong_track_buffer_mapping"
+        patch.setattr(rig.rows, name, slots, raising=False)
+        batch.prepare_for_extend()
+        rows = batch.req_pool_indices_cpu
+        assert torch.equal(batch.mamba_track_indices, slots[rows, 1])
+    out = {"mask": batch.mamba_track_mask, "lengths": batch.mamba_track_seqlens}
+    out |= {"temperatures": batch.sampling_info.temperatures.clone()}
+    rig.resolve(batch)
+    rig.release(*reqs)
+    return out | {"ids": batch.input_ids}
+
+
 SCENARIOS: list[Callable[[Any], Outcome]] = [
     chunked_mixed_decode,
     two_chunks,
@@ -254,6 +285,7 @@ SCENARIOS: list[Callable[[Any], Outcome]] = [
     merged,
     embedding,
     special_requests,
+    hybrid,
 ]
 
 
@@ -863,6 +895,21 @@ def test_who_joins_a_batch_gets_what_its_time_has_left(engine: Engine, budget: B
     assert budget.batch_ms(pieces) <= 8.0 < budget.batch_ms([*pieces, (0, 64)])
 
 
+def test_what_is_kept_for_short_requests_stays_theirs(engine: Engine, budget: BudgetSizer) -> None:
+    """SGLang's shortest-prefill-first limits the request that goes on, before the budget does."""
+    from sglang.srt.managers.schedule_policy import PrefillAdder
+
+    long, short = engine.rig.request(range(4000)), engine.rig.request(range(100))
+    for req in (long, short):
+        req.init_next_round_input(engine.rig.tree)
+    long.prefix_len = 1000
+    adder = adder_of(engine, 1024)
+    adder.chunked_req_limit = 1024 - 100
+    plugin.sizer.add_chunked_req(PrefillAdder.add_chunked_req, adder, long)
+    room = budget.next_chunk(1000, (), 3000)
+    assert long.extend_end - 1000 == room - 100 and adder.rem_chunk_tokens >= 100
+
+
 def test_what_the_host_has_of_a_prompt_is_its_history(
     engine: Engine, budget: BudgetSizer, planned: pp.Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -930,7 +977,8 @@ def test_a_mixture_of_experts_is_told_by_its_configuration() -> None:
 
 
 def test_prefills_of_one_request_are_timed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that nothing else slows: no other request, no decode, no KV that is loaded back."""
+    """Those that nothing else slows: no other request, no decode, no KV that is loaded back, no
+    check of drafts, no logprobs, no tokens of other ranks."""
     rig, times = engine.rig, []
     leader = correction.Leader(sizer_of(engine), LAW)
     monkeypatch.setattr(correction.serving, "leader", leader)
@@ -965,6 +1013,22 @@ def test_prefills_of_one_request_are_timed(engine: Engine, monkeypatch: pytest.M
     timed(batch)
     plugin.sizer.forward_batch_generation(lambda worker, batch: None, None, None)
     assert len(times) == 2
+
+    def seen(**changes: Any) -> int:
+        """How often a prefill is timed whose batch differs in this."""
+        given = {"forward_mode": ForwardMode.EXTEND, "global_num_tokens": None}
+        given |= {"return_logprob": False, "hicache_consumer_index": -1}
+        lens = {"reqs": [one], "prefix_lens": [0], "extend_lens": [300]}
+        before = len(times)
+        batch = SimpleNamespace(**given | lens | changes)
+        plugin.sizer.forward_batch_generation(lambda worker, batch: None, None, batch)
+        return len(times) - before
+
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    assert seen() == seen(global_num_tokens=[300, 0]) == 1
+    assert seen(forward_mode=ForwardMode.TARGET_VERIFY) == 0
+    assert seen(return_logprob=True) == seen(global_num_tokens=[300, 8192]) == 0
     rig.release(one, two, three, four)
 
 

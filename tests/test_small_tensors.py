@@ -517,8 +517,9 @@ class Through:
     def __init__(self, pool: pystage.StagingPool, *deliver_at: int, capacity: int = 4096) -> None:
         self.device = str(pool.device)
         self.minus_one = tensor([-1], device=self.device)
+        groups = (codes(),) * len(deliver_at)
         self.parcel = _C.parcel(
-            pool._handle, capacity, self.device, tensor, codes(), deliver_at, self.minus_one
+            pool._handle, capacity, self.device, tensor, groups, deliver_at, self.minus_one
         )
 
     def __enter__(self) -> Through:
@@ -560,6 +561,38 @@ def test_none_is_delivered_before_the_last_of_its_group(pool: pystage.StagingPoo
     assert third.tolist() == [0.5, 1.0] and of_one_storage(first, second, third)
 
 
+def test_a_group_is_made_by_its_own_code(pool: pystage.StagingPool) -> None:
+    """What other code makes beside it is read at once, perhaps with what is delivered."""
+    device = str(pool.device)
+    first, second = (
+        compile(
+            "made = torch.tensor([n, n], dtype=torch.int64).to(device, non_blocking=True)",
+            n,
+            "exec",
+        )
+        for n in ("first", "second")
+    )
+
+    def make(code: Any, n: int) -> torch.Tensor:
+        names: dict[str, Any] = {"torch": torch, "device": device, "n": n}
+        exec(code, names)
+        made: torch.Tensor = names["made"]
+        return made
+
+    parcel = _C.parcel(pool._handle, 4096, device, tensor, ((first,), (second,)), (1, 3), None)
+    torch.tensor = parcel.tensor  # type: ignore[assignment]
+    try:
+        early = make(second, 5)  # not its turn yet
+        delivered = make(first, 1)
+        read_at_once = make(first, 7)  # its turn is over
+        assert [t.tolist() for t in (early, delivered, read_at_once)] == [[5] * 2, [1] * 2, [7] * 2]
+        last = [make(second, n) for n in (2, 3)]
+    finally:
+        torch.tensor = tensor
+    assert parcel.end() == 3 and [t.tolist() for t in last] == [[2, 2], [3, 3]]
+    assert of_one_storage(delivered, *last) and not of_one_storage(delivered, read_at_once)
+
+
 def test_the_end_delivers_what_is_left(pool: pystage.StagingPool) -> None:
     with Through(pool, 5) as through:
         made = known(through.device, THREE)
@@ -574,7 +607,7 @@ def test_the_cpu_tensor_is_torchs_own(pool: pystage.StagingPool) -> None:
         names: dict[str, Any] = {"torch": torch}
         known_too = compile(code, "<test>", "exec")
         parcel = _C.parcel(
-            pool._handle, 64, through.device, tensor, (known_too,), (2,), through.minus_one
+            pool._handle, 64, through.device, tensor, ((known_too,),), (2,), through.minus_one
         )
         torch.tensor = parcel.tensor  # type: ignore[assignment]
         exec(known_too, names)
@@ -666,7 +699,7 @@ def test_the_one_minus_one(pool: pystage.StagingPool) -> None:
     with Through(pool, 2) as through:
         names: dict[str, Any] = {"torch": torch, "device": through.device}
         parcel = _C.parcel(
-            pool._handle, 64, through.device, tensor, within(code), (2,), through.minus_one
+            pool._handle, 64, through.device, tensor, (within(code),), (2,), through.minus_one
         )
         torch.tensor = parcel.tensor  # type: ignore[assignment]
         exec(code, names)
@@ -679,7 +712,7 @@ def test_an_int_beyond_a_c_long_is_torchs(pool: pystage.StagingPool) -> None:
     code = compile(text, "<test>", "exec")
     for original in (True, False):
         parcel = _C.parcel(
-            pool._handle, 64, str(pool.device), tensor, within(code), (2,), torch.tensor([-1])
+            pool._handle, 64, str(pool.device), tensor, (within(code),), (2,), torch.tensor([-1])
         )
         made = SimpleNamespace(tensor=tensor if original else parcel.tensor)
         with pytest.raises((ValueError, RuntimeError), match="Overflow"):
@@ -698,18 +731,18 @@ def test_the_scope_puts_torch_back(pool: pystage.StagingPool) -> None:
     def fills(device: str, value: int) -> list[torch.Tensor]:
         return [torch.full((1,), value, device=device) for _ in range(3)]
 
-    scope = Scope(pool, device, codes_of(fills), 8, (5, 9), minus_one)
+    scope = Scope(pool, device, (codes_of(fills), ()), 8, (5, 9), minus_one)
     assert torch.tensor is not tensor
     assert all(t is minus_one for t in fills(device, -1))
     assert all(t is not minus_one and t.tolist() == [2] for t in fills(device, 2))
     assert torch.full((1,), -1, device=device) is not minus_one  # unknown code
     # A second one, of any thread, would leave the first's tensors undelivered.
     with pytest.raises(pystage.PystageError, match="another thread"):
-        Scope(pool, device, codes_of(fills), 8, (2,), minus_one)
+        Scope(pool, device, (codes_of(fills),), 8, (2,), minus_one)
     assert torch.tensor is not tensor
     scope.close()
     assert torch.tensor is tensor and torch.full is full
     with pytest.raises(TypeError, match="must be tuples"):
         Scope(pool, device, [], 8, (2,), minus_one)  # type: ignore[arg-type]
     assert torch.tensor is tensor
-    Scope(pool, device, codes_of(fills), 8, (2,), minus_one).close()
+    Scope(pool, device, (codes_of(fills),), 8, (2,), minus_one).close()

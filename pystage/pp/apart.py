@@ -14,11 +14,21 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+# Before anything is imported: what modules print must not get between.
+_START = f"""
+import os
+results = os.fdopen(os.dup(1), "wb")
+os.dup2(2, 1)
+from {__name__} import _main
+_main(results)
+"""
 
 
 def apart(function: Callable[..., T], *args: Any) -> T:
@@ -33,7 +43,7 @@ def apart(function: Callable[..., T], *args: Any) -> T:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     path = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import _main; _main()"],
+        [sys.executable, "-c", _START],
         input=pickle.dumps((function, args)),
         capture_output=True,
         env={**os.environ, **threads, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
@@ -51,11 +61,9 @@ def apart(function: Callable[..., T], *args: Any) -> T:
     return result
 
 
-def _main() -> None:
+def _main(results: BinaryIO) -> None:
     os.nice(10)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    results = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the function prints must not get between
     function, args = pickle.load(sys.stdin.buffer)
     with results:
         pickle.dump(function(*args), results)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import numpy as np
-
-from pystage.pp.forms import Floats
 from pystage.pp.model import LatencyModel
 
 TILE = 128
@@ -20,6 +18,59 @@ class Piece(NamedTuple):
 
     history_len: int
     chunk_len: int
+
+
+@dataclass
+class Load:
+    """The sums over a batch's pieces that its predicted time depends on. Adding a piece takes the
+    same time however many there are."""
+
+    tokens: int = 0
+    area: int = 0
+    history: int = 0
+    behind: int = 0
+    decoded: int = 0
+    """Tokens of history behind which pieces of one token are."""
+
+    @classmethod
+    def of(cls, pieces: Iterable[tuple[int, int]]) -> Load:
+        load = cls()
+        for history_len, chunk_len in pieces:
+            load.add(history_len, chunk_len)
+        return load
+
+    def add(self, history_len: int, chunk_len: int) -> None:
+        self.tokens += chunk_len
+        self.area += (2 * history_len + chunk_len) * chunk_len
+        self.history += history_len
+        self.behind += chunk_len if history_len else 0
+        self.decoded += history_len if chunk_len == 1 else 0
+
+    def plus(self, history_len: int, chunk_len: int) -> Load:
+        more = replace(self)
+        more.add(history_len, chunk_len)
+        return more
+
+
+@dataclass
+class Batch:
+    """A batch's pieces, as `BudgetSizer.next_chunk` wants to know them: all of them, and those that
+    are prefills."""
+
+    all: Load = field(default_factory=Load)
+    prefills: Load = field(default_factory=Load)
+
+    @classmethod
+    def of(cls, pieces: Iterable[tuple[int, int]]) -> Batch:
+        batch = cls()
+        for piece in pieces:
+            batch.add(*piece)
+        return batch
+
+    def add(self, history_len: int, chunk_len: int) -> None:
+        self.all.add(history_len, chunk_len)
+        if chunk_len > 1:
+            self.prefills.add(history_len, chunk_len)
 
 
 class BudgetSizer:
@@ -106,36 +157,36 @@ class BudgetSizer:
         Fixed costs of a forward (launches, reading the weights) count once, matrix products count
         the sum of all tokens, and attention counts each piece behind its own history.
         """
-        if not pieces:
-            return 0.0
-        return self._ms(np.asarray(pieces, dtype=np.float64).reshape(-1, 2))
+        return self._ms(Load.of(pieces))
 
     def next_chunk(
         self,
         history_len: int,
-        beside: Sequence[tuple[int, int]] = (),
+        beside: Sequence[tuple[int, int]] | Batch = (),
         left: int | None = None,
     ) -> int:
         """How many tokens of a request behind `history_len` fit beside the other pieces; 0 if none.
 
         `left` is the number of tokens that the request still has. The result is all of them if they
-        fit, else whole pages.
+        fit, else whole pages. For a batch that grows request by request, pass a `Batch` and `add`
+        to it: the call then takes the same time however many pieces there are.
         """
         if history_len < 0:
             raise ValueError(f"history_len={history_len} must not be negative")
-        batch = np.array([*beside, (history_len, 0)], dtype=np.float64)
-        room = self.max_tokens - int(batch[:, 1].sum())
+        batch = beside if isinstance(beside, Batch) else Batch.of(beside)
+        room = self.max_tokens - batch.all.tokens
         most = room if left is None else min(room, left)
 
         def fits(size: int) -> bool:
-            batch[-1, 1] = size
-            return self._ms(batch) <= self.budget_ms
+            return self._ms(batch.all.plus(history_len, size)) <= self.budget_ms
 
-        if most <= 0:
+        # By the model, a short chunk behind a long history may take longer than with other tokens
+        # beside it. Such a batch is full all the same.
+        if most <= 0 or self._ms(batch.prefills) > self.budget_ms:
             return 0
         if left is not None and left <= room and fits(left):
             return left
-        low, high = 0, most // self.page_size  # in pages; more of them never take less time
+        low, high = 0, most // self.page_size  # in pages; more of them hardly ever take less time
         while low < high:
             middle = (low + high + 1) // 2
             if fits(middle * self.page_size):
@@ -143,7 +194,7 @@ class BudgetSizer:
             else:
                 high = middle - 1
         size = self._whole_tiles(low * self.page_size, self.max_tokens - room)
-        if size < self.min_chunk and bool((batch[:-1, 1] == 1).all()):
+        if size < self.min_chunk and not batch.prefills.tokens:
             size = min(self.min_chunk, most)
         return size
 
@@ -156,12 +207,12 @@ class BudgetSizer:
 
         The first request that does not get all its tokens ends the batch: later ones get none.
         """
-        batch = list(beside)
+        batch = Batch.of(beside)
         takes = [0] * len(waiting)
         for i, (history_len, left) in enumerate(waiting):
             takes[i] = self.next_chunk(history_len, batch, left)
             if takes[i]:
-                batch.append((history_len, takes[i]))
+                batch.add(history_len, takes[i])
             if takes[i] < left:
                 break
         return takes
@@ -172,8 +223,6 @@ class BudgetSizer:
         pages = (tiles * self.tile - beside) // self.page_size
         return pages * self.page_size if tiles >= 2 and pages > 0 else size
 
-    def _ms(self, pieces: Floats) -> float:
-        """The time of the pieces, [n, 2] of history_len and chunk_len."""
-        history, chunk = pieces[:, 0], pieces[:, 1]
-        ms = self.model.form.predict_batch(history, chunk)
-        return float(ms + history[chunk == 1].sum() * self.decode_ms_per_token)
+    def _ms(self, load: Load) -> float:
+        ms = self.model.form.predict_sums(load.tokens, load.area, load.history, load.behind)
+        return ms + load.decoded * self.decode_ms_per_token

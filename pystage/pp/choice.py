@@ -475,6 +475,7 @@ class Planner:
                     at, ahead = at + ahead * step, 1
                 else:
                     ahead += 1
+        runs.fastest(sizes[at])  # also where it has no neighbour
         for plan in free[:2]:
             if runs.left >= 2:
                 runs.fastest(plan)

@@ -3,6 +3,7 @@ rank the same new model."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ class Correction:
 
     def observe_ms(self, pieces: Sequence[tuple[int, int]], ms: float) -> bool:
         """The same for a batch that has already been timed, for example on a CPU."""
-        if not _counts(pieces):
+        if not _counts(pieces) or not (math.isfinite(ms) and ms > 0):
             return False
         self._done.append(Sample(*pieces[0], ms))
         return True

@@ -222,6 +222,7 @@ def find_tile_and_wave(optimize: ModuleType, data: Data) -> tuple[int, int]:
         form = Form("waves", tile=pair[0], wave=pair[1])
         design = form.design(data.history, data.chunk) / data.ms[:, None]
         norms = np.linalg.norm(design, axis=0)
+        norms[norms == 0] = 1.0  # no sample has history
         coefficients, _ = optimize.nnls(design / norms, ones)
         left = np.abs(design / norms @ coefficients - 1.0)
         return float((data.weight * np.minimum(left, 0.3)).sum())

@@ -99,14 +99,17 @@ class Form:
         attention area. For several short pieces with little history, no history is short enough;
         then the area is scaled down.
         """
-        total = float(chunk.sum())
+        area = float(((2.0 * history + chunk) * chunk).sum())
+        behind = float(chunk[history > 0].sum())
+        return self.predict_sums(float(chunk.sum()), area, float(history.sum()), behind)
+
+    def predict_sums(self, total: float, area: float, history: float, behind: float) -> float:
+        """`predict_batch` from sums over the pieces: of x, of (2 L + x) x, of L, and of x where
+        there is history."""
         if total <= 0:
             return 0.0
-        # The sum of (2 L + x) x over the pieces. For one chunk of all tokens behind H it is
-        # (2 H + total) total.
-        area = float(((2.0 * history + chunk) * chunk).sum())
+        # For one chunk of all tokens behind H, the area is (2 H + total) total.
         same = area / (2.0 * total) - total / 2.0  # H; negative for short pieces, little history
-        behind = float(chunk[history > 0].sum()) / total
         row = self.design(np.array([max(same, 0.0)]), np.array([total]))
         names = self.terms()
         scale = np.ones(len(names))
@@ -114,9 +117,9 @@ class Form:
             if "(2L+x)" in name and same < 0:
                 scale[i] = area / total**2
             elif name == "L":
-                row[0, i] = history.sum()
+                row[0, i] = history
             elif name == "x behind L":
-                row[0, i] = behind * total
+                row[0, i] = behind
         return float(self._sum(row * scale)[0])
 
     def _sum(self, design: Floats) -> Floats:

@@ -97,10 +97,11 @@ def fit_stages(
     times = np.vstack([alone, piped])
     if not (np.isfinite(times).all() and (times > 0).all()):
         raise ValueError("all times must be positive and finite")
+    spread = alone.max() > 1.1 * alone.min()  # else the slope is noise
     fitted = []
     for ms in piped:
         # The weights make the errors relative, so that a small chunk counts as much as a large one.
-        factor, more = np.polyfit(alone, ms, 1, w=1.0 / alone).tolist()
+        factor, more = np.polyfit(alone, ms, 1, w=1.0 / alone).tolist() if spread else (0.0, 0.0)
         if more < 0 or factor <= 0:  # noise: a larger chunk takes longer, and not less per token
             factor, more = float(np.mean(ms / alone)), 0.0
         fitted.append((factor, more))

@@ -316,7 +316,8 @@ class LatencyModel:
         """Takes timings of real chunks. Returns True if they led to new coefficients.
 
         The model keeps the latest 256 of them. A call that brings the 32nd since the last attempt
-        refits the same form to the profile and the recent chunks together. It takes the refit only
+        refits the same form to the recent chunks and the profile together, the profile's times
+        scaled by the median change of speed since. It takes the refit only
         if that predicts the held-out recent chunks (every fourth, never fitted) better in the
         median and no worse at the 95th percentile. Such a call is up to a second of Python. In a
         process that launches forwards, use `Correction`, which does it in another process.
@@ -331,11 +332,21 @@ class LatencyModel:
         return self._live.seen // self.REFIT_EVERY > before and self._refit()
 
     def _refit(self) -> bool:
-        held = tuple(self._live.holdout)
-        pool = self._samples + tuple(self._live.fit)
-        pair = (self.form.tile, self.form.wave)
+        held, live = tuple(self._live.holdout), tuple(self._live.fit)
+
+        def fitted(data: Data) -> Form:
+            pair = (self.form.tile, self.form.wave)
+            return fit_form(scipy_optimize(), self.form.name, data, pair)[0]
+
+        # If the engine as a whole has become slower, the profile is too fast by as much. Together
+        # with recent chunks as it is, it would give a fit between the two speeds.
+        profile = Data.of_points(Repeats.of(self._samples))
+        profiled = LatencyModel(fitted(profile), self.report, ())
+        drift = math.exp(float(np.median(profiled.errors(live))))
+        scaled = (replace(s, latency_ms=s.latency_ms * drift) for s in self._samples)
+        pool = (*scaled, *live)
         data = Data.of_points(Repeats.of(pool))
-        form, _, _ = fit_form(scipy_optimize(), self.form.name, data, pair)
+        form = fitted(data)
         candidate = LatencyModel(form, self.report, ())
         old, new = np.abs(self.errors(held)), np.abs(candidate.errors(held))
         better = np.median(new) < np.median(old)

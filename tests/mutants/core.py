@@ -55,12 +55,13 @@ MUTANTS: Mutants = {
         "too-many-rows": M("if (<|count > backend.most_rows()|> ||", "false"),
     },
     "csrc/python_parcel.cpp": {
-        "any-code": M("<|!is_called_by(self->codes)|>", "false"),
+        "any-code": M("if (<|caller == Caller::kUnknown|>) return original();", "false"),
+        "any-group": M("!arguments.dtype<| || caller != Caller::kThisGroup|>)", ""),
         "any-thread": M("if (<|self->thread != std::this_thread::get_id()|> ||", "false"),
         "no-give-up": M("<|give_up(self);|>\n      return original();", ";"),
         "no-give-up-of-to": M("if (<|is_ours(self)|>) give_up(self);", "false"),
-        "never-ends": M("if (<|self->made >= self->deliver_at.back()|>)", "false"),
-        "never-delivers": M("if (<|at == self->made|>) deliver(self);", "false"),
+        "never-ends": M("<|++self->group == self->deliver_at.size()|>;", "++self->group == 99"),
+        "never-delivers": M("if (<|self->made != self->deliver_at[self->group]|>) return;", "true"),
         "to-stays": M("if (<|PyObject_SetAttr(host, g_to, nullptr) != 0|>)", "false"),
         "minus-one-of-anything": M(
             "PyLong_CheckExact(value) && <|PyLong_AsLongAndOverflow(value, &overflow) == -1|>",

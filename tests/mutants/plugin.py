@@ -17,8 +17,8 @@ MUTANTS: Mutants = {
             "todo += [const for const in code.co_consts", "todo += [const for const in ()"
         ),
         "minus-one-anew": M("self._made[pool.device] = tensor", "pass"),
-        "one-delivery": M("PREPARED = (<|5, 9|>)", "9,"),
-        "late-delivery": M("BUILT = (<|2|>,)", "3"),
+        "one-delivery": M("PREPARED: (<|5, 9|>)", "4, 9"),
+        "late-delivery": M("BUILT: (<|2|>,)", "3"),
     },
     "pystage/integrations/sglang/entry.py": {
         "off-is-on": M("if not process.state.settings.enabled:", "if False:"),
@@ -253,7 +253,10 @@ MUTANTS: Mutants = {
         "plan-small-page": M(
             "    page = <|max(int(owner.page_size), _SMALLEST_PAGE)|>\n", "int(owner.page_size)\n"
         ),
-        "plan-largest": M("max_chunk=int(owner.max_prefill_tokens),", "max_chunk=None,"),
+        "plan-largest": M(
+            "max_chunk=<|int(owner.max_prefill_tokens) if dynamic else base|>,", "None"
+        ),
+        "plan-of-dynamic-sizes": M("int(owner.max_prefill_tokens)<| if dynamic else base|>,", ""),
         "sizer-largest": M(
             "return max(<|min(int(owner.max_prefill_tokens), 2 * base)|>, page_of(owner))",
             "2 * base",
@@ -286,19 +289,27 @@ MUTANTS: Mutants = {
         ),
     },
     "pystage/integrations/sglang/budget.py": {
-        "decodes-are-free": M("[<|*_decodes(adder), |>*prefills]", ""),
-        "prefills-are-free": M("[*_decodes(adder)<|, *prefills|>]", ""),
-        "batch-of-nothing": M("max(room // align, <|1 if room and not prefills else 0|>)", "0"),
+        "decodes-are-free": M("Batch.of(<|_decodes(adder)|>)", "()"),
+        "prefills-are-free": M(
+            "for other in adder.can_run_list[<|taken|>:]:", "len(adder.can_run_list)"
+        ),
+        "prefills-count-twice": M("batch, <|len(adder.can_run_list)|>  # one", "0"),
+        "batch-of-nothing": M(
+            "max(room // align, <|1 if room and not adder.can_run_list else 0|>)", "0"
+        ),
+        "nothing-kept": M("if limit is not None<| and room|>:", " and False"),
         "decodes-of-other-batches": M("if <|not get_schedule().enable_mixed_chunk or |>adder", ""),
         "unusable-budget": M("if model is None<| or not model.report.usable|>:", ""),
-        "no-limit": M("        adder.rem_chunk_tokens = room\n", "        pass\n"),
+        "no-limit": M("    adder.rem_chunk_tokens = room\n", "    pass\n"),
     },
     "pystage/integrations/sglang/correction.py": {
         "not-sent": M("return [*requests<|, *serving.leader.message()|>]", ""),
         "handled-by-sglang": M("return [r for r in requests if <|not _is_message(r)|>]", "True"),
         "not-applied": M("    _apply(found[-1])\n", ""),
         "load-backs-timed": M("\n        or batch.hicache_consumer_index >= 0", ""),
-        "decodes-timed": M("\n        or not batch.forward_mode.is_extend()", ""),
+        "drafts-timed": M('\n        or batch.forward_mode.name != "EXTEND"', ""),
+        "logprobs-timed": M("\n        or batch.return_logprob", ""),
+        "other-ranks-timed": M("global_num_tokens or ())) > <|1|>", "9"),
         "too-few-batches": M("<|self.correction.collect() >= LatencyModel.REFIT_EVERY|>", "False"),
         "old-plans": M(
             '        pp.serving.plans = pp.plans_of(serving.owner, message["plans"])\n',

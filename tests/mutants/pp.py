@@ -56,10 +56,8 @@ MUTANTS: Mutants = {
         "usable-in-spite": M(
             "model.report = replace(report, <|usable=False|>, reason=reason)", "usable=True"
         ),
-        "live-holdout-is-fitted": M(
-            "pool = self._samples + tuple(self._live.fit)",
-            "pool = self._samples + tuple(self._live.fit) + tuple(self._live.holdout)",
-        ),
+        "live-holdout-is-fitted": M("pool = (*scaled, *live<|)|>", ", *held)"),
+        "profile-as-it-was": M("latency_ms=s.latency_ms<| * drift|>)", ""),
         "live-every-third-held-out": M("if live.seen % <|4|> == 0 else live.fit", "3"),
         "live-none-held-out": M(
             "(live.holdout if live.seen % 4 == 0 else live.fit).append(sample)",
@@ -201,25 +199,24 @@ MUTANTS: Mutants = {
         "stages-any-shape": M("<|alone.ndim != 1 or alone.size < 2 or |>piped.ndim != 2", ""),
     },
     "pystage/pp/budget.py": {
-        "constant-each-piece": M(
-            "self.model.form.predict_batch(history, chunk)",
-            "self.model.form.predict(history, chunk).sum()",
-        ),
-        "decodes-not-read": M("ms<| + history[chunk == 1].sum() * self.decode_ms_per_token|>", ""),
-        "chunks-are-decodes": M("history[chunk <|==|> 1]", ">="),
-        "budget-over": M("self._ms(batch) <= <|self.budget_ms|>", "self.budget_ms * 1.1"),
-        "tokens-unbounded": M("room = self.max_tokens<| - int(batch[:, 1].sum())|>", ""),
+        "area-of-all": M("self.area += (2 * history_len + <|chunk_len|>)", "self.tokens"),
+        "history-of-the-last": M("self.history <|+=|> history_len", "="),
+        "nothing-behind": M("self.behind += <|chunk_len if history_len else 0|>", "0"),
+        "decodes-not-read": M("return ms<| + load.decoded * self.decode_ms_per_token|>", ""),
+        "chunks-are-decodes": M("history_len if chunk_len <|==|> 1 else 0", ">="),
+        "decodes-are-prefills": M("        if chunk_len > <|1|>:", "0"),
+        "budget-over": M("size)) <= <|self.budget_ms|>", "self.budget_ms * 1.1"),
+        "full-gets-more": M("if most <= 0<| or self._ms(batch.prefills) > self.budget_ms|>:", ""),
+        "tokens-unbounded": M("room = self.max_tokens<| - batch.all.tokens|>", ""),
         "rest-in-pages": M(
             "if <|left is not None and left <= room and |>fits(left):",
             "False and ",
         ),
-        "nobody-gets-on": M(
-            "if <|size < self.min_chunk and bool((batch[:-1, 1] == 1).all())|>:", "False"
-        ),
+        "nobody-gets-on": M("if <|size < self.min_chunk and not batch.prefills.tokens|>:", "False"),
         "floor-of-a-page": M(
             "min_chunk = max(<|min(model.report.chunk_range[0], max_tokens)|>, page_size)", "1"
         ),
-        "all-get-on": M("size < self.min_chunk<| and bool((batch[:-1, 1] == 1).all())|>", ""),
+        "all-get-on": M("size < self.min_chunk<| and not batch.prefills.tokens|>", ""),
         "tiles-begun": M("size = <|self._whole_tiles(|>low * self.page_size", "(lambda n, _: n)("),
         "tiles-without-others": M("tiles = (<|beside + |>size) // self.tile", ""),
         "tiles-only-one": M("if tiles >= <|2|> and", "1"),
@@ -240,15 +237,14 @@ MUTANTS: Mutants = {
         "new-without-news": M("            if not self._new:\n", "            if False:\n"),
         "refit-in-this-process": M("<|apart(_updated, |>self._draft.to_json()", "_updated("),
         "refit-forgets-old-chunks": M("list(self._recent)<|)|> if new", "[-new:])"),
+        "no-time-counts": M("or not (<|math.isfinite(ms) and ms > 0|>):", "True"),
         "refit-of-single-chunks": M(
             "len(self._done) // lot<| * lot|>", " * lot or len(self._done)"
         ),
     },
     "pystage/pp/apart.py": {
         "apart-fails-silently": M("if done.returncode:", "if False:"),
-        "apart-mixes-output": M(
-            "os.dup2(2, 1)  # what the function prints must not get between", "pass"
-        ),
+        "apart-mixes-output": M('fdopen(os.dup(1), "wb")<|\nos.dup2(2, 1)|>', ""),
         "apart-swallows-the-log": M("for line in <|said|>:", "[]"),
         "apart-has-gpus": M('<|, "CUDA_VISIBLE_DEVICES": ""|>', ""),
         "apart-uses-all-cores": M("env={**os.environ, <|**threads, |>", ""),

@@ -18,7 +18,7 @@ import logging
 from typing import Any
 
 from ...pp import BudgetSizer, Piece
-from ...pp.budget import TILE
+from ...pp.budget import TILE, Batch
 from . import pp, process
 
 logger = logging.getLogger("pystage.sglang")
@@ -49,7 +49,8 @@ def start(scheduler: Any) -> None:
     page = pp.page_of(scheduler)
     serving.sizer = BudgetSizer(
         model,
-        budget_ms=float(process.state.settings.budget_ms),
+        # The model is of the first stage, and the budget is for each.
+        budget_ms=float(process.state.settings.budget_ms) / max(pp.stages_of(scheduler)),
         page_size=page,
         max_tokens=max(int(scheduler.max_prefill_tokens), page),
         tile=1 if has_experts(scheduler.model_config.hf_text_config) else TILE,
@@ -70,24 +71,35 @@ def limit(adder: Any, req: Any, continued: bool) -> None:
         return
     prompt_len, history_len = pp.lengths_of(req, continued)
     left = prompt_len - history_len
-    prefills = [pp.piece_of(other) for other in adder.can_run_list]
-    room = sizer.next_chunk(history_len, [*_decodes(adder), *prefills], left)
+    room = sizer.next_chunk(history_len, _so_far(adder), left)
     if room < left:
         align = pp.serving.align
         # With less than that for its first request, SGLang would make no batch, ever.
-        room = max(room // align, 1 if room and not prefills else 0) * align
-    if room < min(left, tokens):
-        adder.rem_chunk_tokens = room
+        room = max(room // align, 1 if room and not adder.can_run_list else 0) * align
+    if room >= min(left, tokens):
+        return
+    adder.rem_chunk_tokens = room
+    limit = getattr(adder, "chunked_req_limit", None)
+    if limit is not None and room:
+        # SGLang keeps these tokens free for shorter requests (shortest-prefill-first).
+        kept = tokens - limit
+        adder.chunked_req_limit = max(room - kept, min(room, sizer.page_size))
+
+
+def _so_far(adder: Any) -> Batch:
+    """The batch that the adder makes: the running requests, if they share it, and those that it has
+    taken."""
+    known: tuple[Batch, int] | None = getattr(adder, "pystage_batch", None)
+    batch, taken = known or (Batch.of(_decodes(adder)), 0)
+    for other in adder.can_run_list[taken:]:
+        batch.add(*pp.piece_of(other))
+    adder.pystage_batch = batch, len(adder.can_run_list)  # one adder makes one batch
+    return batch
 
 
 def _decodes(adder: Any) -> list[Piece]:
-    """The running requests, if they share the batch."""
     from sglang.srt.runtime_context import get_schedule
 
     if not get_schedule().enable_mixed_chunk or adder.running_batch is None:
         return []
-    found: list[Piece] | None = getattr(adder, "pystage_decodes", None)
-    if found is None:
-        found = [Piece(req.seqlen, 1) for req in adder.running_batch.reqs]
-        adder.pystage_decodes = found  # one adder makes one batch
-    return found
+    return [Piece(req.seqlen, 1) for req in adder.running_batch.reqs]

@@ -127,15 +127,18 @@ def start(owner: Any) -> None:
 
 
 def forward(batch: Any, run: Callable[[], T]) -> T:
-    """Runs a forward on the forward stream. On rank 0 it is timed if it is one request's prefill,
-    and does not wait for KV that is loaded back from the host."""
+    """Runs a forward on the forward stream. On rank 0 it is timed if it is one request's prefill
+    and nothing more: no step that verifies drafts, no logprobs of the prompt, no tokens of other
+    data-parallel ranks, no KV that is loaded back from the host."""
     leader = serving.leader
     if (
         leader is None
         or batch is None
         or len(batch.reqs) != 1
-        or not batch.forward_mode.is_extend()
+        or batch.forward_mode.name != "EXTEND"
         or batch.hicache_consumer_index >= 0
+        or batch.return_logprob
+        or sum(map(bool, batch.global_num_tokens or ())) > 1
     ):
         return run()
     pieces = list(zip(batch.prefix_lens, batch.extend_lens, strict=True))

@@ -115,7 +115,11 @@ def profile_and_fit(owner: Any, with_plans: bool = True) -> bool:
             _follow(step, stage.cpu_group)
         decision = share_json(
             lambda: _lead(
-                step, owner, stage, lambda *found: _decide(owner, with_plans, *found), stages
+                step,
+                sample_plan(owner, stages, dynamic=with_plans),
+                owner,
+                stage,
+                lambda *found: _decide(owner, with_plans, *found),
             ),
             group=world.cpu_group,
             device="cpu",
@@ -264,9 +268,10 @@ def better_plans(owner: Any, choices: dict[int, Choice]) -> dict[str, list[int]]
     return {} if as_good else {str(n): list(c.chunks) for n, c in choices.items()}
 
 
-def sample_plan(owner: Any, stages: int = 1) -> SamplePlan:
+def sample_plan(owner: Any, stages: int = 1, dynamic: bool = True) -> SamplePlan:
     """The sample plan, limited by a request's row, the KV cache and the model's context. It may
-    stop early once the plan for so many pipeline stages no longer changes."""
+    stop early once the plan for so many pipeline stages no longer changes. Without dynamic chunks,
+    SGLang's buffers may have no room for more than the static size."""
     context = int(owner.model_config.context_len)
     free = int(owner.token_to_kv_pool_allocator.available_size())
     row = int(owner.req_to_token_pool.req_to_token.shape[1])
@@ -277,7 +282,7 @@ def sample_plan(owner: Any, stages: int = 1) -> SamplePlan:
         context_len=context,
         page_size=page,
         min_chunk=min(512, base),
-        max_chunk=int(owner.max_prefill_tokens),
+        max_chunk=int(owner.max_prefill_tokens) if dynamic else base,
         # One page stays free: a request that fills its last page may take another.
         max_tokens=max(page, min(context, free - page, row - page)),
         **({"ranks": stages} if stages > 1 else {}),
@@ -306,7 +311,7 @@ def largest_of(owner: Any) -> int:
 
 
 def _lead(
-    step: Step, owner: Any, stage: Any, then: Callable[[Profile, Step], T], stages: int = 1
+    step: Step, plan: SamplePlan, owner: Any, stage: Any, then: Callable[[Profile, Step], T]
 ) -> T:
     """Profiles with the other ranks of the stage, and returns the result of ``then``, which may run
     more forwards."""
@@ -318,7 +323,6 @@ def _lead(
         step(history_len, chunk_len)
 
     try:
-        plan = sample_plan(owner, stages)
         profile = profile_prefill(tell_and_run, plan, device=owner.device, progress=True)
         return then(profile, tell_and_run)
     finally:
@@ -452,8 +456,8 @@ class _Request:
 
 
 class _RequestWithRange(_Request):
-    """The request of 0.5.20: it has ``set_extend_range``, and ``prefix_indices`` holds the slots of
-    the history."""
+    """The request of 0.5.15 to 0.5.22: it has ``set_extend_range``, and ``prefix_indices`` holds
+    the slots of the history. From 0.5.19 on, its row is in ``req.kv``."""
 
     def enter(self) -> None:
         self.req.init_next_round_input(self.owner.tree_cache)
@@ -461,14 +465,19 @@ class _RequestWithRange(_Request):
         self.req.lock_receipt = receipt.to_dec_params()
 
     def extend(self, start: int, end: int) -> None:
-        self.req.prefix_indices = self._prefix(self.req.kv.req_pool_idx, start)
+        self.req.prefix_indices = self._prefix(self._row(), start)
         self.req.set_extend_range(start, end)
 
     def release(self) -> None:
         from sglang.srt.mem_cache.common import release_kv_cache
 
-        if self.req.kv.holds_kv:
+        if self._row() is not None:
             release_kv_cache(self.req, self.owner.tree_cache, is_insert=False)
+
+    def _row(self) -> int | None:
+        kv: Any = getattr(self.req, "kv", None)
+        row: int | None = (kv if hasattr(kv, "req_pool_idx") else self.req).req_pool_idx
+        return row
 
 
 class _RequestWithFillLen(_Request):

@@ -98,8 +98,8 @@ class State:
         left: parts that are left to SGLang's own code, with the reason.
         gives_views: ``get_fill_ids`` returns views inside ``prepare_for_extend``.
         preempts: the plugin resolves batches before SGLang's ``resolve_forward_inputs`` sees them.
-        small_codes: code objects of functions whose small tensors the plugin sends; empty if it
-            sends none.
+        small_codes: the code that makes the small tensors that the plugin sends, in groups, by the
+            function that it hooks; empty if it sends none.
         writes_rows: the plugin writes rows of KV indices instead of ``write_cache_indices``.
         left_to_sglang: by kind of work, how many batches SGLang handled itself although there was a
             pool for them.
@@ -113,7 +113,7 @@ class State:
     no_history: str = ""
     gives_views: bool = False
     preempts: bool = False
-    small_codes: tuple[CodeType, ...] = ()
+    small_codes: dict[str, tuple[tuple[CodeType, ...], ...]] = field(default_factory=dict)
     writes_rows: bool = False
     left_to_sglang: dict[str, int] = field(
         default_factory=lambda: {"stagings": 0, "mixed": 0, "small": 0, "rows": 0}

@@ -18,8 +18,10 @@ function                    tensors   names
 In all releases of ``known_code.KNOWN``, these are the first tensors that a function makes, and
 nothing reads one before the last of its group is made. At that moment the group is sent
 ("delivered"). Until then, ``torch.tensor`` and ``torch.full`` are replaced by functions that check
-their caller. They handle only calls from the code of these functions, in this thread. A call that
-differs from the known ones ends this for the batch, and the tensors made so far are delivered.
+their caller. They handle only calls from the code whose turn it is, in this thread. So a tensor
+that ``prepare_for_extend`` makes after its five is torch's: for hybrid models it makes one more and
+reads it at once. A call that differs from the known ones ends this for the batch, and the tensors
+made so far are delivered.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from __future__ import annotations
 import sys
 import threading
 from types import CodeType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,8 +39,9 @@ from ...errors import PystageError
 from ...pool import StagingPool
 from . import process
 
-PREPARED = (5, 9)  # in prepare_for_extend, all are delivered after so many tensors
-BUILT = (2,)  # the same in init_new
+PREPARED, BUILT = "prepare_for_extend", "init_new"
+DELIVER_AT = {PREPARED: (5, 9), BUILT: (2,)}  # a group is delivered after so many tensors
+Groups: TypeAlias = "tuple[tuple[CodeType, ...], ...]"  # the code that makes them
 
 _tensor = torch.tensor
 _full = torch.full
@@ -58,7 +61,7 @@ class Scope:
         self,
         pool: StagingPool,
         device: Any,
-        codes: tuple[CodeType, ...],
+        groups: Groups,
         requests: int,
         deliver_at: tuple[int, ...],
         minus_one: Tensor,
@@ -69,12 +72,12 @@ class Scope:
             raise PystageError("another thread is making small tensors")
         try:
             self._parcel = _C.parcel(
-                pool._handle, capacity, device, _tensor, codes, deliver_at, minus_one
+                pool._handle, capacity, device, _tensor, groups, deliver_at, minus_one
             )
         except BaseException:
             _one.release()
             raise
-        self._codes, self._minus_one = codes, minus_one
+        self._codes, self._minus_one = {code for codes in groups for code in codes}, minus_one
         self._thread = threading.get_ident()
         torch.tensor = self._parcel.tensor  # type: ignore[assignment]
         torch.full = self._filled  # type: ignore[assignment]
@@ -128,16 +131,15 @@ class MinusOne:
 _minus_one = MinusOne()
 
 
-def small_scope(
-    pool: StagingPool | None, device: Any, batch: Any, deliver_at: tuple[int, ...]
-) -> Scope | None:
-    """Opens a scope, or returns None if SGLang has to send its small tensors itself."""
-    codes = process.state.small_codes
-    if pool is None or not codes:
+def small_scope(pool: StagingPool | None, device: Any, batch: Any, where: str) -> Scope | None:
+    """Opens a scope for PREPARED or BUILT, or returns None if SGLang has to send its small tensors
+    itself."""
+    groups = process.state.small_codes.get(where)
+    if pool is None or not groups:
         return None
     try:
         minus_one = _minus_one.on(device, pool)
-        return Scope(pool, device, codes, len(batch.reqs), deliver_at, minus_one)
+        return Scope(pool, device, groups, len(batch.reqs), DELIVER_AT[where], minus_one)
     except PystageError as error:
         process.once("pystage: %s: SGLang sends the small tensors of such batches itself", error)
         process.state.left_to_sglang["small"] += 1

@@ -14,7 +14,7 @@ from .known_code import (
     WRITE_ROWS,
     release_of,
 )
-from .small import codes_of
+from .small import BUILT, PREPARED, codes_of
 from .symbols import current, first_there, is_reached, is_shared, layers_of
 
 logger = logging.getLogger("pystage.sglang")
@@ -43,7 +43,7 @@ def verify() -> None:
         or _unknown(PREPARE),
         "mixed": inactive.get("resolve") or _shared("resolve") or _unknown(RESOLVE),
     }
-    state.small_codes, state.writes_rows = (), False
+    state.small_codes, state.writes_rows = {}, False
     if state.settings.small:
         left["small"] = inactive.get("staging") or inactive.get("guard") or _no_small()
         left["rows"] = inactive.get("rows") or _no_rows()
@@ -90,7 +90,11 @@ def _no_small() -> str:
             functions.append(function)
     except LookupError as error:
         return str(error)
-    process.state.small_codes = codes_of(*functions)
+    prepare, allocate, sampling, build = functions
+    process.state.small_codes = {
+        PREPARED: (codes_of(prepare, allocate), codes_of(sampling)),
+        BUILT: (codes_of(build),),
+    }
     return ""
 
 
