@@ -178,16 +178,6 @@ def test_a_slower_attention_is_learned_to_a_fraction_of_the_error() -> None:
     assert correction.model.predict(0, 8192) == correction._draft.predict(0, 8192)
 
 
-def test_a_slower_engine_is_learned_though_the_profile_keeps_its_weight() -> None:
-    """The profile's times and those of another speed are not fitted together as they are."""
-    slow = model()
-    for _ in range(3):
-        slow.update(chunks_run(lambda h, c: 1.5 * law(h, c), 256, seed=2, noise=0.03))
-    points = [(h, c) for h in (0, 5000, 40_000, 120_000) for c in (512, 2048, 8192)]
-    errors = [abs(slow.predict(h, c) / (1.5 * law(h, c)) - 1) for h, c in points]
-    assert max(errors) < 0.06
-
-
 def test_times_that_are_none_do_not_count() -> None:
     correction = Correction(model())
     for ms in (0.0, -1.0, math.nan, math.inf):

@@ -582,3 +582,13 @@ def test_the_report_is_of_the_form_that_was_refitted() -> None:
     coefficients = dict(zip(model.form.terms(), model.form.coefficients, strict=True))
     assert model.report.coefficients == coefficients != before.coefficients
     assert model.report.floor_ms == model.form.floor_ms
+
+
+def test_a_slower_engine_is_learned_though_the_profile_keeps_its_weight() -> None:
+    """The profile's times and those of another speed are not fitted together as they are."""
+    slow = LatencyModel.fit(samples_of(law, points=PLAN.points), forms=["law"])
+    for _ in range(3):
+        slow.update(chunks_run(lambda h, c: 1.5 * law(h, c), 256, seed=2, noise=0.03))
+    points = [(h, c) for h in (0, 5000, 40_000, 120_000) for c in (512, 2048, 8192)]
+    errors = [abs(slow.predict(h, c) / (1.5 * law(h, c)) - 1) for h, c in points]
+    assert max(errors) < 0.06

@@ -593,6 +593,22 @@ def test_a_group_is_made_by_its_own_code(pool: pystage.StagingPool) -> None:
     assert of_one_storage(delivered, *last) and not of_one_storage(delivered, read_at_once)
 
 
+def test_what_is_sent_after_the_last_group_is_torchs(pool: pystage.StagingPool) -> None:
+    device = str(pool.device)
+    text = "hosts = [torch.tensor([n, n], dtype=torch.int64) for n in (1, 2)]"
+    code = compile(text, "<test>", "exec")
+    parcel = _C.parcel(pool._handle, 4096, device, tensor, (within(code),), (1,), None)
+    names: dict[str, Any] = {"torch": torch}
+    torch.tensor = parcel.tensor  # type: ignore[assignment]
+    try:
+        exec(code, names)
+        first, second = (host.to(device, non_blocking=True) for host in names["hosts"])
+    finally:
+        torch.tensor = tensor
+    assert first.tolist() == [1, 1] and second.tolist() == [2, 2]
+    assert parcel.end() == 1
+
+
 def test_the_end_delivers_what_is_left(pool: pystage.StagingPool) -> None:
     with Through(pool, 5) as through:
         made = known(through.device, THREE)
@@ -697,6 +713,8 @@ def test_the_one_minus_one(pool: pystage.StagingPool) -> None:
     text = "made, other = (torch.tensor([n], device=device) for n in (-1, 5))"
     code = compile(text, "<test>", "exec")
     with Through(pool, 2) as through:
+        unknown_code = through.parcel.tensor([-1], device=through.device)
+        assert unknown_code is not through.minus_one and unknown_code.tolist() == [-1]
         names: dict[str, Any] = {"torch": torch, "device": through.device}
         parcel = _C.parcel(
             pool._handle, 64, through.device, tensor, (within(code),), (2,), through.minus_one

@@ -56,7 +56,7 @@ MUTANTS: Mutants = {
     },
     "csrc/python_parcel.cpp": {
         "any-code": M("if (<|caller == Caller::kUnknown|>) return original();", "false"),
-        "any-group": M("!arguments.dtype<| || caller != Caller::kThisGroup|>)", ""),
+        "any-group": M("!arguments.dtype || <|caller != Caller::kThisGroup|>)", "false"),
         "any-thread": M("if (<|self->thread != std::this_thread::get_id()|> ||", "false"),
         "no-give-up": M("<|give_up(self);|>\n      return original();", ";"),
         "no-give-up-of-to": M("if (<|is_ours(self)|>) give_up(self);", "false"),
