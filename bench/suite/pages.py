@@ -190,13 +190,15 @@ def _drift(result: dict[str, Any]) -> str:
         row = cells.get(f"trace, {name}", {}).get("contenders", {}).get(name)
         if row:
             held = row["pinned_bytes"]
+            other = cells.get(f"new sizes, {name}", {}).get("contenders", {}).get(name, {})
+            made = other.get("made", {})  # of many, here it was made once
             rows.append(
                 [
                     name,
                     _pair(row["total"]),
                     _number(row["first_call"], ",.0f"),
                     _number(row["worst_call"], ",.0f"),
-                    _number(row["made"], ",.0f"),
+                    _number(made.get("p50"), ",.0f"),
                     _number(None if held is None else held / 2**20, ".1f"),
                     _number(row["allocations"], "d"),
                     _number(row["allocations_after_warm_up"], "d"),
