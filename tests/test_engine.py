@@ -115,11 +115,14 @@ def test_copies_start_and_stop(tmp_path: Path) -> None:
         copies.start(0.5, 2)
         with pytest.raises(RuntimeError, match="running already"):
             copies.start(0.5, 2)
-        while copies.count < 2:
-            time.sleep(0)
+        copies.wait_for(2)
         rate = copies.stop()
         assert rate is not None and rate > 0
         assert copies.count >= 2
+    copies.start(0.5, 65)  # more than the loop can
+    copies.wait_for(1)  # it has ended with an error, which is not waited for
+    with pytest.raises(RuntimeError, match="copies beside: error -1"):
+        copies.stop()
 
 
 def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pystage
 from bench import sustained
 from bench.common import newest_on_gpu
 from bench.report import figures
+from bench.report.tables import target_table
 
 SHORT = ("--device", "cpu", "--every", "0.4", "--traffic", "1")
 HELD = ("resident_bytes", "pool_bytes", "fds", "threads", "device_bytes", "contexts")
@@ -86,6 +87,13 @@ def test_what_grows_is_noticed(name: str) -> None:
     assert all(t["ok"] for t in sustained.targets(rows))
     rows[1][name] = None  # not to be had here
     assert all(t["ok"] for t in sustained.targets(rows))
+
+
+def test_what_no_minute_has_is_not_met() -> None:
+    rows = [a_row(device_bytes=None), a_row(device_bytes=None)]
+    told = {t["measure"]: t for t in sustained.targets(rows)}["memory of the GPU: growth"]
+    assert told["value"] is None and told["ok"] is None
+    assert "not measured" in target_table({"targets": [told]})
 
 
 def test_a_minute_unlike_the_others_is_noticed() -> None:
