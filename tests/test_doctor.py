@@ -388,7 +388,7 @@ def test_what_cannot_be_looked_at_is_not_well(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(doctor, "_found", broken)
     found = {check.name: check for check in doctor.examine(CPU, 0.05)}
     assert not found["device"].ok and "no such device" in found["device"].found
-    assert found["device"].advice.startswith("first fix what is WRONG above")
+    assert found["device"].advice.startswith("first fix the checks above that say WRONG")
     assert found["self-test"].ok
 
 
