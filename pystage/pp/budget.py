@@ -168,7 +168,7 @@ class BudgetSizer:
         """How many tokens of a request behind `history_len` fit beside the other pieces; 0 if none.
 
         `left` is the number of tokens that the request still has. The result is all of them if they
-        fit, else whole pages. For a batch that grows request by request, pass a `Batch` and `add`
+        fit, else whole pages. For a batch that grows, pass a `pystage.pp.budget.Batch` and `add`
         to it: the call then takes the same time however many pieces there are.
         """
         if history_len < 0:
