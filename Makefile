@@ -67,12 +67,12 @@ sglang-env:  ## install SGLang for the CPU into .venv-sglang
 
 # The extension in the source folder serves both environments if they have the same torch.
 SGLANG_PY = $(abspath $(SGLANG_VENV)/bin/python)
-SGLANG_FITS = PYTHONPATH=$(CURDIR) $(SGLANG_PY) -c \
+SGLANG_FITS = PYTHONPATH="$(CURDIR)" $(SGLANG_PY) -c \
   'import pystage; found = pystage.build_info(); assert found.torch_built == found.torch' 2> /dev/null
 sglang-test: sglang-env  ## test the plugin in the real SGLang, on the CPU
 	@$(SGLANG_FITS) || { rm -f build/.installed-* && \
 	  PYSTAGE_CUDA=0 $(SGLANG_PY) -m pip install --quiet --no-build-isolation --no-deps -e .; }
-	PYTHONPATH=$(CURDIR) PYSTAGE_TEST_SGLANG_OLD=$(abspath $(SGLANG_VENV)/releases) \
+	PYTHONPATH="$(CURDIR)" PYSTAGE_TEST_SGLANG_OLD=$(abspath $(SGLANG_VENV)/releases) \
 	  $(SGLANG_PY) $(COUNTED) -m pytest -q -W ignore tests/test_sglang.py tests/test_engine_runs.py
 
 # Both suites with the lines of Python that run counted, and the tests that drive the extension once
@@ -83,23 +83,23 @@ COVERAGE := $(CURDIR)/build/coverage
 BINDINGS := batch bindings figures gil hostile integrations ops pool process races small_tensors stage staged_tokens stateful torch_memory
 coverage: export COVERAGE_FILE = $(COVERAGE)/data
 coverage: build  ## run the tests in both environments and list the lines they miss
-	rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)/tree
-	cp -r pystage tests bench docs README.md pyproject.toml $(COVERAGE)/tree
-	rm -f $(COVERAGE)/tree/pystage/*.so
+	rm -rf "$(COVERAGE)" && mkdir -p "$(COVERAGE)"/tree
+	cp -r pystage tests bench docs README.md pyproject.toml "$(COVERAGE)"/tree
+	rm -f "$(COVERAGE)"/tree/pystage/*.so
 	@trap 'kill $$(jobs -p) 2> /dev/null' EXIT; \
 	sglang() { $(MAKE) --no-print-directory sglang-test COUNTED='-m coverage run'; }; \
-	finish() { wait $$1 && tail -n 1 $(COVERAGE)/$$2.log || { cat $(COVERAGE)/$$2.log; exit 1; }; }; \
-	{ PYSTAGE_COVERAGE=1 $(PY) setup.py -q build_ext --build-temp $(COVERAGE)/objects \
-	    --build-lib $(COVERAGE)/tree && cd $(COVERAGE)/tree && PYSTAGE_TEST_SCALE=0.05 \
-	  $(abspath $(PY)) -m pytest -q $(BINDINGS:%=tests/test_%.py); } > $(COVERAGE)/bindings.log 2>&1 & \
+	finish() { wait $$1 && tail -n 1 "$(COVERAGE)"/$$2.log || { cat "$(COVERAGE)"/$$2.log; exit 1; }; }; \
+	{ PYSTAGE_COVERAGE=1 $(PY) setup.py -q build_ext --build-temp "$(COVERAGE)"/objects \
+	    --build-lib "$(COVERAGE)"/tree && cd "$(COVERAGE)"/tree && PYSTAGE_TEST_SCALE=0.05 \
+	  $(abspath $(PY)) -m pytest -q $(BINDINGS:%=tests/test_%.py); } > "$(COVERAGE)"/bindings.log 2>&1 & \
 	bindings=$$!; without= beside=; \
 	$(MAKE) --no-print-directory sglang-env || { without=--without-sglang; \
 	  echo 'SGLang could not be installed here (see above): the plugin is NOT tested in it'; }; \
-	if [ -z "$$without" ] && $(SGLANG_FITS); then sglang > $(COVERAGE)/sglang.log 2>&1 & beside=$$!; fi; \
+	if [ -z "$$without" ] && $(SGLANG_FITS); then sglang > "$(COVERAGE)"/sglang.log 2>&1 & beside=$$!; fi; \
 	$(MAKE) --no-print-directory test COUNTED='-m coverage run' || exit 1; \
 	if [ -n "$$beside" ]; then finish $$beside sglang; elif [ -z "$$without" ]; then sglang || exit 1; fi; \
 	finish $$bindings bindings; \
-	$(PY) tests/measure_coverage.py $(COVERAGE) $$without
+	$(PY) tests/measure_coverage.py "$(COVERAGE)" $$without
 
 cpp-test:  ## run the C++ tests of the core (needs doctest)
 	$(MAKE) -C csrc/tests

@@ -151,6 +151,10 @@ def link_cudart(home: Path) -> tuple[list[str], list[str]]:
 class Build(BuildExtension):
     """Compiles the one .cu file with nvcc alone: seconds, where torch's headers take minutes."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # an older extension may be of another torch, or without CUDA code
+
     def build_extensions(self) -> None:
         home = cuda_toolkit()
         if home is not None:

@@ -13,6 +13,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from bench.common import BUILD, RESULTS, amount, provenance, save
 from bench.engine.experiment import Experiment
 from bench.engine.plans import PLANS
@@ -40,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no plan {', '.join(unknown)}; there are {', '.join(PLANS)}")
     # The pages use only whole plans on a GPU.
     whole = "tiny" not in names and args.scale >= 1 and not args.layers
+    whole = whole and torch.cuda.is_available()
     out = args.out or (RESULTS if whole else BUILD) / "engine.json"
     begun = time.monotonic()
 
