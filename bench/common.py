@@ -86,6 +86,10 @@ def merged(passes: Sequence[Any]) -> Any:
     return found
 
 
+MET = {True: "yes", False: "no", None: "not measured"}
+"""Whether a target is met, in words."""
+
+
 def amount(row: dict[str, Any], key: str = "value") -> str:
     """A figure from a row of targets, with its unit. Empty if the row has none."""
     return "" if row.get(key) is None else f"{row[key]:,.2f} {row['unit']}".strip()

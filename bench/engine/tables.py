@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.common import MET
+
 VARIANTS = ("off", "bypassed", "on")
 FEW = 20  # below so many samples a p99 is not told
 GATED_MS = 1.0  # ids that take longer to reach the device have waited for another copy
@@ -228,7 +230,7 @@ def line(row: dict[str, Any]) -> str:
 def verdict(target: dict[str, Any]) -> str:
     if target["ok"] is False and target.get("undecided"):
         return "not certain"
-    return {True: "yes", False: "no", None: "not measured"}[target["ok"]]
+    return MET[target["ok"]]
 
 
 HEADS = ("baseline", "pool off", "pystage", "sooner than baseline, ms")

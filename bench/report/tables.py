@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.common import amount
+from bench.common import MET, amount
 
 
 def tabulate(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -51,7 +51,7 @@ def target_table(result: dict[str, Any]) -> str:
             r["target"],
             amount(r),
             *([amount(r, "limit")] if limits else []),
-            {True: "yes", False: "no", None: "not measured"}[r["ok"]],
+            MET[r["ok"]],
         ]
         for r in targets
     ]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from bench.common import amount
+from bench.common import MET, amount
 from bench.report.tables import indented, source, tabulate
 from bench.suite.contenders import (
     BUFFER,
@@ -98,7 +98,7 @@ def _host_summary(result: dict[str, Any]) -> str:
             ratio, where = look.best_peer(name)
             peer = where.removeprefix(f"{name}: ")
             theirs = cell["contenders"][peer]["total"]
-            passes = zip(theirs.get("passes", ()), ours["total"].get("passes", ()), strict=False)
+            passes = zip(theirs.get("passes", ()), ours["total"].get("passes", ()), strict=True)
             ratios = [other / own for other, own in passes]
             between = f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else ""
         except Missing:
@@ -191,7 +191,7 @@ def _drift(result: dict[str, Any]) -> str:
         if row:
             held = row["pinned_bytes"]
             other = cells.get(f"new sizes, {name}", {}).get("contenders", {}).get(name, {})
-            made = other.get("made", {})  # of many, here it was made once
+            made = other.get("made", {})  # made many times there, and once for the trace
             rows.append(
                 [
                     name,
@@ -248,7 +248,7 @@ def _targets(result: dict[str, Any]) -> str:
             _measure(row["measure"]),
             row["target"],
             amount(row),
-            {True: "yes", False: "no", None: "not measured"}[row["met"]],
+            MET[row["met"]],
             row["where"] if "worst" in row["measure"] else "",
         ]
         for row in result["targets"]
