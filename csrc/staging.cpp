@@ -130,6 +130,7 @@ void check_int64(const at::Tensor& out) {
 }
 
 void check_apart(const at::Tensor& out, const at::Tensor& relay, const at::Tensor& indices) {
+  if (!indices.numel()) return;  // nothing is read
   auto check = [&out](const at::Tensor& read, const char* name) {
     const at::MemOverlapStatus status = at::get_overlap_status(out, read);
     TORCH_CHECK_VALUE(
@@ -402,8 +403,8 @@ Resolved StagedTokens::resolve_mixed(const at::Tensor& relay, const at::Tensor& 
     check_apart(*out, relay, indices);
   }
   const StreamHandle stream = resolving_stream();
-  if (out) count_write(*out);
   const auto tail = make_tail(relay, indices, device);
+  if (out) count_write(*out);
   const at::Tensor ids =
       out ? *out : pool_->outputs_.allocate(at::kLong, count_ + tail->count, stream);
   if (!tail->count) return resolve(ids, at::kLong, false);
@@ -437,9 +438,9 @@ Resolved gather_relay(const at::Tensor& relay, const at::Tensor& indices,
     check_out(*out, device, static_cast<size_t>(indices.numel()));
     check_int64(*out);
     check_apart(*out, relay, indices);
-    count_write(*out);
   }
   const auto tail = make_tail(relay, indices, device);
+  if (out) count_write(*out);
   return launch_gather(backend, current_stream_of(device), tail,
                        out ? *out : empty_ids(device, at::kLong, tail->count));
 }
@@ -463,23 +464,22 @@ at::Tensor fallback_memory(c10::Device device, size_t count) {
 void transfer_tensor(const at::Tensor& wire, const at::Tensor& out) {
   const IntType from = int_type(wire.scalar_type());
   TORCH_CHECK_VALUE(wire.dim() == 1, "wire must be 1-D, not " + shape_of(wire));
-  check_out(out, out.device(), static_cast<size_t>(wire.numel()));
-  count_write(out);
-  if (!wire.numel()) return;
   const c10::Device device = out.device();
+  check_out(out, device, static_cast<size_t>(wire.numel()));
+  TORCH_CHECK_VALUE(wire.is_cpu() || wire.device() == device,
+                    "wire is on " + wire.device().str() + ", out on " + device.str());
   const at::Tensor src = plain(wire, "wire").contiguous();
   TORCH_CHECK_VALUE(at::get_overlap_status(out, src) != at::MemOverlapStatus::Partial,
                     "out shares memory with wire, which is read while out is written");
+  Device& backend = backend_of(device);
+  count_write(out);
+  if (!wire.numel()) return;
   if (device.is_cpu()) {
-    TORCH_CHECK_VALUE(wire.is_cpu(), "wire is on " + wire.device().str() + ", out on the CPU");
     convert(src.const_data_ptr(), from, out.mutable_data_ptr(), int_type(out.scalar_type()),
             static_cast<size_t>(src.numel()));
     return;
   }
   // GCOV_EXCL_START: the op to CUDA
-  TORCH_CHECK_VALUE(wire.is_cpu() || wire.device() == device,
-                    "wire is on " + wire.device().str() + ", out on " + device.str());
-  Device& backend = backend_of(device);
   const DeviceScope scope(device);
   const c10::impl::VirtualGuardImpl impl(device.type());
   const c10::Stream stream = impl.getStream(device);

@@ -74,7 +74,10 @@ class TensorLike(_C.StagedTokens):
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         here = self._pool._device
         if device is None or (device.type == "cpu" and here.type != "cpu"):
-            return self.cpu() if dtype is None else self.cpu().to(dtype)
+            ids = self.cpu()
+            if dtype is torch.int32 and self._wire_bits == 64:
+                return _narrow(ids)
+            return ids if dtype is None else ids.to(dtype)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         if device != here:
@@ -199,6 +202,13 @@ class TensorLike(_C.StagedTokens):
         return func(*args, **kwargs)
 
 
+def _narrow(ids: Tensor) -> Tensor:
+    narrow = ids.to(torch.int32)
+    if not (narrow == ids).all():
+        raise ValueError("these ids do not all fit int32: use int64")
+    return narrow
+
+
 def _there(ids: Tensor, non_blocking: bool) -> Tensor:
     """Returns ``ids``. Unless `non_blocking`, first waits for the current stream to make them."""
     if ids.is_cuda and not non_blocking:
@@ -252,7 +262,8 @@ def _operator(name: str) -> Callable[..., Any]:
 
 _OPERATORS = """
     add sub mul floordiv truediv mod pow and or xor lshift rshift radd rsub rmul rfloordiv rtruediv
-    rmod rpow eq ne lt le gt ge neg invert abs bool int float index contains
+    rmod rpow rand ror rxor rlshift rrshift matmul rmatmul eq ne lt le gt ge neg pos invert abs bool
+    int float complex index contains reversed
 """
 for _name in _OPERATORS.split():
     setattr(TensorLike, f"__{_name}__", _operator(f"__{_name}__"))

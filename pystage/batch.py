@@ -91,6 +91,7 @@ class PrefillBatch:
 
     def __getitem__(self, key: slice) -> PrefillBatch:
         part = copy.copy(self)
+        part.extend_lens = [*self.extend_lens]
         filter(part, range(len(self))[key])
         return part
 
@@ -111,7 +112,7 @@ def prepare_for_extend(
 
     It may be called again for the same batch, for example when an encoder-decoder model strips the
     encoder's ids and stages the rest. It then releases the first slot before it takes the second,
-    so a pool with room for one slot is enough.
+    so a pool with room for one slot is enough. A mixed batch becomes a prefill batch again.
 
     Args:
         batch: its ``prefill_input_ids_cpu`` is set, and its ``extend_lens`` if it has that
@@ -123,14 +124,16 @@ def prepare_for_extend(
     Raises:
         ValueError: the pool is for another device.
         Exception: whatever :meth:`StagingPool.stage` raises. The batch then keeps the ids it had
-            (staged again if there is a slot, else as a CPU tensor).
+            (staged again if there is a slot, else as CPU tensors).
     """
     device, index = torch.device(batch.device), pool.device.index
     if device.type != pool.device.type or (index is not None and device.index not in (None, index)):
         raise ValueError(f"the batch is on {device}, the pool stages for {pool.device}")
-    restage = isinstance(batch.prefill_input_ids_cpu, StagedTokens)
-    if restage:
-        kept = batch.prefill_input_ids_cpu.cpu()
+    parts = batch.prefill_input_ids_cpu
+    parts = parts if isinstance(parts, tuple) else (parts,)
+    held = [isinstance(part, StagedTokens) for part in parts]
+    if restage := any(held):  # no name here may keep a slot
+        parts = tuple(p.cpu() if had else p for p, had in zip(parts, held, strict=True))
         batch.prefill_input_ids_cpu = None
     try:
         staged = pool.stage(token_ids, starts, stops, vocab_size)
@@ -139,10 +142,11 @@ def prepare_for_extend(
         lens = [int(stop) - int(start) for start, stop in zip(first, last, strict=True)]
     except BaseException:
         if restage:
-            batch.prefill_input_ids_cpu = _staged_again(kept, pool)
+            batch.prefill_input_ids_cpu = _staged_again(parts, held, pool)
         raise
     batch.input_ids = None
     batch.prefill_input_ids_cpu = staged
+    batch.mix_running_indices = None
     if hasattr(batch, "extend_lens"):
         batch.extend_lens = lens
 
@@ -315,6 +319,7 @@ def filter(batch: DeferredBatch, keep_indices: Iterable[int]) -> None:
 
     Raises:
         IndexError: there is no such request.
+        TypeError: an index is not an integer, as in a mask.
         ValueError: ``extend_lens`` does not fit the ids, or ``keep_indices`` has a running request
             before one that is not running.
         UnresolvedInputsError: the batch has no ids.
@@ -329,7 +334,7 @@ def filter(batch: DeferredBatch, keep_indices: Iterable[int]) -> None:
             f"extend_lens of {_name(batch)} is {lens}, but it has {sum(map(len, parts))} ids and "
             f"{len(lens) - prefill} running requests"
         )
-    keep = [operator.index(i) for i in keep_indices]
+    keep = [_position(i) for i in keep_indices]
     for i in keep:
         if not 0 <= i < len(lens):
             raise IndexError(f"request {i} is out of range: {_name(batch)}")
@@ -429,6 +434,14 @@ def _cut(parts: tuple[Part, ...], ranges: list[tuple[int, int]]) -> tuple[Part, 
     return tuple(pieces)
 
 
+def _position(index: Any) -> int:
+    if isinstance(index, bool) or getattr(index, "dtype", None) is torch.bool:
+        raise TypeError(
+            f"keep_indices has {index!r}: it takes the indices of the requests to keep, not a mask"
+        )
+    return operator.index(index)
+
+
 def _picked(indices: Tensor, at: list[int]) -> Tensor | None:
     pieces = _cut((indices,), [(i, i + 1) for i in at])
     if len(pieces) < 2:
@@ -443,12 +456,16 @@ def _joined(a: Any, b: Any) -> Any:
     return torch.cat([a, b]) if isinstance(a, Tensor) else [*a, *b]
 
 
-def _staged_again(ids: Tensor, pool: StagingPool) -> Part:
-    """After a failure, stages ids that had a slot again, or returns them if no slot is free."""
-    try:
-        return pool.stage([ids])
-    except PystageError:
-        return ids
+def _staged_again(parts: Sequence[Any], held: Sequence[bool], pool: StagingPool) -> Any:
+    """After a failure, stages the parts that had a slot again, as far as slots are free."""
+
+    def again(ids: Tensor) -> Part:
+        try:
+            return pool.stage([ids])
+        except PystageError:
+            return ids
+
+    return _staging(tuple(again(p) if had else p for p, had in zip(parts, held, strict=True)))
 
 
 def _materialise(

@@ -26,8 +26,8 @@ def transfer(
 
     Args:
         wire: int32 or int64 [n], on the CPU or on ``device``.
-        dtype: ``torch.int64`` or ``torch.int32``. Ids that do not fit int32 are truncated, as in
-            ``Tensor.to``.
+        dtype: ``torch.int64`` or ``torch.int32``. Ids of a tensor that do not fit int32 are
+            truncated, as in ``Tensor.to``. For a staged batch they raise ``ValueError``.
         device: the destination. Default: the device of ``wire``.
 
     Returns:
@@ -36,6 +36,7 @@ def transfer(
     Raises:
         TypeError: a dtype is neither int32 nor int64.
         ValueError: ``wire`` is not 1-D, or is neither on the CPU nor on ``device``.
+        NotImplementedError: ``wire`` is a meta tensor, and ``device`` is not.
         RuntimeError: pystage has no device of that kind, or a device call failed. Torch's
             dispatcher passes on no other error type.
     """
@@ -58,6 +59,7 @@ def small_tensors(values: Sequence[Tensor], *, device: torch.device | str) -> li
 
     Raises:
         ValueError: a tensor is not on the CPU.
+        NotImplementedError: a tensor is a meta tensor, and ``device`` is not.
         RuntimeError: pystage has no device of that kind, the current stream is capturing a CUDA
             graph, or a device call failed. Torch's dispatcher passes on no other error type.
     """
@@ -68,6 +70,12 @@ def small_tensors(values: Sequence[Tensor], *, device: torch.device | str) -> li
 
 
 _INTS = (torch.int32, torch.int64)
+
+
+def _no_data(wire: Tensor, to: torch.device) -> None:
+    """Refuses a meta tensor as the source of a tensor with data. A fake tensor is not meta."""
+    if wire.is_meta and to.type != "meta":
+        raise NotImplementedError(f"a meta tensor has no data to transfer to {to}")
 
 
 def _check(wire: Tensor, dtype: torch.dtype) -> None:
@@ -83,14 +91,15 @@ def _(
     wire: Tensor, *, dtype: torch.dtype = torch.int64, device: torch.device | None = None
 ) -> Tensor:
     _check(wire, dtype)
-    if wire.is_meta and device is not None and device.type != "meta":
-        raise NotImplementedError(f"a meta tensor has no data to transfer to {device}")
-    return wire.new_empty(wire.shape, dtype=dtype, device=wire.device if device is None else device)
+    device = wire.device if device is None else device
+    _no_data(wire, device)
+    return wire.new_empty(wire.shape, dtype=dtype, device=device)
 
 
 @torch.library.register_fake("pystage::transfer_out")
 def _(wire: Tensor, out: Tensor) -> None:
     _check(wire, out.dtype)
+    _no_data(wire, out.device)
     torch._check_value(
         out.shape == wire.shape,
         lambda: f"out must have shape {list(wire.shape)}, not {list(out.shape)}",
@@ -99,4 +108,6 @@ def _(wire: Tensor, out: Tensor) -> None:
 
 @torch.library.register_fake("pystage::small_tensors")
 def _(values: list[Tensor], *, device: torch.device) -> list[Tensor]:
+    for value in values:
+        _no_data(value, device)
     return [value.new_empty(value.shape, device=device) for value in values]

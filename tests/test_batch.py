@@ -281,6 +281,30 @@ def test_a_failed_restage_keeps_the_ids(device: str) -> None:
         assert resolved_ids(batch) == list(range(1000))
 
 
+def test_a_merged_batch_is_staged_anew(device: str) -> None:
+    with pystage.StagingPool(device, 8192, at_capacity="raise") as pool:  # two slots of 4 KiB
+        batch, plain = staged(pool, run_of(0, 500)), torch.tensor([7])
+        merge(batch, PrefillBatch(device, prefill_input_ids_cpu=plain, extend_lens=[1]))
+        merge(batch, staged(pool, run_of(500, 500)))
+        with pytest.raises(pystage.TokenRangeError):
+            prepare_for_extend(batch, [[5, 10]], pool=pool, vocab_size=10)
+        assert batch.extend_lens == [500, 1, 500] and pool.stats().leased_slots == 2
+        both = [run_of(0, 500), [7], run_of(500, 500)]
+        prepare_for_extend(batch, both, pool=pool)  # the slots are full until it lets go of them
+        assert pool.stats().leased_slots < 3 and batch.extend_lens == [500, 1, 500]
+        assert resolved_ids(batch) == [*range(500), 7, *range(500, 1000)]
+
+
+def test_a_mixed_batch_is_staged_anew_as_a_prefill(pool: pystage.StagingPool, device: str) -> None:
+    batch = staged(pool, [1, 2])
+    mix_with_running(batch, tensor([0], device))
+    with pytest.raises(pystage.TokenRangeError):
+        prepare_for_extend(batch, [[9]], pool=pool, vocab_size=5)
+    assert batch.extend_lens == [2, 1] and batch.mix_running_indices is not None
+    prepare_for_extend(batch, [[3]], pool=pool)
+    assert batch.extend_lens == [1] and resolved_ids(batch) == [3]
+
+
 def test_a_failed_first_stage_changes_nothing(pool: pystage.StagingPool, device: str) -> None:
     batch = PrefillBatch(device, input_ids=torch.zeros(3, dtype=torch.int64, device=device))
     before = fields(batch)
@@ -420,6 +444,17 @@ def test_wrong_arguments_of_resolve_mixed(pool: pystage.StagingPool, device: str
             pystage.resolve_mixed(tokens, *read, both[:3])
         with pytest.raises(ValueError, match=f"out shares memory with {name}"):
             _C.gather(*read, both[2:3] if name == "indices" else both[:1])
+    none, version = indices[:0], both._version  # nothing of the relay is read
+    assert pystage.resolve_mixed(tokens, both[1:2], none, both[:2]).tolist() == [1, 2]
+    assert _C.gather(both, none, both[:0]).tolist() == []
+    assert both._version > version
+    version = both._version
+    for wrong in (relay.float(), relay[None]):
+        with pytest.raises((TypeError, ValueError), match="relay"):
+            pystage.resolve_mixed(tokens, wrong, indices, both[:3])
+        with pytest.raises((TypeError, ValueError), match="relay"):
+            _C.gather(wrong, indices, both[:1])
+    assert both._version == version  # nothing was written
     for bad in (indices[None], indices.to("meta")):
         with pytest.raises(ValueError, match="indices"):
             pystage.resolve_mixed(tokens, relay, bad)
@@ -731,6 +766,15 @@ def test_filter_and_slices(pool: pystage.StagingPool, device: str) -> None:
     assert resolved_ids(batch) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_whole_slice_has_lengths_of_its_own(pool: pystage.StagingPool) -> None:
+    batch = staged(pool, [1], [2])
+    batch[:].extend_lens.append(3)
+    assert batch.extend_lens == [1, 1]
+    kept = torch.tensor([1])
+    filter(batch, kept)  # type: ignore[arg-type]
+    assert batch.extend_lens == [1] and resolved_ids(batch) == [2]
+
+
 def test_filter_over_the_seams_of_a_merge(pool: pystage.StagingPool) -> None:
     """Requests kept from both sides of a seam are one range, in two slots."""
     requests = [[1, 2], [3, 4], [5, 6, 7], [8], [9]]
@@ -838,6 +882,9 @@ def test_filter_refuses_what_is_not_there(pool: pystage.StagingPool, device: str
     for keep, error in [([3], IndexError), ([-1], IndexError), ([2, 0], ValueError)]:
         with pytest.raises(error):
             filter(batch, keep)
+    for mask in ([True, False, True], torch.tensor([True, False, True])):
+        with pytest.raises(TypeError, match=r"keep_indices has .*True.* not a mask"):
+            filter(batch, mask)
     with pytest.raises(TypeError):
         filter(batch, ["0"])  # type: ignore[list-item]
     assert all(vars(batch)[name] is value for name, value in before.items())

@@ -124,6 +124,23 @@ def test_the_op_refuses_to_read_a_tensor_without_data() -> None:
         torch.ops.pystage.transfer(torch.arange(4, device="meta"), device="cpu")
     made = torch.ops.pystage.transfer(torch.arange(4, device="meta"), dtype=torch.int32)
     assert made.device.type == "meta" and made.dtype is torch.int32
+    ids, nothing = torch.arange(4), torch.arange(4, device="meta")
+    with pytest.raises(NotImplementedError, match="no data"):
+        torch.ops.pystage.transfer_out(nothing, ids)
+    torch.ops.pystage.transfer_out(ids, nothing)  # a meta output has no data either
+    for values in ([nothing], [ids, nothing]):
+        with pytest.raises(NotImplementedError, match="no data"):
+            torch.ops.pystage.small_tensors(values, device=torch.device("cpu"))
+    (made,) = torch.ops.pystage.small_tensors([nothing], device=torch.device("meta"))
+    assert made.device.type == "meta" and made.dtype is torch.int64
+
+
+def test_an_op_that_refuses_its_output_has_not_written_it() -> None:
+    ids = torch.zeros(6, dtype=torch.int64)
+    version = ids._version
+    with pytest.raises(ValueError, match="shares memory"):
+        torch.ops.pystage.transfer_out(ids[:4], ids[2:])
+    assert ids._version == version
 
 
 class TestChangesWhileRead:

@@ -107,6 +107,16 @@ def test_tells_what_a_tensor_tells(staged: pystage.StagedTokens) -> None:
         lambda t: t - PLAIN,
         lambda t: t - t,
         lambda t: PLAIN - t,
+        lambda t: 3 & t,
+        lambda t: 3 | t,
+        lambda t: 64 >> t,
+        lambda t: 3 ^ t,
+        lambda t: 1 << t,
+        lambda t: PLAIN.float() @ t.float(),
+        lambda t: t @ PLAIN,
+        lambda t: +t,
+        lambda t: list(reversed(t)),
+        lambda t: complex(t[:1]),
         lambda t: t[0:8:2],
         lambda t: t[False],
         lambda t: t[-8],
@@ -246,8 +256,12 @@ def test_routes_to_other_dtypes(staged: pystage.StagedTokens, device: str, dtype
     pystage.ops.transfer_out(staged, out)  # type: ignore[arg-type]
     assert out.tolist() == VALUES
     wide = staged.pool.stage([[2**40, 1]])
-    with pytest.raises(ValueError, match="do not all fit int32"):
-        wide.to(device, torch.int32)
+    for arguments in ((device, torch.int32), (torch.int32,), ("cpu", torch.int32)):
+        with pytest.raises(ValueError, match="do not all fit int32"):
+            wide.to(*arguments)
+    assert wide.to(torch.float32).tolist() == [2**40, 1]
+    with pystage.StagingPool(staged.pool.device, wire="int64") as pool:
+        assert pool.stage([VALUES]).to(torch.int32).tolist() == VALUES
 
 
 def test_out_must_fit(pool: pystage.StagingPool, device: str) -> None:

@@ -840,9 +840,14 @@ MUTANTS: Mutants = {
             'const at::Tensor src = <|plain(wire, "wire").contiguous()|>;', 'plain(wire, "wire")'
         ),
         "op-out-any-size": M(
-            "check_out(out, out.device(), <|static_cast<size_t>(wire.numel())|>);",
+            "check_out(out, device, <|static_cast<size_t>(wire.numel())|>);",
             "static_cast<size_t>(out.numel())",
         ),
+        "op-counts-a-refusal": M(
+            "  count_write(out);\n  if (!wire.numel()) return;",
+            "  if (!wire.numel()) return;",
+        ),
+        "apart-of-nothing": M("if (<|!indices.numel()|>) return;  // nothing", "false"),
         "copy-engine-is-kernel": M(
             "t.kind =\n      <|mapped && !pool_->options_.copy_engine|> ?", "true"
         ),

@@ -79,9 +79,8 @@ MUTANTS: Mutants = {
         "to-copy-argument": M('kwargs.pop("copy", None)', "pass"),
         "to-extra-arguments": M("args = args[: <|2|> if isinstance(args[0]", "3"),
         "to-device-arguments": M("(torch.dtype, Tensor)) else <|3|>]", "4"),
-        "to-cpu-dtype-lost": M(
-            "return self.cpu() if dtype is None else <|self.cpu().to(dtype)|>", "self.cpu()"
-        ),
+        "to-cpu-dtype-lost": M("return ids if dtype is None else <|ids.to(dtype)|>", "ids"),
+        "to-int32-cuts": M("if dtype is torch.int32 and <|self._wire_bits == 64|>:", "False"),
         "to-any-device": M(
             "        if device != here:\n            self._wrong_device(device)\n        if dtype",
             "        if dtype",
@@ -174,8 +173,14 @@ MUTANTS: Mutants = {
         "prepare-holds-two": M(
             "        batch.prefill_input_ids_cpu = None\n    try:", "        pass\n    try:"
         ),
+        "prepare-stays-mixed": M(
+            "prefill_input_ids_cpu = staged\n    <|batch.mix_running_indices = None|>", "pass"
+        ),
+        "filter-takes-masks": M("if <|isinstance(index, bool)|> or getattr(index", "False"),
+        "filter-takes-tensor-masks": M('getattr(index, "dtype", None) <|is torch.bool|>:', "is 0"),
+        "slice-shares-lens": M("part.extend_lens = <|[*self.extend_lens]|>", "self.extend_lens"),
         "prepare-failed-loses": M(
-            "            batch.prefill_input_ids_cpu = _staged_again(kept, pool)\n",
+            "            batch.prefill_input_ids_cpu = _staged_again(parts, held, pool)\n",
             "            pass\n",
         ),
         "prepare-lens-of-starts": M("lens = [int(stop) - <|int(start)|> for", "0 * int(start)"),
@@ -329,8 +334,8 @@ MUTANTS: Mutants = {
         "joined-one": M("if a is None <|or|> b is None:", "and"),
         "again-never": M("return <|pool.stage([ids])|>", "ids"),
         "again-fails": M(
-            "    except PystageError:\n        return ids\n",
-            "    except ZeroDivisionError:\n        return ids\n",
+            "        except PystageError:\n            return ids\n",
+            "        except ZeroDivisionError:\n            return ids\n",
         ),
         "one-part-without-running": M(
             "        if indices is None:\n            return resolve(parts[0])\n", ""
