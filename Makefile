@@ -12,9 +12,19 @@ else
 PY := $(VENV)/bin/python
 endif
 
+.DEFAULT_GOAL := help
+
 # Rebuilt when a source changes; the stamp sits with the environment it was built into.
 STAMP := build/.installed-$(subst /,_,$(PY))
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.map)
+
+# With other EXTRAS or another TORCH on the command line, the environment is completed again.
+ASKED := $(foreach name,EXTRAS TORCH,$(if $(filter command,$(firstword $(origin $(name)))),$(name)=$($(name))))
+ifneq ($(strip $(ASKED)),)
+ASKED_STAMP := build/.asked-$(shell printf '%s' '$(PY) $(ASKED)' | cksum | cut -d' ' -f1)
+$(ASKED_STAMP):
+	@mkdir -p $(@D) && touch $@
+endif
 
 .PHONY: help build demo test lint tidy cpp-test docs coverage sglang-env sglang-test mutants fuzz fuzz-coverage bench pp-surfaces report clean
 help:  ## list the targets (the default)
@@ -22,12 +32,15 @@ help:  ## list the targets (the default)
 
 build: $(STAMP)  ## set up the environment and build the extension into it
 
-$(VENV)/bin/python:
+# The stamp comes last, so that a set-up that failed is taken up again.
+ENVIRONMENT := $(if $(strip $(VENV)),$(VENV)/.complete)
+$(VENV)/.complete: $(ASKED_STAMP)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip 'setuptools>=77' wheel
 	$(VENV)/bin/python -m pip install '$(TORCH)' ninja pybind11 numpy
+	@touch $@
 
-$(STAMP): $(SOURCES) $(if $(strip $(VENV)),$(VENV)/bin/python)
+$(STAMP): $(SOURCES) $(ENVIRONMENT) $(ASKED_STAMP)
 ifeq ($(strip $(VENV)),)
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
 else
@@ -50,7 +63,7 @@ lint:  ## ruff, mypy, clang-format, and whether the pages have the figures of be
 	$(if $(findstring /,$(PY)),$(dir $(PY)))clang-format --dry-run -Werror $(C_FILES)
 	$(PY) -m bench.report --check
 
-docs: $(if $(strip $(VENV)),$(VENV)/bin/python)  ## build the documentation site into build/site, strictly
+docs: $(ENVIRONMENT)  ## build the documentation site into build/site, strictly
 	@$(PY) -c 'import material, mkdocstrings_handlers.python' || \
 	  $(PY) -m pip install --quiet mkdocs-material 'mkdocstrings[python]'
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
@@ -91,7 +104,7 @@ coverage: build  ## run the tests in both environments and list the lines they m
 	finish() { wait $$1 && tail -n 1 "$(COVERAGE)"/$$2.log || { cat "$(COVERAGE)"/$$2.log; exit 1; }; }; \
 	{ PYSTAGE_COVERAGE=1 $(PY) setup.py -q build_ext --build-temp "$(COVERAGE)"/objects \
 	    --build-lib "$(COVERAGE)"/tree && cd "$(COVERAGE)"/tree && PYSTAGE_TEST_SCALE=0.05 \
-	  $(abspath $(PY)) -m pytest -q $(BINDINGS:%=tests/test_%.py); } > "$(COVERAGE)"/bindings.log 2>&1 & \
+	  $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m pytest -q $(BINDINGS:%=tests/test_%.py); } > "$(COVERAGE)"/bindings.log 2>&1 & \
 	bindings=$$!; without= beside=; \
 	$(MAKE) --no-print-directory sglang-env || { without=--without-sglang; \
 	  echo 'SGLang could not be installed here (see above): the plugin is NOT tested in it'; }; \

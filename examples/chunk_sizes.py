@@ -42,6 +42,10 @@ sizer = ChunkSizer(model, base_chunk=8192, context_len=131072)
 choice = sizer.choose(100_000, ranks=8, time=time_chunks)
 print(choice)
 
+queue = sizer.for_queue(ranks=8, time=time_chunks)
+# The size for the next chunk of a prompt that has 6,000 tokens left, while 90,000 wait behind it.
+queue.next_chunk(6_000, waiting=90_000)
+
 budget = BudgetSizer(model, budget_ms=200, max_tokens=8192)
 # The longest chunk behind 65,536 tokens that keeps a batch within 200 ms, beside two decodes.
 budget.next_chunk(65_536, beside=[(9_000, 1), (40_000, 1)])
@@ -49,3 +53,4 @@ budget.next_chunk(65_536, beside=[(9_000, 1), (40_000, 1)])
 
 assert sum(choice.chunks) == 100_000
 assert choice.predicted_ms <= choice.fixed_ms
+assert queue.next_chunk(6_000, waiting=5_000) is None  # then its own plan

@@ -126,6 +126,10 @@ def test_two_stages_profile_and_are_corrected_alike(
         side.receive(300)
         first = [worker._ask(rank, "stats")["pystage"] for rank in range(2)]
         assert first[0]["sizing"]["plans"] and first[0]["sizing"]["budget_ms"] == 5000
+        assert first[0]["sizing"]["queue"] and first[0]["sizing"] == first[1]["sizing"]
+        many = [prompt(i, 300 + 250 * i) for i in range(8)]  # they wait behind each other
+        answer = side.ask("open", prompts=many, at=[0.0] * 8, tokens=1, patience=120.0)
+        assert len(answer["samples"]) == 8 and all(sample["out"] for sample in answer["samples"])
         prompts = iter(range(1000))
         for _ in range(120):  # a refit takes as long as this machine lets it
             groups = [[prompt(next(prompts), 300 + 8 * i)] for i in range(8)]

@@ -13,32 +13,27 @@ from .conftest import SCALE
 
 @pytest.fixture(scope="module")
 def reached() -> Counter[str]:
-    """What was met by all of this file's tests, in their order."""
-    return Counter()
-
-
-def test_the_corpus_finds_nothing(reached: Counter[str]) -> None:
+    """What the corpus and random bytes met."""
+    met: Counter[str] = Counter()
     for data in fuzz.corpus():
-        try:
-            fuzz.one_input(data, reached)
-        except Exception as error:
-            raise AssertionError(f"the input {data.hex()}") from error
-
-
-def test_random_bytes_find_nothing(reached: Counter[str]) -> None:
+        feed(data, met, "the corpus")
     seed = random.SystemRandom().getrandbits(32)
     print("seed", seed)
     rng = random.Random(seed)
     for _ in range(max(int(3000 * SCALE), 100)):
-        data = rng.randbytes(rng.choice([8, 30, 100]))
-        try:
-            fuzz.one_input(data, reached)
-        except Exception as error:
-            raise AssertionError(f"seed {seed}, the input {data.hex()}") from error
+        feed(rng.randbytes(rng.choice([8, 30, 100])), met, f"seed {seed}")
+    return met
 
 
-def test_every_kind_of_input_was_met(reached: Counter[str]) -> None:
-    """And ended as it should: what is never taken, or never refused, is not tested."""
+def feed(data: bytes, met: Counter[str], source: str) -> None:
+    try:
+        fuzz.one_input(data, met)
+    except Exception as error:
+        raise AssertionError(f"{source}, the input {data.hex()}") from error
+
+
+def test_hostile_input_ends_as_it_should_and_all_kinds_were_met(reached: Counter[str]) -> None:
+    """What is never taken, or never refused, is not tested."""
     taken = {state.split(": ")[0] for state in reached if state.endswith(": taken")}
     refused = {state.split(": ")[0] for state in reached if not state.endswith(": taken")}
     assert taken >= fuzz.REQUESTS.keys() - fuzz.REFUSED

@@ -7,6 +7,7 @@ This is one file because nearly all tests share the helpers that edit, load and 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import io
@@ -38,7 +39,9 @@ from pystage.batch import PrefillBatch, forgotten_resolves, prepare_for_extend
 from pystage.cli import doctor
 from pystage.integrations import sglang as plugin
 from pystage.integrations.sglang import known_code, pp
-from pystage.pp import ProfileError
+from pystage.pp import ProfileError, QueueSizer
+
+from .test_pp_sizer import LAW, model_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -1013,6 +1016,81 @@ def test_sizer_by_setting(sglang: Small, monkeypatch: pytest.MonkeyPatch) -> Non
     assert owner.predict(0) is None  # there are no plans: the static size
     monkeypatch.setattr(pp.serving, "plans", SimpleNamespace(next_chunk=lambda n: n + 1))
     assert owner.predict(41) == 42
+
+
+SIZES = {"base_chunk": 4096, "context_len": 32768, "page_size": 64, "min_chunk": 64} | {
+    "max_chunk": 8192
+}
+
+
+def test_the_sizes_of_a_queue_are_timed_within_the_cache() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def time(points: Any) -> list[float]:
+        asked.extend(points)
+        return [1.0 + size / 1000 for _, size in points]
+
+    times = pp.times_for_queue(LAW, SIZES, [1.0, 1.0], 32768, time)
+    assert min(times) == 512 and max(times) == 8192  # an eighth of the static size, and twice
+    assert {history for history, _ in asked} == {2048}
+    asked.clear()
+    assert max(pp.times_for_queue(LAW, SIZES, [1.0, 1.0], 8192 + 1000, time)) == 8192
+    assert {history for history, _ in asked} == {1000}
+    asked.clear()
+    assert max(pp.times_for_queue(LAW, SIZES, [1.0, 1.0], 5000, time)) <= 5000
+    assert all(history + size <= 5000 for history, size in asked)
+    coarse = {**SIZES, "min_chunk": 1024}
+    assert min(pp.times_for_queue(LAW, coarse, [1.0, 1.0], 32768, time)) == 1024
+    asked.clear()
+    bad = model_of(LAW.form, usable=False)
+    assert pp.times_for_queue(LAW, SIZES, [1.0], 32768, time) == {}
+    assert pp.times_for_queue(LAW, SIZES, [1.0, 1.0], 4000, time) == {}
+    assert pp.times_for_queue(bad, SIZES, [1.0, 1.0], 32768, time) == {}
+    assert not asked
+
+
+def test_the_sizer_of_a_queue_goes_to_all_ranks() -> None:
+    decision = json.loads(json.dumps({"queue": [(512, 3.0), (4096, 20.0)], "stages": [1.0, 3.0]}))
+    queue = pp.queue_of(decision)
+    assert queue is not None and queue.ms_by_size == {512: 3.0, 4096: 20.0}
+    uneven = QueueSizer(queue.ms_by_size, 2, stage_factors=[1.0, 3.0])
+    assert [queue.size(n) for n in (9000, 40_000)] == [uneven.size(n) for n in (9000, 40_000)]
+    equal = QueueSizer(queue.ms_by_size, 2)
+    assert any(equal.size(n) != uneven.size(n) for n in range(1, 40_000, 50))
+    assert pp.queue_of({"queue": [], "stages": [1.0]}) is None
+
+
+def test_a_static_size_that_is_as_good_stays() -> None:
+    owner = SimpleNamespace(chunked_prefill_size=512)
+    choices = {2048: SimpleNamespace(chunks=(512,) * 4)}
+    assert pp.better_plans(owner, choices, {}) == pp.better_plans(owner, choices, {512: 1.0}) == {}
+    assert pp.better_plans(owner, choices, {512: 1.0, 256: 0.7}) == {"2048": [512] * 4}
+    other = {2048: SimpleNamespace(chunks=(1024, 1024))}
+    assert pp.better_plans(owner, other, {}) == {"2048": [1024, 1024]}
+
+
+def test_which_size_a_request_in_a_queue_gets() -> None:
+    queue = QueueSizer({128: 2.0, 256: 3.0, 2048: 16.0}, 4)
+    plans = pp.Plans({4096: [512] * 8}, 8192, page_size=64, largest=1024, base=512, queue=queue)
+    assert plans.in_queue(4000, 3000, 3000) == queue.size(6000) == 256
+    assert plans.in_queue(4000, 3000, 2999) is None
+    assert plans.in_queue(4000, 3000, 0) is None
+    assert plans.in_queue(512, 100, 0) == queue.size(512) == 128
+    assert plans.in_queue(513, 100, 0) is None
+    assert queue.size(10**6) == 2048 and plans.in_queue(4000, 3000, 10**6) == 1024
+    assert dataclasses.replace(plans, queue=None).in_queue(512, 100, 900) is None
+
+
+def test_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [SimpleNamespace(origin_input_ids=range(n)) for n in (10, 200, 3000)]
+    scheduler = SimpleNamespace(waiting_queue=requests)
+    monkeypatch.setattr(pp.serving, "scheduler", scheduler)
+    assert pp.waiting_behind(requests[1]) == 3010
+    assert pp.waiting_behind(object()) == 3210  # one that has begun is in the queue no more
+    requests += [SimpleNamespace(origin_input_ids=range(1)) for _ in range(100)]
+    assert pp.waiting_behind(object()) == 3210 + 61  # of 64 requests
+    monkeypatch.setattr(pp.serving, "scheduler", object())
+    assert pp.waiting_behind(object()) == 0
 
 
 @small

@@ -154,7 +154,7 @@ def test_bad_out() -> None:
 @pytest.mark.gpu
 def test_wire_and_out_on_other_devices() -> None:
     wire = torch.arange(4, device="cuda")
-    with pytest.raises(ValueError, match="wire is on cuda:0, out on the CPU"):
+    with pytest.raises(ValueError, match="wire is on cuda:0, out on cpu"):
         pystage.ops.transfer(wire, device="cpu")
 
 

@@ -71,7 +71,7 @@ def test_chunks_through_two_stages_compute_what_transformers_does_at_once(
 def test_a_batch_of_prompts_computes_what_each_does_alone(bench: ModuleType) -> None:
     lengths = [70, 9, 120, 33]
     prompts = [random_token_ids(n, 512, seed=n) for n in lengths]
-    batches = bench.batches_of_many(lengths, lambda _history, _prompt: 50)
+    batches = bench.batches_of_many(lengths, lambda *_: 50)
     assert [sum(p.count for p in b) for b in batches] == [50, 50, 50, 50, 32]
     together = hidden_of(bench, stages_of(bench, 1), batches, prompts)
     alone = [

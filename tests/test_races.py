@@ -126,11 +126,12 @@ def test_results_dropped_while_pending(device: str, variant: dict[str, Any]) -> 
         pystage.resolve(pool.stage([[1]]))  # loads torch's kernels, as above
         synchronize(pool)
         with hold_transfers(pool):
-            for i in range(50):
+            # With 100 copies pending, the driver waited for the hold to end.
+            for i in range(20):
                 pystage.resolve(pool.stage([run_of(i, 500)]))  # nobody keeps the result
-            kept = [pystage.resolve(pool.stage([run_of(i, 500)])) for i in range(50)]
+            kept = [pystage.resolve(pool.stage([run_of(i, 500)])) for i in range(20)]
         synchronize(pool)
-        assert [k[0].item() for k in kept] == list(range(50))
+        assert [k[0].item() for k in kept] == list(range(20))
 
 
 def test_memory_of_dropped_results_is_not_another_s(device: str, variant: dict[str, Any]) -> None:

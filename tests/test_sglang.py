@@ -9,6 +9,7 @@ This is one file because all tests share one engine, whose start takes most of a
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import functools
 import gc
 import importlib
@@ -36,7 +37,7 @@ from pystage.integrations import sglang as plugin
 from pystage.integrations.sglang import budget as limits
 from pystage.integrations.sglang import correction, pp
 from pystage.integrations.sglang.settings import Settings
-from pystage.pp import BudgetSizer, LatencyModel
+from pystage.pp import BudgetSizer, LatencyModel, QueueSizer
 from pystage.pp.forms import Form
 from pystage.pp.profile import Timing
 from pystage.testing import synchronize
@@ -819,6 +820,69 @@ def test_a_batch_that_has_begun_or_that_decodes_share(engine: Engine, planned: p
     whole = adder_of(engine, 512)
     pp.fit_batch_to(whole, short, continued=False)
     assert whole.rem_chunk_tokens == 512
+
+
+def queue_of(monkeypatch: pytest.MonkeyPatch, engine: Engine, *lengths: int) -> list[Any]:
+    """Requests in the queue of SGLang's scheduler, and plans with a sizer for the queue."""
+    queue = QueueSizer({128: 2.0, 256: 3.0, 512: 5.5, 2048: 20.0}, 4)
+    monkeypatch.setattr(pp.serving, "plans", dataclasses.replace(pp.serving.plans, queue=queue))
+    requests = [engine.rig.request(range(n)) for n in lengths]
+    scheduler = SimpleNamespace(waiting_queue=requests)
+    monkeypatch.setattr(pp.serving, "scheduler", scheduler)
+    return requests
+
+
+def test_a_queue_passes_in_chunks_of_one_size(
+    engine: Engine, planned: pp.Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three prompts through SGLang's own adder, as its scheduler does: batches of 256 tokens, and
+    shorter ones of the last prompt, behind which nobody waits."""
+    waiting = queue_of(monkeypatch, engine, 400, 300, 350)
+    assert pp.serving.plans.queue.size(1050) == 256 and pp.serving.plans.queue.size(350) == 128
+    batches: list[list[int]] = []
+    done = dict.fromkeys(map(id, waiting), 0)
+    chunked = None
+    while (waiting or chunked is not None) and len(batches) < 9:
+        adder = adder_of(engine, 512)
+        if chunked is not None:
+            chunked.init_next_round_input()
+            chunked.prefix_len = done[id(chunked)]
+            plugin.sizer.add_chunked_req(type(adder).add_chunked_req, adder, chunked)
+        for req in waiting:
+            if adder.rem_chunk_tokens <= 0 or adder.new_chunked_req is not None:
+                break
+            req.init_next_round_input(engine.rig.tree)
+            plugin.sizer.add_one_req(type(adder).add_one_req, adder, req, False, None)
+        taken = list(adder.can_run_list)
+        batches.append([r.extend_end - done[id(r)] for r in taken])
+        done |= {id(r): r.extend_end for r in taken}
+        waiting[:] = [r for r in waiting if r not in taken]
+        chunked = next((r for r in taken if r.extend_end < len(r.origin_input_ids)), None)
+    assert batches == [[256], [144, 112], [188, 68], [128], [128], [26]]
+
+
+def test_a_prompt_that_sglang_would_not_split_has_the_queues_size(
+    engine: Engine, planned: pp.Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (short,) = queue_of(monkeypatch, engine, 500)
+    short.init_next_round_input(engine.rig.tree)
+    adder = adder_of(engine, 512)
+    pp.fit_batch_to(adder, short, continued=False)
+    assert adder.rem_chunk_tokens == pp.serving.plans.queue.size(500) == 128
+    long, _ = queue_of(monkeypatch, engine, 2000, 300)
+    long.init_next_round_input(engine.rig.tree)
+    adder = adder_of(engine, 512)
+    pp.fit_batch_to(adder, long, continued=False)
+    assert adder.rem_chunk_tokens == 640  # less waits than this one is long: its own plan
+    _, *many = queue_of(monkeypatch, engine, 2000, *[300] * 100)
+    assert pp.waiting_behind(many[0]) == 2000 + 62 * 300  # no more than 64 are looked at
+    queue_of(monkeypatch, engine, 2000, *[2000] * 9)
+    long.prefix_len = 640
+    adder = adder_of(engine, planned.next_chunk(640), decodes=100)
+    pp.fit_batch_to(adder, long, continued=True)
+    assert adder.rem_chunk_tokens == pp.serving.plans.queue.size(2000 - 640 + 20_000) - 100
+    monkeypatch.setattr(pp.serving, "scheduler", object())  # of another release, without a queue
+    assert pp.waiting_behind(long) == 0
 
 
 @pytest.mark.parametrize("how", ["plans", "budget"])

@@ -42,6 +42,42 @@ def sections(path: Path) -> dict[str, str]:
     }
 
 
+def queues_table(path: Path) -> str:
+    """Prompts in a queue: the mean time to first token of each rule against the best fixed size."""
+    if not path.exists():
+        return "Not run yet: `python -m bench.pp.queues`, then `make report`."
+    result = load(path)
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["ranks"], row["arrivals"]), []).append(row)
+    rows = []
+    for (ranks, arrivals), queues in groups.items():
+        times = [queue["ttft_mean_ms"] for queue in queues]
+        fixed = [name for name in times[0] if name.startswith("fixed")]
+        best = [min(ms[name] for name in fixed) for ms in times]
+        sizes = sorted({int(min(fixed, key=ms.__getitem__).split()[1]) for ms in times})
+        against = {
+            rule: [100 * (ms[rule] / b - 1) for ms, b in zip(times, best, strict=True)]
+            for rule in ("queue", "choose", "fixed 8192")
+        }
+        rows.append(
+            [
+                ranks,
+                arrivals,
+                " or ".join(f"{size:,}" for size in sizes),
+                f"{np.mean(best):,.0f}",
+                *(f"{np.mean(a):+.1f} / {max(a):+.1f}" for a in against.values()),
+            ]
+        )
+    head = ["stages", "prompts arrive", "best fixed size", "its mean, ms", "`QueueSizer`, %"]
+    of = ", ".join(f"`{name}`" for name in result["profiles"])
+    return (
+        f"{tabulate([*head, '`choose`, %', 'fixed 8,192, %'], rows)}\n\n"
+        f"Simulated from the profiles in {of}, commit `{result['commit'][:9]}`: "
+        f"`{result['command']}`, `bench/results/{path.name}`."
+    )
+
+
 def spread(result: dict[str, Any]) -> str:
     """The spread of the results, which means and totals do not show."""
     found, gate, blas = result["accuracy"], result["gate"], result["blas"]

@@ -61,6 +61,7 @@ from pystage.pp import (
     Choice,
     ChunkSizer,
     LatencyModel,
+    QueueSizer,
     SamplePlan,
     fit_stages,
     profile_prefill,
@@ -444,8 +445,9 @@ def batches_of_one(chunks: Sequence[int]) -> list[Batch]:
     return [[Piece(0, 0, int(a), int(b))] for a, b in pairwise(starts)]
 
 
-NextSize = Callable[[int, int], int]
-"""The size of the next chunk, by the tokens that are done and the length of the prompt."""
+NextSize = Callable[[int, int, int], int]
+"""The size of the next chunk, by the tokens that are done, the length of the prompt, and the tokens
+that wait behind the prompt."""
 
 
 def batches_of_many(lengths: Sequence[int], next_size: NextSize) -> list[Batch]:
@@ -454,7 +456,8 @@ def batches_of_many(lengths: Sequence[int], next_size: NextSize) -> list[Batch]:
     batches: list[Batch] = []
     prompt = done = 0
     while prompt < len(lengths):
-        budget, batch = next_size(done, lengths[prompt]), []
+        waiting = int(rows[-1] - rows[prompt + 1])
+        budget, batch = next_size(done, lengths[prompt], waiting), []
         while budget > 0 and prompt < len(lengths):
             take = min(budget, lengths[prompt] - done)
             batch.append(Piece(prompt, int(rows[prompt]), done, done + take))
@@ -484,7 +487,7 @@ class Bench:
         self.policies: dict[str, Callable[[int], list[int]]] = {}
         self.next_sizes: dict[str, NextSize] = {}
         for size in args.fixed:
-            self.next_sizes[f"fixed {size}"] = lambda _history, _prompt, size=size: size
+            self.next_sizes[f"fixed {size}"] = lambda *_, size=size: size
         self.sizer: ChunkSizer | None = None
         self.sglang: dict[str, SglangSizes] = {}
         self.stages = pipeline.stages
@@ -543,7 +546,7 @@ class Bench:
         sizer = self.sizer
         assert sizer is not None
         self.policies = {
-            name: lambda n, next_size=next_size: chunks_of(n, lambda h: next_size(h, n))
+            name: lambda n, next_size=next_size: chunks_of(n, lambda h: next_size(h, n, 0))
             for name, next_size in self.next_sizes.items()
         }
         self.policies["equal time"] = sizer.plan
@@ -551,7 +554,7 @@ class Bench:
         self.policies["fastest"] = lambda n: sizer.fastest_plan(n, self.ranks)
         self.policies["choose"] = self._choose
         self.policies["choose, run"] = self._choose_by_runs
-        self.next_sizes["equal time"] = lambda history, _: sizer.next_chunk(history) or args.base
+        self.next_sizes["equal time"] = lambda history, *_: sizer.next_chunk(history) or args.base
 
     def _choose(self, prompt_len: int, key: str = "choice") -> list[int]:
         """Rank 0 chooses the chunks. It times the finalists on its own stage."""
@@ -570,6 +573,24 @@ class Bench:
         told = self.results[f"{key} {prompt_len}"] = self.on_rank0(choose)
         chunks: list[int] = told["chunks"]
         return chunks
+
+    def _queue(self) -> QueueSizer:
+        """The sizer for prompts that wait. Rank 0 times the sizes on its own stage."""
+        sizer = self.sizer
+        assert sizer is not None
+
+        def timed() -> dict[str, Any]:
+            began = time.perf_counter()
+            queue = sizer.for_queue(
+                self.ranks,
+                time=lambda points: time_chunks(self.step, points, self.pipeline.device),
+                **self.stages,
+            )
+            seconds = time.perf_counter() - began
+            return {"ms_by_size": [*queue.ms_by_size.items()], "seconds": seconds}
+
+        told = self.results["queue"] = self.on_rank0(timed)
+        return QueueSizer(dict(told["ms_by_size"]), self.ranks, **self.stages)
 
     def _choose_by_runs(self, prompt_len: int) -> list[int]:
         """As `_choose`, but whole prompts are run through all stages. Each rank chooses, and all
@@ -626,7 +647,7 @@ class Bench:
         p = sizes.predictor
         fitted = [p.quadratic_coeff_a, p.linear_coeff_b, p.constant_coeff_c]
         self.results[f"profile {name}"] = {**sweep, "fit": fitted, "refused": sizes.refused}
-        self.next_sizes[name] = lambda history, _prompt: sizes.next_size(history)
+        self.next_sizes[name] = lambda history, *_: sizes.next_size(history)
 
     def heldout(self) -> None:
         args = self.args
@@ -771,10 +792,16 @@ class Bench:
         lengths_of_plans = [args.context // 4 >> k for k in range(3)]
         plans = {n: self._choose(n, "trace choice") for n in lengths_of_plans}
 
-        def chosen(history: int, prompt: int) -> int:
+        def chosen(history: int, prompt: int, _waiting: int) -> int:
             return size_at(plans[min(n for n in plans if n >= prompt)], history)
 
-        for name, next_size in {**self.next_sizes, "choose": chosen}.items():
+        queue = self._queue()
+
+        def queued(history: int, prompt: int, waiting: int) -> int:
+            size = queue.next_chunk(prompt - history, waiting)
+            return chosen(history, prompt, waiting) if size is None else size
+
+        for name, next_size in {**self.next_sizes, "choose": chosen, "queue": queued}.items():
             if name in args.without:
                 continue
             batches = batches_of_many(lengths, next_size)

@@ -24,12 +24,17 @@ ONE_GPU = {
     "8B": RESULTS / "pp_prefill-8b-1xnvidia-h200.json",
     "1B (16 layers)": RESULTS / "pp_prefill-1b-1xnvidia-h200.json",
 }
+IN_TURN = [
+    RESULTS / f"pp_prefill-{name}-in-turn-nvidia-h200.json" for name in ("8b-4", "8b-8", "32b-4")
+]
+IN_TURN_TRACES = [RESULTS / "pp_prefill-8b-4-in-turn-trace-nvidia-h200.json", IN_TURN[1]]
 RANKS = RESULTS / "ranks-2xnvidia-h200.json"
 TWO_GPUS = RESULTS / "two-gpus-2xnvidia-h200.json"
 BUDGET = RESULTS / "engine-budget-nvidia-h200.json"
 SIZED = RESULTS / "engine-pp2-sized-2xnvidia-h200.json"
 PIPELINE_PLOT = Path("docs/pp-profile.svg")
 SURFACES = RESULTS / "pp_surfaces.json"
+QUEUES = RESULTS / "pp_queues.json"
 SURFACES_PLOT = Path("docs/pp-surfaces.svg")
 LOGITS_ON_CPU = RESULTS / "logits-host-device.json"
 FAULTS = RESULTS / "faults-nvidia-h200.json"
@@ -42,6 +47,7 @@ def sections(root: Path) -> dict[str, str]:
     pipeline, ours_first = load(root / PIPELINE), load(root / OURS_FIRST)
     one_block = load(root / ONE_BLOCK)
     one_gpu = {name: load(root / path) for name, path in ONE_GPU.items()}
+    in_turn = {path: load(root / path) for path in [*IN_TURN, IN_TURN_TRACES[0]]}
     plugin = newest_on_gpu(root / RESULTS, "sglang")
     assert plugin is not None
     engines = engine.newest_runs(root / RESULTS)
@@ -56,6 +62,11 @@ def sections(root: Path) -> dict[str, str]:
         "pp-sized": engine.sized_table(engine.runs_of(root / SIZED)["pp2-sized"]),
         "pp-why": pipeline_why(pipeline["results"], one_block["results"]),
         "pp-one-gpu": one_gpu_table({name: run["results"] for name, run in one_gpu.items()}),
+        "pp-in-turn": in_turn_table([in_turn[path] for path in IN_TURN]),
+        "pp-in-turn-trace": trace_table([in_turn[path] for path in IN_TURN_TRACES]),
+        "pp-in-turn-source": "\n".join(
+            f"- {in_turn_name(run)}: {source(run, path.name)}" for path, run in in_turn.items()
+        ),
         "pp-targets": pipeline_targets(
             pipeline["results"],
             ours_first["results"],
@@ -75,6 +86,7 @@ def sections(root: Path) -> dict[str, str]:
             )
         ),
         **pp_pages.sections(root / SURFACES),
+        "pp-queues": pp_pages.queues_table(root / QUEUES),
         "faults": faults_text(root / FAULTS),
         "two-gpus": two_gpus_text(root / TWO_GPUS),
         "ranks": ranks_text(root / RANKS),
@@ -388,26 +400,35 @@ def one_gpu_table(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def in_turn_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Pipelines of which one GPU ran the first stage: the best fixed size, what share of its time
-    the stages behind the first wait or finish, and the other plans against it."""
-    rows, others = [], ("choose", "equal time", "sglang warm", "fixed 8192")
+    """Pipelines of which one GPU ran the first stage: the best fixed size, the share of its time
+    that its bubbles take, and other plans against it."""
+    rows, others = [], ("choose", "sglang warm", "fixed 8192")
     for run in runs:
         for prompt, plans in plans_of(run["results"]).items():
-            best = plans[best_fixed(plans)]
-            shown = [best_fixed(plans), *(name for name in others if name in plans)]
-            against = {name: plans[name]["ttft_ms"] / best["ttft_ms"] - 1 for name in shown}
+            name = best_fixed(plans)
+            best = plans[name]
+            work = max(map(sum, best["piped_ms"]))  # of the slowest stage
+            against = {n: f"{plans[n]['ttft_ms'] / best['ttft_ms'] - 1:+.1%}" for n in others}
             rows.append(
                 [
                     in_turn_name(run),
                     f"{prompt:,}",
-                    sized_by(shown[0]),
+                    sized_by(name).removeprefix("fixed "),
                     f"{best['ttft_ms']:,.0f}",
-                    f"{1 - sum(best['piped_ms'][0]) / best['ttft_ms']:.1%}",
-                    *(f"{against[name]:+.1%}" if name in against else "absent" for name in others),
+                    f"{1 - work / best['ttft_ms']:.1%}",
+                    f"{against['choose']}, {chunks_in_words(plans['choose']['chunks'])}",
+                    *(against[n] for n in others[1:]),
                 ]
             )
-    head = ["stages of", "prompt", "best size", "first token, ms", "after the first stage"]
-    return tabulate([*head, *map(sized_by, others)], rows)
+    head = ["model", "prompt", "best fixed size", "first token, ms", "of it bubbles"]
+    return tabulate([*head, "choose", *map(sized_by, others[1:])], rows)
+
+
+def chunks_in_words(chunks: Sequence[int]) -> str:
+    """The size of all chunks but a shorter last one, or the range of sizes."""
+    whole = chunks[:-1] or chunks
+    low, high = min(whole), max(whole)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def in_turn_name(run: dict[str, Any]) -> str:
@@ -415,23 +436,19 @@ def in_turn_name(run: dict[str, Any]) -> str:
     return f"{model.upper()} over {run['ranks']}"
 
 
-def pipeline_trace(measured: dict[str, Any]) -> str:
-    """Prompts with the lengths of a trace: the time of all, and the first token of each. Empty if
-    the run did not include them."""
-    if "trace" not in measured:
-        return ""
-    trace = measured["trace"]
+def trace_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Prompts with the lengths of a trace: the first token of each, and the time of all."""
+    traces = [run["results"]["trace"] for run in runs]
+    names = [n for n in traces[0] if all(isinstance(trace.get(n), dict) for trace in traces)]
+    head = ["chunks sized by"]
+    for run in runs:
+        head += [f"{in_turn_name(run)}: first token, ms, p50", "p95", "all, ms"]
+    times = ("ttft_p50_ms", "ttft_p95_ms", "ms")
     rows = [
-        [sized_by(name), *(f"{plan[k]:,.0f}" for k in ("ttft_p50_ms", "ttft_p95_ms", "ms"))]
-        for name, plan in trace.items()
-        if isinstance(plan, dict)
+        [sized_by(name), *(f"{trace[name][k]:,.0f}" for trace in traces for k in times)]
+        for name in names
     ]
-    head = ["chunks sized by", "first token, ms, p50", "p95", "all prompts, ms"]
-    return (
-        f"{len(trace['lengths'])} prompts of a conversation trace, all there at the start, run one "
-        "after the other and share chunks where one ends (`--parts trace`):\n\n"
-        f"{tabulate(head, rows)}"
-    )
+    return tabulate(head, rows)
 
 
 def sized_by(policy: str) -> str:

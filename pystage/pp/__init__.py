@@ -5,6 +5,7 @@
     model = share_model(lambda: LatencyModel.fit(profile_prefill(step, plan)))
     sizer = ChunkSizer(model, base_chunk=8192, context_len=131072)
     sizer.choose(prompt_len, ranks)  # the plan with the lowest time to first token, and why
+    sizer.for_queue(ranks).next_chunk(left, waiting)  # the size while other prompts wait
     # The largest chunk that keeps the batch within 60 ms:
     BudgetSizer(model, budget_ms=60).next_chunk(history_len, beside)
 
@@ -29,6 +30,7 @@ from pystage.pp.profile import (
 from pystage.pp.samples import Profile, Sample, Timing
 from pystage.pp.share import RemoteProfileError, share_json, share_model, share_profile
 from pystage.pp.sizer import ChunkSizer
+from pystage.pp.waiting import QueueSizer
 
 __all__ = [
     "BudgetSizer",
@@ -43,6 +45,7 @@ __all__ = [
     "Profile",
     "ProfileError",
     "QualityGate",
+    "QueueSizer",
     "RemoteProfileError",
     "Sample",
     "SamplePlan",

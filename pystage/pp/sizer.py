@@ -20,6 +20,7 @@ from pystage.pp.choice import (
 from pystage.pp.makespan import fixed_chunks, histories, makespan
 from pystage.pp.makespan import simulate_pipeline as simulate_pipeline  # noqa: PLC0414
 from pystage.pp.model import LatencyModel
+from pystage.pp.waiting import QueueSizer, stages_of
 
 logger = logging.getLogger(__name__)
 
@@ -209,26 +210,66 @@ class ChunkSizer:
         candidates; `smooth` has no effect. The call takes 0.1 to 1 s of host time.
         """
         self._check(prompt_len, ranks)
-        factors = tuple(stage_factors) if stage_factors is not None else (1.0,) * ranks
-        if len(factors) != ranks or not all(f > 0 for f in factors):
-            raise ValueError(f"stage_factors={stage_factors}: {ranks} positive numbers are needed")
-        given = np.asarray(overhead_ms, np.float64)
-        more = tuple(given.tolist()) if given.ndim else (float(given),) * ranks
-        if len(more) != ranks or not all(ms >= 0 for ms in more):
-            raise ValueError(f"overhead_ms={overhead_ms}: one number or {ranks}, none negative")
+        factors, more = stages_of(ranks, stage_factors, overhead_ms)
+        planner = self._planner(prompt_len, factors, more)
+        if not self._usable():
+            return planner.static(f"the latency model is not usable: {self.model.report.reason}")
+        return planner.choose(time, budget, run, runs)
+
+    def for_queue(
+        self,
+        ranks: int,
+        *,
+        time: TimeChunks | None = None,
+        repeats: int = 3,
+        history_len: int | None = None,
+        stage_factors: Sequence[float] | None = None,
+        overhead_ms: float | Sequence[float] = 0.0,
+    ) -> QueueSizer:
+        """The sizer for prompts that wait behind each other.
+
+        Args:
+            ranks, stage_factors, overhead_ms: as for `choose`.
+            time: as for `choose`. If given, each size is timed `repeats` times (about 30 forwards
+                in all), and the medians count. Otherwise the model's predictions do. If the model
+                is not usable either, the only size is `base_chunk`.
+            history_len: tokens in front of the chunks whose times count: about half of a usual
+                prompt. Default: half of `base_chunk`.
+        """
+        self._check(1, ranks)
+        if repeats < 1:
+            raise ValueError(f"repeats={repeats} must be positive")
+        history = self.base_chunk // 2 if history_len is None else history_len
+        if not 0 <= history < self.context_len:
+            raise ValueError(f"history_len={history} must be in 0..{self.context_len - 1}")
+        room = max(self.context_len - history, self.base_chunk)
+        stages = stages_of(ranks, stage_factors, overhead_ms)
+        sizes = [n for n in self._planner(self._cap, *stages).fixed_sizes() if n <= room]
+        if time is not None:
+            points = [(history, n) for _ in range(repeats) for n in sizes]
+            took = np.asarray(time(points), dtype=np.float64)
+            if took.shape != (len(points),) or not (np.isfinite(took).all() and (took > 0).all()):
+                raise ValueError(f"time gave {took.tolist()} for {len(points)} chunks")
+            ms = np.median(took.reshape(repeats, len(sizes)), axis=0)
+        else:
+            sizes = sizes if self._usable() else [self.base_chunk]
+            ms = np.asarray(self.model.predict(history, np.array(sizes)))
+        times = dict(zip(sizes, ms.tolist(), strict=True))
+        return QueueSizer(times, ranks, stage_factors=stages[0], overhead_ms=stages[1])
+
+    def _planner(
+        self, prompt_len: int, factors: tuple[float, ...], overhead_ms: tuple[float, ...]
+    ) -> Planner:
         question = Question(
             prompt_len,
             factors,
-            more,
+            overhead_ms,
             self.page_size,
             smallest=min(self._floor, self.base_chunk),
             largest=max(self._cap, self.base_chunk),
             base=self.base_chunk,
         )
-        planner = Planner(self.model, question)
-        if not self._usable():
-            return planner.static(f"the latency model is not usable: {self.model.report.reason}")
-        return planner.choose(time, budget, run, runs)
+        return Planner(self.model, question)
 
     def predicted_ms(self, chunks: Sequence[int], ranks: int, overhead_ms: float = 0.0) -> float:
         """Predicted time to first token, in ms, of a prompt in these chunks over `ranks` equal

@@ -75,6 +75,7 @@ HEADER = "pystage_mutant.h"
 # The tests to run on a fault of each file, in this order. "cpp" (the C++ tests) and "schedules"
 # (the pool under all interleavings) take doctest's options. "sglang" is pytest in SGLang's
 # environment.
+KINDS = {"cpp", "schedules", "pytest", "sglang"}
 PYTHON_TESTS = "pytest tests/test_stage.py tests/test_staged_tokens.py tests/test_pool.py tests/test_figures.py"
 BATCHES = "pytest tests/test_batch.py tests/test_ops.py -k 'not equals_cat and not opcheck'"
 LIVES = "pytest tests/test_races.py tests/test_process.py"
@@ -136,10 +137,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "pystage/pp/choice.py": ("pytest tests/test_pp_choose.py tests/test_pp_sizer.py",),
     "pystage/pp/samples.py": ("pytest tests/test_pp_profile.py -k 'not importing'",),
     "pystage/pp/sizer.py": (
+        "pytest tests/test_pp_waiting.py -k 'not study and not as_good'",
         "pytest tests/test_pp_sizer.py -k 'not plans_cover_any'",
         "pytest tests/test_pp_sizer.py -k plans_cover_any",
     ),
     "pystage/pp/profile.py": ("pytest tests/test_pp_profile.py -k 'not importing'",),
+    "pystage/pp/waiting.py": ("pytest tests/test_pp_waiting.py -k 'not study and not as_good'",),
     "pystage/pp/share.py": ("pytest tests/test_pp_share.py",),
     **{
         f"pystage/integrations/sglang/{name}.py": (
@@ -702,6 +705,8 @@ def main() -> int:
         results = [Result(s.name, s.file, "equivalent", s.mutant.equivalent) for s in equivalent]
         sglang = options.sglang if Path(options.sglang).exists() else None
         kinds = tuple(filter(None, options.tests.split(",")))
+        if unknown := set(kinds) - KINDS:
+            raise MutantError(f"no tests are called {', '.join(unknown)}, only {', '.join(KINDS)}")
         sites = [s for s in sites if not s.mutant.equivalent and s.tests_of(kinds)]
         hints = read_hints(options.json)
         for site in sites:

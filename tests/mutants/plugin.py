@@ -241,6 +241,27 @@ MUTANTS: Mutants = {
     "pystage/integrations/sglang/pp.py": {
         "stages-are-equal": M("return [<|count / counts[0]|> for count in counts]", "1.0"),
         "stages-not-told": M("stage_factors=<|stages|>,", "None"),
+        "queue-lost": M("        queue=<|queue|>,\n    )", "None"),
+        "queue-stages-equal": M(
+            "len(stages), <|stage_factors=stages|>) if times", "stage_factors=None"
+        ),
+        "queue-below-a-share": M(
+            'min(<|max(sizes["min_chunk"], base // _LEAST_SHARE)|>, base)', "64"
+        ),
+        "queue-beyond-the-cache": M(
+            "history = <|max(min(base // 2, limit - largest), 0)|>\n", "base // 2"
+        ),
+        "queue-of-one-stage": M("if <|len(stages) == 1|> or not model", "False"),
+        "queue-of-all-bad": M("1 or <|not model.report.usable|> or base", "False"),
+        "queue-without-room": M("usable or <|base > limit|>:", "False"),
+        "short-whole": M("if size is None and <|prompt_len <= self.base|>:", "False"),
+        "long-by-queue": M("if size is None and <|prompt_len <= self.base|>:", "True"),
+        "queue-larger-than-largest": M(
+            "None if size is None else <|min(size, self.largest)|>", "size"
+        ),
+        "waits-behind-itself": M("for other in first<| if other is not req|>)", ""),
+        "looks-at-all": M("first = <|itertools.islice(queue, _LOOK_AHEAD)|>", "queue"),
+        "queue-as-good": M("as_good = as_good <|and not set(queue) - {base}|>", ""),
         "static-is-as-good": M("return {} if <|as_good|> else", "False"),
         "failure-ends-the-server": M(
             "    except Exception as error:  # as SGLang",
@@ -312,7 +333,7 @@ MUTANTS: Mutants = {
         "other-ranks-timed": M("global_num_tokens or ())) > <|1|>", "9"),
         "too-few-batches": M("<|self.correction.collect() >= LatencyModel.REFIT_EVERY|>", "False"),
         "old-plans": M(
-            '        pp.serving.plans = pp.plans_of(serving.owner, message["plans"])\n',
+            '        pp.serving.plans = pp.plans_of(serving.owner, message["plans"], queue)\n',
             "        pass\n",
         ),
     },

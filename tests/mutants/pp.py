@@ -30,6 +30,22 @@ MUTANTS: Mutants = {
         ),
         "floor-not-fitted": M('with_floor = form.name <|!=|> "linear"', "=="),
     },
+    "pystage/pp/waiting.py": {
+        "others-free": M(
+            "<|np.maximum(tokens / self._sizes, 1.0)|> * self._slowest + self._others", "1.0"
+        ),
+        "no-way-through": M("* self._slowest<| + self._others|>\n", ""),
+        "less-than-a-chunk": M(
+            "<|np.maximum(tokens / self._sizes, 1.0)|>", "(tokens / self._sizes)"
+        ),
+        "overhead-lost": M("ms_by_size.values()))<| + np.array(more)[:, None]|>", ""),
+        "first-stage-alone": M("on_stages.<|max(axis=0)|>\n", "min(axis=0)"),
+        "never-kept": M("self._kept = max(<|self._kept|>, self.size", "0"),
+        "kept-for-ever": M("        if not waiting:\n            self._kept = 0\n", ""),
+        "alone-too": M("if <|waiting < left|>:", "False"),
+        "what-waits-alone": M("self.size(<|left + waiting|>)", "waiting"),
+        "no-factors": M("return <|factors|>, more", "(1.0,) * ranks"),
+    },
     "pystage/pp/model.py": {
         "gate-min-samples-off": M("if report.samples_used < gate.min_samples:", "if False:"),
         "gate-min-samples-one-off": M(
@@ -111,6 +127,10 @@ MUTANTS: Mutants = {
         ),
     },
     "pystage/pp/sizer.py": {
+        "queue-mean": M("ms = <|np.median|>(took", "np.mean"),
+        "queue-no-history": M("points = [(<|history|>, n) for", "0"),
+        "queue-beyond": M("fixed_sizes() <|if n <= room|>]", ""),
+        "queue-bad-model": M("sizes = sizes if <|self._usable()|> else", "True"),
         "min-chunk-not-rounded": M(
             "self._floor = _up(max(min_chunk, 1), page_size)", "self._floor = max(min_chunk, 1)"
         ),

@@ -170,6 +170,7 @@ def _apply(message: dict[str, Any]) -> None:
         return
     pp.serving.model.adopt(LatencyModel.from_json(message["model"]))
     if message["plans"]:
-        pp.serving.plans = pp.plans_of(serving.owner, message["plans"])
+        queue = None if pp.serving.plans is None else pp.serving.plans.queue
+        pp.serving.plans = pp.plans_of(serving.owner, message["plans"], queue)
     serving.corrections += 1
     logger.info("pystage: the latency model is corrected, correction %d", serving.corrections)

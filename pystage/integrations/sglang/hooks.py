@@ -59,13 +59,14 @@ def optional(settings: Settings) -> list[Hook]:
         Hook("metrics", f"{_COLLECTOR}.__init__", ("self", "labels"), metrics.metrics_init),
         Hook("metrics", f"{_COLLECTOR}.log_stats", ("self",), metrics.log_stats),
     ]
+    part = "budget" if settings.budget_ms else "correction" if settings.correct else "sizer"
     start = Hook(
-        "budget" if settings.budget_ms else "correction",
+        part,
         _START,
         ("self",),
         sizer.init_dynamic_chunk_sizer,
     )
-    starts = bool(settings.budget_ms or settings.correct) and is_there(start)
+    starts = (settings.budget_ms or settings.correct or settings.sizer) and is_there(start)
     budget, correct = starts and settings.budget_ms > 0, starts and settings.correct
     if starts:
         hooks.append(start)

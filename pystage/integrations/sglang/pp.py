@@ -13,9 +13,16 @@ chunk needs a size too. So the plugin also hooks ``PrefillAdder``, where the req
 sets the batch's token budget to the plan's size. This covers the first chunk, and chunks behind a
 cached prefix. If the rest of the prompt is only a little longer than the plan's size, the budget is
 the whole rest (SGLang #23621). A request that does not begin its batch takes what the batch has
-left. Sizes are whole pages and multiples of the tensor and context parallel sizes. Only the first
-stage is timed. The others count by their number of layers, which SGLang makes larger on the last
-stages if it does not come out even. What transfers and the model's head add there is not known.
+left.
+
+While as much waits in the queue as is left of the request, the size is that for a queue
+(``QueueSizer``). So is that of a request no longer than SGLang's own chunk, which SGLang would not
+split: its batch would pass the stages one by one. The ranks agree on the size, because they have
+the same queue.
+
+Sizes are whole pages and multiples of the tensor and context parallel sizes. Only the first stage
+is timed. The others count by their number of layers, which SGLang makes larger on the last stages
+if it does not come out even. What transfers and the model's head add there is not known.
 
 ``owner`` is SGLang's ``DynamicChunkSizer``, or its ``Scheduler``: in releases without that class,
 and for a time budget, which needs the model alone (``budget``).
@@ -24,6 +31,7 @@ and for a time budget, which needs the model alone (``budget``).
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -39,6 +47,7 @@ from ...pp import (
     LatencyModel,
     Piece,
     Profile,
+    QueueSizer,
     SamplePlan,
     Step,
     profile_prefill,
@@ -47,6 +56,7 @@ from ...pp import (
     time_chunks,
 )
 from ...pp.choice import TimeChunks, size_at
+from ...pp.samples import Point
 
 logger = logging.getLogger("pystage.sglang")
 
@@ -56,6 +66,9 @@ CONTEXT_MARGIN = 100
 """Number of context tokens that SGLang's own sizer leaves free."""
 _PROMPTS = 4  # number of plans: for prompts of the whole context, half of it, and so on
 _TIMED, _BUDGET = 3, 32  # plans whose finalists are timed, and forwards for each
+_LEAST_SHARE = 8  # a queue's chunk is this part of the static one at least: the time that SGLang
+# itself takes for a batch is not in the timings, and counts most where chunks are short
+_LOOK_AHEAD = 64  # requests of the queue that count
 
 T = TypeVar("T")
 
@@ -71,6 +84,17 @@ class Plans:
     largest: int
     base: int
     """The static chunk size."""
+    queue: QueueSizer | None = None
+
+    def in_queue(self, prompt_len: int, left: int, waiting: int) -> int | None:
+        """The size of the next chunk of a request that has ``left`` of its tokens to prefill, with
+        ``waiting`` tokens behind it. None if its plan gives the size."""
+        if self.queue is None:
+            return None
+        size = self.queue.next_chunk(left, waiting)
+        if size is None and prompt_len <= self.base:  # the plans are for longer ones
+            size = self.queue.size(prompt_len)
+        return None if size is None else min(size, self.largest)
 
     def next_chunk(self, history_len: int, prompt_len: int | None = None) -> int | None:
         """The size of the next chunk behind ``history_len`` tokens, or None if less than a page of
@@ -94,6 +118,8 @@ class Serving:
 
     model: LatencyModel | None = None
     plans: Plans | None = None
+    scheduler: Any = None
+    """SGLang's ``Scheduler``, which has the queue."""
     align: int = 1
     """SGLang's ``truncation_align_size``: a chunk that leaves a rest is a multiple of it."""
 
@@ -109,6 +135,8 @@ def profile_and_fit(owner: Any, with_plans: bool = True) -> bool:
     stage, world = parallel_state.get_tp_group(), parallel_state.get_world_group()
     stages = int(parallel_state.get_pp_group().world_size)
     serving.model = serving.plans = None
+    if serving.scheduler is None:  # in releases without DynamicChunkSizer
+        serving.scheduler = owner
     try:
         step = PrefillStep(owner)
         if parallel_state.get_pp_group().is_first_rank and dist.get_rank() != 0:
@@ -127,7 +155,7 @@ def profile_and_fit(owner: Any, with_plans: bool = True) -> bool:
         for line in decision["why"]:
             logger.info("pystage: %s", line)
         model = LatencyModel.from_json(decision["model"])
-        plans = plans_of(owner, decision["plans"])
+        plans = plans_of(owner, decision["plans"], queue_of(decision))
     except Exception as error:  # as SGLang does: the server runs on without a sizer
         logger.warning("pystage: no chunk sizer, the chunk size stays static: %r", error)
         return False
@@ -135,7 +163,16 @@ def profile_and_fit(owner: Any, with_plans: bool = True) -> bool:
     return plans is not None
 
 
-def plans_of(owner: Any, by_prompt: dict[str, list[int]]) -> Plans | None:
+def queue_of(decision: dict[str, Any]) -> QueueSizer | None:
+    """The sizer for a queue from its JSON form, or None if there is none."""
+    times = {int(n): float(ms) for n, ms in decision["queue"]}
+    stages = decision["stages"]
+    return QueueSizer(times, len(stages), stage_factors=stages) if times else None
+
+
+def plans_of(
+    owner: Any, by_prompt: dict[str, list[int]], queue: QueueSizer | None = None
+) -> Plans | None:
     """The plans from their JSON form, or None if there are none."""
     if not by_prompt:
         return None
@@ -145,6 +182,7 @@ def plans_of(owner: Any, by_prompt: dict[str, list[int]]) -> Plans | None:
         page_size=page_of(owner),
         largest=largest_of(owner),
         base=int(owner.chunked_prefill_size),
+        queue=queue,
     )
 
 
@@ -164,9 +202,11 @@ def fit_batch_to(adder: Any, req: Any, continued: bool) -> None:
         return
     prompt_len, history_len = lengths_of(req, continued)
     left = prompt_len - history_len
-    if not continued and left <= budget:
-        return  # it fits whole, and others may share its batch
-    size = plans.next_chunk(history_len, prompt_len)
+    size = plans.in_queue(prompt_len, left, waiting_behind(req)) if left > 0 else None
+    if size is None:
+        if not continued and left <= budget:
+            return  # it fits whole, and others may share its batch
+        size = plans.next_chunk(history_len, prompt_len)
     base = plans.next_chunk(history_len) if continued else plans.base
     if size is None or base is None:
         return
@@ -175,6 +215,14 @@ def fit_batch_to(adder: Any, req: Any, continued: bool) -> None:
     # SGLang has already subtracted the decodes that share the batch.
     decodes = max(base - budget, 0)
     adder.rem_chunk_tokens = max(size - decodes, plans.page_size, serving.align)
+
+
+def waiting_behind(req: Any) -> int:
+    """Tokens of the requests that wait in SGLang's queue, without this one. What of them is cached
+    counts too: SGLang looks that up when it takes them."""
+    queue = getattr(serving.scheduler, "waiting_queue", ())
+    first = itertools.islice(queue, _LOOK_AHEAD)
+    return sum(len(other.origin_input_ids) for other in first if other is not req)
 
 
 def lengths_of(req: Any, continued: bool) -> tuple[int, int]:
@@ -202,17 +250,47 @@ def _decide(owner: Any, with_plans: bool, profile: Profile, run: Step) -> dict[s
     model = LatencyModel.fit(profile)
     limit, base = sample_plan(owner).max_tokens, int(owner.chunked_prefill_size)
     lengths = [limit >> k for k in range(_PROMPTS) if (limit >> k) > base] or [limit]
-    choices = {}
+    choices, queue, stages = {}, {}, stages_of(owner)
     if with_plans:
-        sizes, stages = sizes_of(owner, lengths[0]), stages_of(owner)
-        choices = choose(
-            model, sizes, stages, lengths, lambda points: time_chunks(run, points, owner.device)
-        )
+        sizes = sizes_of(owner, lengths[0])
+
+        def time(points: Sequence[Point]) -> Sequence[float]:
+            return time_chunks(run, points, owner.device)
+
+        choices = choose(model, sizes, stages, lengths, time)
+        queue = times_for_queue(model, sizes, stages, limit, time)
+    why = [str(model.report), *(f"{n:,} tokens: {c}" for n, c in choices.items())]
+    if queue:
+        shown = ", ".join(f"{n:,}: {ms:.1f} ms" for n, ms in queue.items())
+        why.append(f"while requests wait, chunks of {shown}")
     return {
         "model": model.to_json(),
-        "plans": better_plans(owner, choices),
-        "why": [str(model.report), *(f"{n:,} tokens: {c}" for n, c in choices.items())],
+        "plans": better_plans(owner, choices, queue),
+        "queue": [*queue.items()],
+        "stages": stages,
+        "why": why,
     }
+
+
+def times_for_queue(
+    model: LatencyModel,
+    sizes: dict[str, int],
+    stages: Sequence[float],
+    limit: int,
+    time: TimeChunks,
+) -> dict[int, float]:
+    """The times in ms of the chunks that a queue may get, by size. A timed forward has ``limit``
+    tokens at most, with its history. Empty with one stage, where no stage waits for another, and
+    where the model is not usable: SGLang keeps its static size then."""
+    base = sizes["base_chunk"]
+    if len(stages) == 1 or not model.report.usable or base > limit:
+        return {}
+    smallest = min(max(sizes["min_chunk"], base // _LEAST_SHARE), base)
+    largest = max(min(sizes["max_chunk"], limit), smallest)
+    sizer = ChunkSizer(model, **{**sizes, "min_chunk": smallest, "max_chunk": largest})
+    history = max(min(base // 2, limit - largest), 0)
+    queue = sizer.for_queue(len(stages), time=time, history_len=history, stage_factors=stages)
+    return queue.ms_by_size
 
 
 def sizes_of(owner: Any, context_len: int) -> dict[str, int]:
@@ -261,10 +339,14 @@ def choose(
     }
 
 
-def better_plans(owner: Any, choices: dict[int, Choice]) -> dict[str, list[int]]:
-    """The chosen plans as JSON types, or none if the static size is as good."""
+def better_plans(
+    owner: Any, choices: dict[int, Choice], queue: dict[int, float]
+) -> dict[str, list[int]]:
+    """The chosen plans as JSON types, or none if the static size is as good, for one request and
+    for a queue."""
     base = int(owner.chunked_prefill_size)
     as_good = all(c.chunks[0] == base and len(set(c.chunks[:-1])) <= 1 for c in choices.values())
+    as_good = as_good and not set(queue) - {base}
     return {} if as_good else {str(n): list(c.chunks) for n, c in choices.items()}
 
 

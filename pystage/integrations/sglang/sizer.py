@@ -42,6 +42,7 @@ def state() -> dict[str, Any]:
     plans, limit = pp.serving.plans, budget.serving.sizer
     return {
         "plans": {} if plans is None else {str(n): plan for n, plan in plans.by_prompt.items()},
+        "queue": {} if plans is None or plans.queue is None else plans.queue.ms_by_size,
         "budget_ms": None if limit is None else limit.budget_ms,
         "coefficients": [] if pp.serving.model is None else pp.serving.model.form.coefficients,
         "corrections": correction.serving.corrections,
@@ -62,8 +63,9 @@ def predict(original: Function, owner: Any, history_len: int) -> int | None:
 
 def init_dynamic_chunk_sizer(original: Function, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """The last step of a scheduler's start before it serves. SGLang makes its sizer here."""
-    from . import budget, correction
+    from . import budget, correction, pp
 
+    pp.serving.scheduler = scheduler
     result = original(scheduler, *args, **kwargs)
     if process.state.settings.budget_ms:
         budget.start(scheduler)

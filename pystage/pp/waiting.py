@@ -1,0 +1,95 @@
+"""The chunk size while prompts wait behind each other.
+
+Note [One size while prompts wait]
+A prompt that runs alone pays for the time in which the pipeline fills and drains, so `choose` takes
+short chunks. In a queue the next prompt fills the pipeline, and fill and drain count once for all.
+So the more tokens wait, the longer the best chunk. And it is the same for all of them: where chunks
+of different times follow each other, stages wait for each other. So a size stays as long as prompts
+wait, also when the queue gets shorter. bench/pp/queues.py compares the rules (docs/pp.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pystage.pp.forms import Floats
+
+
+def stages_of(
+    ranks: int, stage_factors: Sequence[float] | None, overhead_ms: float | Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Factor and overhead in ms of each stage, [ranks] each, from arguments as of
+    `ChunkSizer.choose`."""
+    factors = tuple(stage_factors) if stage_factors is not None else (1.0,) * ranks
+    if len(factors) != ranks or not all(f > 0 for f in factors):
+        raise ValueError(f"stage_factors={stage_factors}: {ranks} positive numbers are needed")
+    given = np.asarray(overhead_ms, np.float64)
+    more = tuple(given.tolist()) if given.ndim else (float(given),) * ranks
+    if len(more) != ranks or not all(ms >= 0 for ms in more):
+        raise ValueError(f"overhead_ms={overhead_ms}: one number or {ranks}, none negative")
+    return factors, more
+
+
+class QueueSizer:
+    """Sizes chunks while prompts wait: the fixed size with which all of them are done soonest.
+
+    Use it where the next prompt begins in the chunk in which one ends. `ChunkSizer.for_queue` makes
+    it. Not thread-safe. See Note [One size while prompts wait] in waiting.py.
+
+    Args:
+        ms_by_size: the time of a chunk on the first stage in ms, by its size in tokens.
+        ranks, stage_factors, overhead_ms: as for `ChunkSizer.choose`.
+    """
+
+    def __init__(
+        self,
+        ms_by_size: Mapping[int, float],
+        ranks: int,
+        *,
+        stage_factors: Sequence[float] | None = None,
+        overhead_ms: float | Sequence[float] = 0.0,
+    ) -> None:
+        if ranks < 1:
+            raise ValueError(f"ranks={ranks} must be positive")
+        if not ms_by_size or not all(n > 0 and ms > 0 for n, ms in ms_by_size.items()):
+            raise ValueError(f"ms_by_size={dict(ms_by_size)}: positive times of positive sizes")
+        factors, more = stages_of(ranks, stage_factors, overhead_ms)
+        self.ms_by_size = dict(sorted(ms_by_size.items()))
+        self._sizes = np.array(list(self.ms_by_size), dtype=np.float64)
+        on_stages = np.outer(factors, list(self.ms_by_size.values())) + np.array(more)[:, None]
+        self._slowest: Floats = on_stages.max(axis=0)
+        self._others: Floats = on_stages.sum(axis=0) - self._slowest
+        self._kept = 0
+
+    def __repr__(self) -> str:
+        return f"<QueueSizer: {self.ms_by_size}>"
+
+    def size(self, tokens: int) -> int:
+        """The chunk size with which so many tokens, of any number of prompts, are done soonest."""
+        return int(self._sizes[np.argmin(self._done_ms(tokens))])
+
+    def next_chunk(self, left: int, waiting: int) -> int | None:
+        """The size of the next chunk, or None if the prompt is to follow its own plan.
+
+        While prompts wait, the size never gets smaller. It starts anew once none waits.
+
+        Args:
+            left: tokens of the prompt that are not yet computed.
+            waiting: such tokens of all prompts that wait behind it. If they are fewer than `left`,
+                the result is None.
+        """
+        if left < 1 or waiting < 0:
+            raise ValueError(f"left={left} must be positive, waiting={waiting} not negative")
+        if not waiting:
+            self._kept = 0
+        if waiting < left:
+            return None
+        self._kept = max(self._kept, self.size(left + waiting))
+        return self._kept
+
+    def _done_ms(self, tokens: int) -> Floats:
+        """For each size, when the last stage is done: the slowest stage's chunks, and the way of
+        one chunk through the others."""
+        return np.maximum(tokens / self._sizes, 1.0) * self._slowest + self._others
