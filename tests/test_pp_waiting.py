@@ -48,6 +48,7 @@ def test_the_more_waits_the_less_a_token_takes() -> None:
     assert each == sorted(each, reverse=True)
     assert sizes[0] == 512 and sizes[-1] == 4096  # 8,192 takes as long a token, and fills later
     assert {QueueSizer(TIMES, 1).size(n) for n in (9000, 10**6)} == {4096}
+    assert QueueSizer({512: 7.0, 8192: 50.0}, 1).size(600) == 512  # a chunk is not part of one
 
 
 def test_a_size_is_kept_while_prompts_wait() -> None:
@@ -59,6 +60,8 @@ def test_a_size_is_kept_while_prompts_wait() -> None:
     assert queue.next_chunk(100, 9900) == queue.size(101_000)
     assert queue.next_chunk(5000, 0) is None
     assert queue.next_chunk(5000, 5000) == queue.size(10_000)
+    grown = [n for n in range(1000, 50_000, 1000) if queue.size(2 * n) != queue.size(n)]
+    assert grown and all(QueueSizer(TIMES, 4).next_chunk(n, n) == queue.size(2 * n) for n in grown)
 
 
 def test_sizes_are_timed_behind_half_a_chunk() -> None:
