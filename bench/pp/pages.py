@@ -62,7 +62,7 @@ def queues_table(path: Path) -> str:
         }
         rows.append(
             [
-                ranks,
+                str(ranks),
                 arrivals,
                 " or ".join(f"{size:,}" for size in sizes),
                 f"{np.mean(best):,.0f}",
