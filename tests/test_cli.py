@@ -602,7 +602,18 @@ sys.exit(cli.main(["info"]))
     assert process.stdout is not None
     process.stdout.close()
     _, errors = process.communicate(timeout=120)
-    assert errors == b"" and process.returncode != 0
+    assert errors == b"" and process.returncode == 2
+
+
+@pytest.mark.parametrize("command", ["info", "demo --device cpu --batches 9 --no-profile"])
+def test_a_closed_standard_output_is_no_traceback(command: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m pystage {command} >&-"],
+        stderr=subprocess.PIPE,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ def run(arguments: list[str]) -> int:
     try:
         app(arguments)
     except SystemExit as done:  # typer always ends this way, with or without an error
+        if isinstance(done.__context__, BrokenPipeError):  # from typer or rich; main handles it
+            raise done.__context__ from None
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     return 0
 
