@@ -18,10 +18,12 @@ def explain(package: Path, path: Sequence[str], error: ImportError) -> str:
         path: the folders in which Python looks for packages, like ``sys.path``.
         error: the error that importing the extension raised.
     """
-    if not (package.parent / "csrc").is_dir() or any(package.glob("_C*.so")):
+    is_source = (package.parent / "csrc").is_dir()
+    if not is_source or any(package.glob("_C*.so")):
+        command = _BUILD_HERE if is_source else _REBUILD
         return (
             f"pystage's extension does not load ({error}). It is built for one Python and one "
-            f"torch: after installing another, rebuild with: {_REBUILD}"
+            f"torch: after installing another, rebuild with: {command}"
         )
     source = f"{package.parent} is pystage's source folder, and its extension is not built there"
     installed = _built(path)

@@ -226,7 +226,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     answer = tmp_path / "answer"
     smi = tmp_path / "nvidia-smi"
-    smi.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\ncat {answer}\n')
+    smi.write_text(f'#!/bin/sh\necho "$@" > "{tmp_path}/asked"\ncat "{answer}"\n')
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     return answer

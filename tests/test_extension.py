@@ -73,10 +73,10 @@ def test_an_extension_for_another_torch(source: Path, installed: Path) -> None:
     (source / "_C.cpython-310-x86_64-linux-gnu.so").touch()
     elsewhere = installed / "pystage"
     (elsewhere / "_C.cpython-311-x86_64-linux-gnu.so").unlink()  # no source folder, and damaged
-    for package in (source, elsewhere):
+    for package, what in ((source, "-e ."), (elsewhere, ".")):
         text = explain(package, [str(installed)], ERROR)
         assert "does not load (undefined symbol: _ZN3c10)" in text
-        assert text.endswith("rebuild with: pip install --no-build-isolation .")
+        assert text.endswith(f"rebuild with: pip install --no-build-isolation {what}")
 
 
 def test_a_package_without_metadata_says_how_to_install_it() -> None:

@@ -438,8 +438,8 @@ MUTANTS: Mutants = {
         "p99-is-max": M("np.percentile(microseconds, [50, <|99|>])", "100"),
     },
     "pystage/_extension.py": {
-        "any-folder-is-source": M('if <|not (package.parent / "csrc").is_dir() or |>any', ""),
-        "built-is-not-looked-at": M('is_dir()<| or any(package.glob("_C*.so"))|>:', ""),
+        "any-folder-is-source": M("if <|not is_source or |>any", ""),
+        "built-is-not-looked-at": M('is_source<| or any(package.glob("_C*.so"))|>:', ""),
         "another-without-extension": M(
             'for package in packages<| if any(package.glob("_C*.so"))|>)', ""
         ),

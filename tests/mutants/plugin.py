@@ -318,7 +318,7 @@ MUTANTS: Mutants = {
         "batch-of-nothing": M(
             "max(room // align, <|1 if room and not adder.can_run_list else 0|>)", "0"
         ),
-        "nothing-kept": M("if limit is not None<| and room|>:", " and False"),
+        "nothing-kept": M("if most is not None<| and room|>:", " and False"),
         "decodes-of-other-batches": M("if <|not get_schedule().enable_mixed_chunk or |>adder", ""),
         "unusable-budget": M("if model is None<| or not model.report.usable|>:", ""),
         "no-limit": M("    adder.rem_chunk_tokens = room\n", "    pass\n"),

@@ -79,10 +79,10 @@ def limit(adder: Any, req: Any, continued: bool) -> None:
     if room >= min(left, tokens):
         return
     adder.rem_chunk_tokens = room
-    limit = getattr(adder, "chunked_req_limit", None)
-    if limit is not None and room:
+    most = getattr(adder, "chunked_req_limit", None)
+    if most is not None and room:
         # SGLang keeps these tokens free for shorter requests (shortest-prefill-first).
-        kept = tokens - limit
+        kept = tokens - most
         adder.chunked_req_limit = max(room - kept, min(room, sizer.page_size))
 
 
