@@ -188,3 +188,8 @@ def test_the_study_writes_its_result(profile: dict[str, Any], tmp_path: Path, mo
     found = json.loads(out.read_text())
     assert found["profiles"] == ["eight.json"] and len(found["rows"]) == 3
     assert {row["ranks"] for row in found["rows"]} == {8}
+    measured = found["by_measured_chunks"]
+    assert [row["prompt"] for row in measured] == [131_072, 262_144]
+    run = profile["results"]["ttft 131072 fixed 2048"]
+    assert measured[0]["ms_by_size"]["2048"] == run["piped_ms"][0][2]  # behind 4,096 tokens
+    assert measured[0]["sizes"]["131072"] == 2048

@@ -78,6 +78,19 @@ def queues_table(path: Path) -> str:
     )
 
 
+def measured_sizes(path: Path) -> str:
+    """The sizes for queues of so many tokens, from the chunk times that the runs measured."""
+    if not path.exists():
+        return "Not run yet: `python -m bench.pp.queues`, then `make report`."
+    found = load(path)["by_measured_chunks"]
+    rows = [
+        [str(run["ranks"]), f"{run['prompt']:,}", *(f"{size:,}" for size in run["sizes"].values())]
+        for run in found
+    ]
+    tokens = [f"{int(n):,} tokens wait" for n in found[0]["sizes"]]
+    return tabulate(["stages", "chunks of a prompt of", *tokens], rows)
+
+
 def spread(result: dict[str, Any]) -> str:
     """The spread of the results, which means and totals do not show."""
     found, gate, blas = result["accuracy"], result["gate"], result["blas"]

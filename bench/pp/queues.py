@@ -4,14 +4,15 @@
 
 Each PROFILE is a result of `bench.pp.prefill --in-turn`. Its profile of the first of N stages is
 fitted, and the fit gives the time of every batch on every stage (`BudgetSizer.batch_ms`); the other
-stages differ as the result says. Prompts with the lengths of a conversation trace arrive all at
-once, or at random at a share of what the pipeline can do. Whenever the first stage is free, the
-next batch takes a chunk of the prompt that is first in the queue, and what is left of the chunk
-goes to the next ones.
+stages differ as the result says. Prompts with random lengths (log-normal, with the median and mean
+of a conversation trace) arrive all at once, or at random at a share of what the pipeline can do.
+Whenever the first stage is free, the next batch takes a chunk of the prompt that is first in the
+queue, and what is left of the chunk goes to the next ones.
 
 Sizes: each fixed one; `choose`, which plans for a prompt that runs alone; and `queue`, which is
 `QueueSizer` while prompts wait and `choose` else. All of them predict with the same fit that also
-gives the times, so this compares rules, not predictions. Writes bench/results/pp_queues.json.
+gives the times, so this compares rules, not predictions. The result also has the sizes that
+`QueueSizer` takes with the chunk times that PROFILE measured. Writes bench/results/pp_queues.json.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ import numpy as np
 
 from bench.common import load, write_result
 from bench.pp.prefill import trace_lengths
-from pystage.pp import BudgetSizer, ChunkSizer, LatencyModel, Profile
+from pystage.pp import BudgetSizer, ChunkSizer, LatencyModel, Profile, QueueSizer
 from pystage.pp.choice import size_at
+from pystage.pp.makespan import histories
 
 FIXED = (512, 1024, 2048, 4096, 8192, 16384)
 BASE, LONGEST = 8192, 65536
 SEEDS, PROMPTS = range(5), 40
+WAITING = (16384, 65536, 131072, 524288)
 ARRIVALS = {"all at once": None, "half load": 0.5, "80 % load": 0.8}
 """Share of the pipeline's throughput with the best fixed size at which prompts arrive."""
 
@@ -140,6 +143,25 @@ def study(result: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def by_measured_chunks(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each prompt that was run in fixed sizes: the sizes for queues of WAITING tokens, from the
+    measured times of its chunks behind half a base chunk (between the nearest two)."""
+    found: dict[int, dict[int, float]] = {}
+    for name, run in result["results"].items():
+        words = name.split()
+        if words[0] == "ttft" and words[2] == "fixed":
+            behind = histories(run["chunks"])
+            ms = float(np.interp(BASE // 2, behind, run["piped_ms"][0]))
+            found.setdefault(int(words[1]), {})[int(words[3])] = ms
+    ranks, told = int(result["ranks"]), result["results"]["stages"]
+    rows = []
+    for prompt, times in found.items():
+        queue = QueueSizer(times, ranks, **told)
+        sizes = {str(n): queue.size(n) for n in WAITING}
+        rows.append({"ranks": ranks, "prompt": prompt, "ms_by_size": times, "sizes": sizes})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -147,8 +169,12 @@ def main() -> None:
     parser.add_argument("profiles", type=Path, nargs="+", help="results of prefill --in-turn")
     parser.add_argument("--out", type=Path, help="JSON file; default in bench/results")
     args = parser.parse_args()
-    rows = [row for path in args.profiles for row in study(load(path))]
-    body = {"profiles": [path.name for path in args.profiles], "rows": rows}
+    results = [load(path) for path in args.profiles]
+    body = {
+        "profiles": [path.name for path in args.profiles],
+        "rows": [row for result in results for row in study(result)],
+        "by_measured_chunks": [row for result in results for row in by_measured_chunks(result)],
+    }
     print("written to", write_result("pp_queues", body, args.out))
 
 

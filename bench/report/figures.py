@@ -65,7 +65,9 @@ def sections(root: Path) -> dict[str, str]:
         "pp-in-turn": in_turn_table([in_turn[path] for path in IN_TURN]),
         "pp-in-turn-trace": trace_table([in_turn[path] for path in IN_TURN_TRACES]),
         "pp-in-turn-source": "\n".join(
-            f"- {in_turn_name(run)}: {source(run, path.name)}" for path, run in in_turn.items()
+            f"- {in_turn_name(run)}{', trace' if path in IN_TURN_TRACES[:1] else ''}: "
+            f"{source(run, path.name)}"
+            for path, run in in_turn.items()
         ),
         "pp-targets": pipeline_targets(
             pipeline["results"],
@@ -87,6 +89,7 @@ def sections(root: Path) -> dict[str, str]:
         ),
         **pp_pages.sections(root / SURFACES),
         "pp-queues": pp_pages.queues_table(root / QUEUES),
+        "pp-queues-measured": pp_pages.measured_sizes(root / QUEUES),
         "faults": faults_text(root / FAULTS),
         "two-gpus": two_gpus_text(root / TWO_GPUS),
         "ranks": ranks_text(root / RANKS),
@@ -420,7 +423,7 @@ def in_turn_table(runs: Sequence[dict[str, Any]]) -> str:
                     *(against[n] for n in others[1:]),
                 ]
             )
-    head = ["model", "prompt", "best fixed size", "first token, ms", "of it bubbles"]
+    head = ["model", "prompt", "best fixed size", "first token, ms", "bubbles"]
     return tabulate([*head, "choose", *map(sized_by, others[1:])], rows)
 
 

@@ -230,11 +230,16 @@ class ChunkSizer:
 
         Args:
             ranks, stage_factors, overhead_ms: as for `choose`.
-            time: as for `choose`. If given, each size is timed `repeats` times (about 30 forwards
-                in all), and the medians count. Otherwise the model's predictions do. If the model
-                is not usable either, the only size is `base_chunk`.
+            time: as for `choose`. If given, the fixed sizes are timed, and the medians count.
+                Otherwise the model's predictions do. If the model is not usable either, the only
+                size is `base_chunk`.
+            repeats: how often each size is timed; with 3, these are about 30 forwards.
             history_len: tokens in front of the chunks whose times count: about half of a usual
                 prompt. Default: half of `base_chunk`.
+
+        Raises:
+            ValueError: an argument is out of range, or `time` gave other than one positive time for
+                each chunk.
         """
         self._check(1, ranks)
         if repeats < 1:

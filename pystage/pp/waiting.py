@@ -36,11 +36,17 @@ class QueueSizer:
     """Sizes chunks while prompts wait: the fixed size with which all of them are done soonest.
 
     Use it where the next prompt begins in the chunk in which one ends. `ChunkSizer.for_queue` makes
-    it. Not thread-safe. See Note [One size while prompts wait] in waiting.py.
+    it, on one rank: the others make theirs of the same `ms_by_size`, since timings differ. All
+    ranks must ask for the same chunks in the same order, since it remembers its size. Not
+    thread-safe. See Note [One size while prompts wait] in waiting.py.
 
     Args:
-        ms_by_size: the time of a chunk on the first stage in ms, by its size in tokens.
+        ms_by_size: the time of a chunk on the first stage in ms, by its size in tokens. Kept as an
+            attribute.
         ranks, stage_factors, overhead_ms: as for `ChunkSizer.choose`.
+
+    Raises:
+        ValueError: there are no sizes, or an argument is out of range.
     """
 
     def __init__(
@@ -67,7 +73,7 @@ class QueueSizer:
         return f"<QueueSizer: {self.ms_by_size}>"
 
     def size(self, tokens: int) -> int:
-        """The chunk size with which so many tokens, of any number of prompts, are done soonest."""
+        """The chunk size with which `tokens`, of any number of prompts, are done soonest."""
         return int(self._sizes[np.argmin(self._done_ms(tokens))])
 
     def next_chunk(self, left: int, waiting: int) -> int | None:
@@ -79,6 +85,9 @@ class QueueSizer:
             left: tokens of the prompt that are not yet computed.
             waiting: such tokens of all prompts that wait behind it. If they are fewer than `left`,
                 the result is None.
+
+        Raises:
+            ValueError: `left` is not positive, or `waiting` is negative.
         """
         if left < 1 or waiting < 0:
             raise ValueError(f"left={left} must be positive, waiting={waiting} not negative")
