@@ -1027,24 +1027,24 @@ def test_the_sizes_of_a_queue_are_timed_within_the_cache() -> None:
     asked: list[tuple[int, int]] = []
 
     def time(points: Any) -> list[float]:
-        asked.extend(points)
+        asked[:] = points
         return [1.0 + size / 1000 for _, size in points]
 
-    times = pp.times_for_queue(LAW, SIZES, [1.0, 1.0], 32768, time)
-    assert min(times) == 512 and max(times) == 8192  # an eighth of the static size, and twice
+    def times(limit: int, **changes: int) -> dict[int, float]:
+        found = pp.times_for_queue(LAW, {**SIZES, **changes}, [1.0, 1.0], limit, time)
+        assert all(history + size <= limit for history, size in asked)
+        return found
+
+    assert min(times(32768)) == 1024 and max(times(32768)) == 8192
     assert {history for history, _ in asked} == {2048}
-    asked.clear()
-    assert max(pp.times_for_queue(LAW, SIZES, [1.0, 1.0], 8192 + 1000, time)) == 8192
-    assert {history for history, _ in asked} == {1000}
-    asked.clear()
-    assert max(pp.times_for_queue(LAW, SIZES, [1.0, 1.0], 5000, time)) <= 5000
-    assert all(history + size <= 5000 for history, size in asked)
-    coarse = {**SIZES, "min_chunk": 1024}
-    assert min(pp.times_for_queue(LAW, coarse, [1.0, 1.0], 32768, time)) == 1024
+    assert max(times(8192 + 1000)) == 8192 and {history for history, _ in asked} == {1000}
+    assert max(times(5000)) == 4096 and min(times(32768, min_chunk=2048)) == 2048
+    assert max(times(9000, max_chunk=2048)) == 2048  # max_prefill_tokens below the static size
+    assert [*times(32768, base_chunk=512, max_chunk=512)] == [512]
     asked.clear()
     bad = model_of(LAW.form, usable=False)
     assert pp.times_for_queue(LAW, SIZES, [1.0], 32768, time) == {}
-    assert pp.times_for_queue(LAW, SIZES, [1.0, 1.0], 4000, time) == {}
+    assert pp.times_for_queue(LAW, SIZES, [1.0, 1.0], 60, time) == {}
     assert pp.times_for_queue(bad, SIZES, [1.0, 1.0], 32768, time) == {}
     assert not asked
 
@@ -1070,27 +1070,122 @@ def test_a_static_size_that_is_as_good_stays() -> None:
 
 
 def test_which_size_a_request_in_a_queue_gets() -> None:
-    queue = QueueSizer({128: 2.0, 256: 3.0, 2048: 16.0}, 4)
-    plans = pp.Plans({4096: [512] * 8}, 8192, page_size=64, largest=1024, base=512, queue=queue)
-    assert plans.in_queue(4000, 3000, 3000) == queue.size(6000) == 256
-    assert plans.in_queue(4000, 3000, 2999) is None
-    assert plans.in_queue(4000, 3000, 0) is None
-    assert plans.in_queue(512, 100, 0) == queue.size(512) == 128
-    assert plans.in_queue(513, 100, 0) is None
-    assert queue.size(10**6) == 2048 and plans.in_queue(4000, 3000, 10**6) == 1024
-    assert dataclasses.replace(plans, queue=None).in_queue(512, 100, 900) is None
+    def plans() -> pp.Plans:
+        queue = QueueSizer({128: 2.0, 256: 3.0, 2048: 16.0}, 4)
+        return pp.Plans({4096: [512] * 8}, 8192, page_size=64, largest=1024, base=512, queue=queue)
+
+    assert plans().in_queue(4000, 3000, 3000, 0) == plans().queue.size(6000) == 256
+    assert plans().in_queue(4000, 3000, 0, 3000) == plans().in_queue(4000, 3000, 1000, 2000) == 256
+    assert plans().in_queue(4000, 3000, 2999, 0) is None
+    assert plans().in_queue(4000, 3000, 0, 0) is None
+    assert plans().in_queue(512, 400, 0, 0) == plans().queue.size(512) == 128
+    assert plans().in_queue(513, 400, 0, 0) is None
+    assert plans().queue.size(10**6) == 2048 and plans().in_queue(4000, 3000, 10**6, 0) == 1024
+    assert dataclasses.replace(plans(), queue=None).in_queue(512, 100, 900, 0) is None
+    # A short tail goes with the chunk before it, unless others fill the chunk of the tail.
+    assert [plans().in_queue(512, left, 0, 0) for left in (192, 193)] == [192, 128]
+    assert plans().in_queue(512, 150, 0, 0) == 192  # whole pages
+    assert plans().in_queue(512, 150, 100, 0) == 128
 
 
-def test_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def scheduler(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    found = SimpleNamespace(waiting_queue=[])
+    monkeypatch.setattr(pp.serving, "scheduler", found)
+    monkeypatch.setattr(pp.serving, "tokens", 0.0)
+    monkeypatch.setattr(pp.serving, "uncached", 0.0)
+    return found
+
+
+def test_what_waits(scheduler: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [SimpleNamespace(origin_input_ids=range(n)) for n in (10, 200, 3000)]
-    scheduler = SimpleNamespace(waiting_queue=requests)
-    monkeypatch.setattr(pp.serving, "scheduler", scheduler)
+    scheduler.waiting_queue = requests
     assert pp.waiting_behind(requests[1]) == 3010
     assert pp.waiting_behind(object()) == 3210  # one that has begun is in the queue no more
     requests += [SimpleNamespace(origin_input_ids=range(1)) for _ in range(100)]
     assert pp.waiting_behind(object()) == 3210 + 61  # of 64 requests
     monkeypatch.setattr(pp.serving, "scheduler", object())
     assert pp.waiting_behind(object()) == 0
+
+
+def adder(budget: int, **more: Any) -> SimpleNamespace:
+    return SimpleNamespace(rem_chunk_tokens=budget, can_run_list=[], dllm_config=None, **more)
+
+
+def request(tokens: int, cached: int) -> SimpleNamespace:
+    """Of SGLang 0.5.23."""
+    ids = range(tokens)
+    return SimpleNamespace(
+        origin_input_ids=ids, full_untruncated_fill_ids=ids, prefix_len=cached, host_hit_length=0
+    )
+
+
+def test_what_is_cached_does_not_wait(
+    scheduler: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turns of a long chat: of 30,000 tokens a few hundred are new."""
+    queue = QueueSizer({1024: 12.0, 4096: 40.0}, 4)
+    plans = pp.Plans({65536: [1024] * 64}, 131072, 64, 8192, base=8192, queue=queue)
+    monkeypatch.setattr(pp.serving, "plans", plans)
+    for _ in range(50):
+        pp.fit_batch_to(adder(8192), request(30_000, 29_500), continued=False)
+    scheduler.waiting_queue = [request(30_000, 29_500)] * 2
+    assert pp.waiting_behind(object()) == pytest.approx(1000, rel=0.01)
+    cold = adder(8192)
+    pp.fit_batch_to(cold, request(60_000, 0), continued=False)
+    assert cold.rem_chunk_tokens == 1024  # its plan: little waits
+    before = pp.serving.tokens
+    pp.fit_batch_to(adder(8192), request(60_000, 1024), continued=True)
+    assert pp.serving.tokens == before  # each request counts once
+    for _ in range(200):
+        pp.fit_batch_to(adder(8192), request(20_000, 0), continued=False)
+    assert pp.waiting_behind(object()) == pytest.approx(60_000, rel=0.01)
+
+
+def test_what_is_in_flight(scheduler: SimpleNamespace) -> None:
+    def batch(tokens: int | None, extend: bool) -> SimpleNamespace:
+        mode = SimpleNamespace(is_extend=lambda: extend)
+        return SimpleNamespace(extend_num_tokens=tokens, forward_mode=mode)
+
+    assert pp.in_flight() == 0
+    done = batch(1000, True)
+    scheduler.mbs = [batch(300, True), None, batch(70, False), done, batch(None, True)]
+    scheduler.last_batch = done
+    assert pp.in_flight() == 300
+
+
+def test_decodes_leave_a_part_of_a_chunk(
+    scheduler: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = QueueSizer({1024: 12.0, 8192: 90.0}, 4)
+    plans = pp.Plans({65536: [1024] * 64}, 131072, 64, 8192, base=8192, queue=queue)
+    monkeypatch.setattr(pp.serving, "plans", plans)
+    for decodes, budget in ((0, 1024), (200, 1024), (1100, 1024)):
+        batch = adder(8192 - decodes)
+        pp.fit_batch_to(batch, request(8000, 0), continued=False)
+        assert batch.rem_chunk_tokens == budget
+    scheduler.waiting_queue = [request(60_000, 0)] * 64
+    batch = adder(8192 - 500)
+    pp.fit_batch_to(batch, request(8000, 0), continued=False)
+    assert batch.rem_chunk_tokens == queue.size(10**6) - 500
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(7872, 704), (8192, 1024), (100, 64), (None, None)]
+)
+def test_what_is_kept_for_shorter_requests_stays_free(
+    limit: int | None, expected: int | None
+) -> None:
+    batch = adder(8192, chunked_req_limit=limit)
+    pp.set_budget(batch, 1024, 64)
+    assert (batch.rem_chunk_tokens, batch.chunked_req_limit) == (1024, expected)
+
+
+def test_queues_agree_where_one_rank_drops_requests() -> None:
+    class Newer:
+        def _poll_timeout_aborts(self) -> None: ...
+
+    assert pp.queues_agree(Newer()) and not pp.queues_agree(object())
 
 
 @small

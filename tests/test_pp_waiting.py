@@ -58,6 +58,9 @@ def test_a_size_is_kept_while_prompts_wait() -> None:
     assert queue.next_chunk(5000, 5000) == queue.size(101_000)  # the queue is shorter now
     assert queue.next_chunk(5000, 4999) is None  # mostly this prompt: its own plan
     assert queue.next_chunk(100, 9900) == queue.size(101_000)
+    assert queue.next_chunk(100, 500) == queue.size(101_000)  # takes all that wait
+    assert queue.next_chunk(5000, 5000) == queue.size(10_000)
+    assert queue.next_chunk(1000, 100_000) == queue.size(101_000)
     assert queue.next_chunk(5000, 0) is None
     assert queue.next_chunk(5000, 5000) == queue.size(10_000)
     grown = [n for n in range(1000, 50_000, 1000) if queue.size(2 * n) != queue.size(n)]
@@ -98,8 +101,15 @@ def test_without_timings_the_model_predicts() -> None:
 
 
 def test_no_chunk_reaches_beyond_the_context() -> None:
-    queue = sizer_of(context_len=12_000).for_queue(2, time=lambda p: [1.0] * len(p))
-    assert max(queue.ms_by_size) <= 12_000 - 4096 or max(queue.ms_by_size) == 8192
+    asked: list[tuple[int, int]] = []
+
+    def time(points: Any) -> list[float]:
+        asked.extend(points)
+        return [1.0] * len(points)
+
+    queue = sizer_of(context_len=12_000).for_queue(2, time=time)
+    assert max(queue.ms_by_size) == 6144 and max(map(sum, asked)) <= 12_000
+    assert max(sizer_of(context_len=12_288).for_queue(2, time=time).ms_by_size) == 8192
 
 
 @pytest.mark.parametrize(
@@ -118,6 +128,7 @@ def test_no_chunk_reaches_beyond_the_context() -> None:
         (lambda: sizer_of().for_queue(2, repeats=0), "repeats=0"),
         (lambda: sizer_of().for_queue(2, history_len=131_072), "history_len=131072"),
         (lambda: sizer_of().for_queue(2, history_len=-1), "history_len=-1"),
+        (lambda: sizer_of().for_queue(2, history_len=131_000), "no chunk fits"),
         (lambda: sizer_of().for_queue(2, time=lambda _: [1.0]), "time gave"),
         (lambda: sizer_of().for_queue(2, time=lambda p: [math.inf] * len(p)), "time gave"),
     ],

@@ -238,8 +238,8 @@ class ChunkSizer:
                 prompt. Default: half of `base_chunk`.
 
         Raises:
-            ValueError: an argument is out of range, or `time` gave other than one positive time for
-                each chunk.
+            ValueError: an argument is out of range, no size fits into the context behind
+                `history_len`, or `time` gave other than one positive time for each chunk.
         """
         self._check(1, ranks)
         if repeats < 1:
@@ -247,9 +247,13 @@ class ChunkSizer:
         history = self.base_chunk // 2 if history_len is None else history_len
         if not 0 <= history < self.context_len:
             raise ValueError(f"history_len={history} must be in 0..{self.context_len - 1}")
-        room = max(self.context_len - history, self.base_chunk)
         stages = stages_of(ranks, stage_factors, overhead_ms)
-        sizes = [n for n in self._planner(self._cap, *stages).fixed_sizes() if n <= room]
+        sizes = self._planner(self._cap, *stages).fixed_sizes()
+        sizes = [n for n in sizes if history + n <= self.context_len]
+        if not sizes:
+            raise ValueError(
+                f"no chunk fits behind history_len={history} into context_len={self.context_len}"
+            )
         if time is not None:
             points = [(history, n) for _ in range(repeats) for n in sizes]
             took = np.asarray(time(points), dtype=np.float64)

@@ -79,12 +79,14 @@ class QueueSizer:
     def next_chunk(self, left: int, waiting: int) -> int | None:
         """The size of the next chunk, or None if the prompt is to follow its own plan.
 
-        While prompts wait, the size never gets smaller. It starts anew once none waits.
+        While prompts wait, the size never gets smaller. It starts anew once none waits, or a chunk
+        takes all of them.
 
         Args:
             left: tokens of the prompt that are not yet computed.
-            waiting: such tokens of all prompts that wait behind it. If they are fewer than `left`,
-                the result is None.
+            waiting: such tokens of all prompts that wait behind it, and those of chunks that are
+                still in the pipeline, as far as they are known. If they are fewer than `left`, the
+                result is None.
 
         Raises:
             ValueError: `left` is not positive, or `waiting` is negative.
@@ -95,8 +97,9 @@ class QueueSizer:
             self._kept = 0
         if waiting < left:
             return None
-        self._kept = max(self._kept, self.size(left + waiting))
-        return self._kept
+        size = max(self._kept, self.size(left + waiting))
+        self._kept = size if left + waiting > size else 0
+        return size
 
     def _done_ms(self, tokens: int) -> Floats:
         """For each size, when the last stage is done: the slowest stage's chunks, and the way of

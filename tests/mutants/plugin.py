@@ -245,20 +245,35 @@ MUTANTS: Mutants = {
         "queue-stages-equal": M(
             "len(stages), <|stage_factors=stages|>) if times", "stage_factors=None"
         ),
-        "queue-below-a-share": M(
-            'min(<|max(sizes["min_chunk"], base // _LEAST_SHARE)|>, base)', "64"
+        "queue-of-tiny-chunks": M('min(max(sizes["min_chunk"], <|_SMALLEST|>), base)', "64"),
+        "queue-larger-than-prefills": M(
+            'base = <|min(sizes["base_chunk"], largest)|>\n', 'sizes["base_chunk"]\n'
         ),
-        "queue-beyond-the-cache": M(
-            "history = <|max(min(base // 2, limit - largest), 0)|>\n", "base // 2"
-        ),
+        "queue-beyond-the-cache": M("history = <|min(base // 2, limit - largest)|>\n", "base // 2"),
         "queue-of-one-stage": M("if <|len(stages) == 1|> or not model", "False"),
-        "queue-of-all-bad": M("1 or <|not model.report.usable|> or base", "False"),
-        "queue-without-room": M("usable or <|base > limit|>:", "False"),
+        "queue-of-all-bad": M("1 or <|not model.report.usable|> or not base", "False"),
+        "queue-without-room": M("usable or <|not base|>:", "False"),
+        "queues-differ": M("if <|queues_agree(serving.scheduler)|>:", "True"),
         "short-whole": M("if size is None and <|prompt_len <= self.base|>:", "False"),
         "long-by-queue": M("if size is None and <|prompt_len <= self.base|>:", "True"),
         "queue-larger-than-largest": M(
-            "None if size is None else <|min(size, self.largest)|>", "size"
+            "size = <|min(size, self.largest)|>\n        return size", "size"
         ),
+        "queue-short-tail": M("if waiting else <|self._with_tail(size, left) or |>size", ""),
+        "queue-tail-of-others": M("return size if <|waiting|> else", "False"),
+        "in-flight-not-there": M("next_chunk(left, waiting<| + in_flight|>)", ""),
+        "cached-waits": M(
+            "return <|round(tokens * serving.uncached / serving.tokens) if serving.tokens else |>tokens",
+            "",
+        ),
+        "taken-twice": M("    if <|not continued|>:\n        serving.tokens", "True"),
+        "never-forgotten": M("serving.uncached = serving.uncached<| * _FORGET|> +", ""),
+        "done-is-in-flight": M("batch is not None<| and batch is not done|> and", ""),
+        "decodes-are-in-flight": M(
+            "batch is not done<| and batch.forward_mode.is_extend()|>\n", ""
+        ),
+        "decodes-leave-nothing": M("max(size - decodes, <|least|>, plans.page_size", "0"),
+        "nothing-kept": M("if most is not None<| and tokens|>:", " and False"),
         "waits-behind-itself": M("for other in first<| if other is not req|>)", ""),
         "looks-at-all": M("first = <|itertools.islice(queue, _LOOK_AHEAD)|>", "queue"),
         "queue-as-good": M("as_good = as_good <|and not set(queue) - {base}|>", ""),
@@ -301,10 +316,10 @@ MUTANTS: Mutants = {
         ),
         "shared-batch-resized": M("or budget is None<| or adder.can_run_list|>", ""),
         "whole-request-cut": M("if not continued and left <= budget:", "if False:"),
-        "decodes-not-taken-off": M("max(size<| - decodes|>, plans.page_size, serving.align)", ""),
+        "decodes-not-taken-off": M("max(size<| - decodes|>, least,", ""),
         "sizes-not-aligned": M("size = max(size // serving.align, 1) * serving.align", "pass"),
         "host-hits-not-history": M("(0 if continued else int(req.host_hit_length))", "0"),
-        "short-tail-left": M("if 0 < rest <= min(", "if 0 > rest <= min("),
+        "short-tail-left": M("(whole := <|self._with_tail(size, rest)|>)", "None"),
         "one-vocabulary": M(
             "random_token_ids(tokens, <|int(self.owner.model_config.vocab_size)|>, self.count)", "8"
         ),
@@ -318,10 +333,9 @@ MUTANTS: Mutants = {
         "batch-of-nothing": M(
             "max(room // align, <|1 if room and not adder.can_run_list else 0|>)", "0"
         ),
-        "nothing-kept": M("if most is not None<| and room|>:", " and False"),
         "decodes-of-other-batches": M("if <|not get_schedule().enable_mixed_chunk or |>adder", ""),
         "unusable-budget": M("if model is None<| or not model.report.usable|>:", ""),
-        "no-limit": M("    adder.rem_chunk_tokens = room\n", "    pass\n"),
+        "no-limit": M("    pp.set_budget(adder, room, sizer.page_size)\n", "    pass\n"),
     },
     "pystage/integrations/sglang/correction.py": {
         "not-sent": M("return [*requests<|, *serving.leader.message()|>]", ""),

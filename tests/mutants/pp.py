@@ -40,8 +40,9 @@ MUTANTS: Mutants = {
         ),
         "overhead-lost": M("ms_by_size.values()))<| + np.array(more)[:, None]|>", ""),
         "first-stage-alone": M("on_stages.<|max(axis=0)|>\n", "min(axis=0)"),
-        "never-kept": M("self._kept = max(<|self._kept|>, self.size", "0"),
+        "never-kept": M("size = max(<|self._kept|>, self.size", "0"),
         "kept-for-ever": M("        if not waiting:\n            self._kept = 0\n", ""),
+        "kept-by-nobody": M("self._kept = <|size if left + waiting > size else 0|>", "size"),
         "alone-too": M("if <|waiting < left|>:", "False"),
         "what-waits-alone": M("self.size(<|left + waiting|>)", "waiting"),
         "no-factors": M("return <|factors|>, more", "(1.0,) * ranks"),
@@ -129,7 +130,7 @@ MUTANTS: Mutants = {
     "pystage/pp/sizer.py": {
         "queue-mean": M("ms = <|np.median|>(took", "np.mean"),
         "queue-no-history": M("points = [(<|history|>, n) for", "0"),
-        "queue-beyond": M("fixed_sizes() <|if n <= room|>]", ""),
+        "queue-beyond": M("for n in sizes<| if history + n <= self.context_len|>]", ""),
         "queue-bad-model": M("sizes = sizes if <|self._usable()|> else", "True"),
         "min-chunk-not-rounded": M(
             "self._floor = _up(max(min_chunk, 1), page_size)", "self._floor = max(min_chunk, 1)"

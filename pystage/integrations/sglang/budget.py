@@ -78,12 +78,7 @@ def limit(adder: Any, req: Any, continued: bool) -> None:
         room = max(room // align, 1 if room and not adder.can_run_list else 0) * align
     if room >= min(left, tokens):
         return
-    adder.rem_chunk_tokens = room
-    most = getattr(adder, "chunked_req_limit", None)
-    if most is not None and room:
-        # SGLang keeps these tokens free for shorter requests (shortest-prefill-first).
-        kept = tokens - most
-        adder.chunked_req_limit = max(room - kept, min(room, sizer.page_size))
+    pp.set_budget(adder, room, sizer.page_size)
 
 
 def _so_far(adder: Any) -> Batch:

@@ -15,10 +15,12 @@ cached prefix. If the rest of the prompt is only a little longer than the plan's
 the whole rest (SGLang #23621). A request that does not begin its batch takes what the batch has
 left.
 
-While as much waits in the queue as is left of the request, the size is that for a queue
-(``QueueSizer``). So is that of a request no longer than SGLang's own chunk, which SGLang would not
-split: its batch would pass the stages one by one. The ranks agree on the size, because they have
-the same queue.
+While as much waits in the queue, or is in the pipeline, as is left of the request, the size is that
+for a queue (``QueueSizer``). So is that of a request no longer than SGLang's own chunk, which
+SGLang would not split: its batch would pass the stages one by one. The ranks agree on the size,
+because they have the same queue and the same batches in flight when they make a batch. What of a
+waiting request is cached is not known before SGLang takes it; the share of tokens that were not
+cached, of the requests that it took lately, stands for it.
 
 Sizes are whole pages and multiples of the tensor and context parallel sizes. Only the first stage
 is timed. The others count by their number of layers, which SGLang makes larger on the last stages
@@ -66,9 +68,11 @@ CONTEXT_MARGIN = 100
 """Number of context tokens that SGLang's own sizer leaves free."""
 _PROMPTS = 4  # number of plans: for prompts of the whole context, half of it, and so on
 _TIMED, _BUDGET = 3, 32  # plans whose finalists are timed, and forwards for each
-_LEAST_SHARE = 8  # a queue's chunk is this part of the static one at least: the time that SGLang
-# itself takes for a batch is not in the timings, and counts most where chunks are short
+_SMALLEST = 1024  # of a queue's chunks: the time that SGLang itself takes for a batch is not in the
+# timings, and counts most where chunks are short
+_LEAST_SHARE = 8  # beside decodes a chunk keeps this part of the static size at least
 _LOOK_AHEAD = 64  # requests of the queue that count
+_FORGET = 0.95  # weight of the requests before, for the share of tokens that are not cached
 
 T = TypeVar("T")
 
@@ -86,15 +90,25 @@ class Plans:
     """The static chunk size."""
     queue: QueueSizer | None = None
 
-    def in_queue(self, prompt_len: int, left: int, waiting: int) -> int | None:
+    def in_queue(self, prompt_len: int, left: int, waiting: int, in_flight: int) -> int | None:
         """The size of the next chunk of a request that has ``left`` of its tokens to prefill, with
-        ``waiting`` tokens behind it. None if its plan gives the size."""
+        ``waiting`` tokens behind it, and ``in_flight`` in the pipeline. None if its plan gives the
+        size."""
         if self.queue is None:
             return None
-        size = self.queue.next_chunk(left, waiting)
+        size = self.queue.next_chunk(left, waiting + in_flight)
         if size is None and prompt_len <= self.base:  # the plans are for longer ones
             size = self.queue.size(prompt_len)
-        return None if size is None else min(size, self.largest)
+        if size is None:
+            return None
+        size = min(size, self.largest)
+        return size if waiting else self._with_tail(size, left) or size
+
+    def _with_tail(self, size: int, left: int) -> int | None:
+        """All that is left, in whole pages, if it is only a little more than ``size``."""
+        if left <= min(size + max(size // 4, self.page_size), self.largest):
+            return -(-left // self.page_size) * self.page_size
+        return None
 
     def next_chunk(self, history_len: int, prompt_len: int | None = None) -> int | None:
         """The size of the next chunk behind ``history_len`` tokens, or None if less than a page of
@@ -106,10 +120,9 @@ class Plans:
         known = [n for n in lengths if prompt_len is not None and n >= prompt_len]
         size = size_at(self.by_prompt[known[0] if known else lengths[-1]], history_len)
         most = min(self.largest, room)
-        if prompt_len is not None:
-            rest = prompt_len - history_len
-            if 0 < rest <= min(size + max(size // 4, self.page_size), self.largest):
-                return -(-rest // self.page_size) * self.page_size
+        rest = 0 if prompt_len is None else prompt_len - history_len
+        if rest > 0 and (whole := self._with_tail(size, rest)):
+            return whole
         return max(min(size, most) // self.page_size, 1) * self.page_size
 
 
@@ -120,6 +133,9 @@ class Serving:
     plans: Plans | None = None
     scheduler: Any = None
     """SGLang's ``Scheduler``, which has the queue."""
+    tokens: float = 0.0
+    uncached: float = 0.0
+    """Of the requests that SGLang took lately: all tokens, and those that were not cached."""
     align: int = 1
     """SGLang's ``truncation_align_size``: a chunk that leaves a rest is a multiple of it."""
 
@@ -202,7 +218,12 @@ def fit_batch_to(adder: Any, req: Any, continued: bool) -> None:
         return
     prompt_len, history_len = lengths_of(req, continued)
     left = prompt_len - history_len
-    size = plans.in_queue(prompt_len, left, waiting_behind(req)) if left > 0 else None
+    if not continued:
+        serving.tokens = serving.tokens * _FORGET + prompt_len
+        serving.uncached = serving.uncached * _FORGET + max(left, 0)
+    size = None
+    if left > 0:
+        size = plans.in_queue(prompt_len, left, waiting_behind(req), in_flight())
     if size is None:
         if not continued and left <= budget:
             return  # it fits whole, and others may share its batch
@@ -214,15 +235,39 @@ def fit_batch_to(adder: Any, req: Any, continued: bool) -> None:
         size = max(size // serving.align, 1) * serving.align
     # SGLang has already subtracted the decodes that share the batch.
     decodes = max(base - budget, 0)
-    adder.rem_chunk_tokens = max(size - decodes, plans.page_size, serving.align)
+    least = min(size, plans.base // _LEAST_SHARE)
+    set_budget(adder, max(size - decodes, least, plans.page_size, serving.align), plans.page_size)
+
+
+def set_budget(adder: Any, tokens: int, page_size: int) -> None:
+    """Sets the token budget of the batch. What SGLang keeps free of it for shorter requests
+    (shortest-prefill-first) stays free, but for a page."""
+    most = getattr(adder, "chunked_req_limit", None)
+    if most is not None and tokens:
+        kept = adder.rem_chunk_tokens - most
+        adder.chunked_req_limit = max(tokens - kept, min(tokens, page_size))
+    adder.rem_chunk_tokens = tokens
 
 
 def waiting_behind(req: Any) -> int:
-    """Tokens of the requests that wait in SGLang's queue, without this one. What of them is cached
-    counts too: SGLang looks that up when it takes them."""
+    """Tokens that the requests in SGLang's queue will prefill, without this one: an estimate, from
+    the share of tokens that were not cached."""
     queue = getattr(serving.scheduler, "waiting_queue", ())
     first = itertools.islice(queue, _LOOK_AHEAD)
-    return sum(len(other.origin_input_ids) for other in first if other is not req)
+    tokens = sum(len(other.origin_input_ids) for other in first if other is not req)
+    return round(tokens * serving.uncached / serving.tokens) if serving.tokens else tokens
+
+
+def in_flight() -> int:
+    """Tokens of the prefill batches in the pipeline. SGLang's loop has a place for each batch; that
+    of the batch that is made now still holds the one before, which is done."""
+    scheduler = serving.scheduler
+    done = getattr(scheduler, "last_batch", None)
+    return sum(
+        batch.extend_num_tokens or 0
+        for batch in getattr(scheduler, "mbs", None) or ()
+        if batch is not None and batch is not done and batch.forward_mode.is_extend()
+    )
 
 
 def lengths_of(req: Any, continued: bool) -> tuple[int, int]:
@@ -258,7 +303,8 @@ def _decide(owner: Any, with_plans: bool, profile: Profile, run: Step) -> dict[s
             return time_chunks(run, points, owner.device)
 
         choices = choose(model, sizes, stages, lengths, time)
-        queue = times_for_queue(model, sizes, stages, limit, time)
+        if queues_agree(serving.scheduler):
+            queue = times_for_queue(model, sizes, stages, limit, time)
     why = [str(model.report), *(f"{n:,} tokens: {c}" for n, c in choices.items())]
     if queue:
         shown = ", ".join(f"{n:,}: {ms:.1f} ms" for n, ms in queue.items())
@@ -272,6 +318,11 @@ def _decide(owner: Any, with_plans: bool, profile: Profile, run: Step) -> dict[s
     }
 
 
+def queues_agree(scheduler: Any) -> bool:
+    """Whether all ranks have the same queue. In 0.5.13 each drops requests by its own clock."""
+    return hasattr(scheduler, "_poll_timeout_aborts")
+
+
 def times_for_queue(
     model: LatencyModel,
     sizes: dict[str, int],
@@ -282,13 +333,14 @@ def times_for_queue(
     """The times in ms of the chunks that a queue may get, by size. A timed forward has ``limit``
     tokens at most, with its history. Empty with one stage, where no stage waits for another, and
     where the model is not usable: SGLang keeps its static size then."""
-    base = sizes["base_chunk"]
-    if len(stages) == 1 or not model.report.usable or base > limit:
+    largest = min(sizes["max_chunk"], limit) // sizes["page_size"] * sizes["page_size"]
+    base = min(sizes["base_chunk"], largest)
+    if len(stages) == 1 or not model.report.usable or not base:
         return {}
-    smallest = min(max(sizes["min_chunk"], base // _LEAST_SHARE), base)
-    largest = max(min(sizes["max_chunk"], limit), smallest)
-    sizer = ChunkSizer(model, **{**sizes, "min_chunk": smallest, "max_chunk": largest})
-    history = max(min(base // 2, limit - largest), 0)
+    smallest = min(max(sizes["min_chunk"], _SMALLEST), base)
+    some = {"base_chunk": base, "context_len": limit, "min_chunk": smallest, "max_chunk": largest}
+    sizer = ChunkSizer(model, **{**sizes, **some})
+    history = min(base // 2, limit - largest)
     queue = sizer.for_queue(len(stages), time=time, history_len=history, stage_factors=stages)
     return queue.ms_by_size
 
