@@ -493,9 +493,7 @@ class Planner:
             (plan, int(at[k])) for k in range(each) for plan, at in zip(plans, places, strict=True)
         ]
         points = [(sum(plan.chunks[:i]), plan.chunks[i]) for plan, i in turns]
-        took = np.asarray(time(points), dtype=np.float64)
-        if took.shape != (len(points),) or not (np.isfinite(took).all() and (took > 0).all()):
-            raise ValueError(f"time gave {took.tolist()} for {len(points)} chunks")
+        took = timed(time, points)
         for turn, ((plan, i), ms) in enumerate(zip(turns, took.tolist(), strict=True)):
             of = plan.work if turn < (each - slow) * len(plans) else plan.slowest
             of.append((i, math.log(ms / float(plan.ms[i]))))
@@ -542,6 +540,14 @@ class Planner:
         plan.timed = makespan(ms, q.factors, q.overhead_ms) + bubbles * math.expm1(slow)
         weight = min(bubbles / plan.timed, 1.0)
         plan.timed_error = math.hypot((1 - weight) * error, weight * slow_error)
+
+
+def timed(time: TimeChunks, points: Sequence[Point]) -> Floats:
+    """The times of the chunks in ms. Raises ValueError if they are not one positive time each."""
+    took = np.asarray(time(points), dtype=np.float64)
+    if took.shape != (len(points),) or not (np.isfinite(took).all() and (took > 0).all()):
+        raise ValueError(f"time gave {took.tolist()} for {len(points)} chunks")
+    return took
 
 
 def _by_size(plans: Sequence[Candidate]) -> dict[int, list[float]]:

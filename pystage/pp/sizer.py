@@ -16,6 +16,7 @@ from pystage.pp.choice import (
     TimeChunks,
     cheapest_covers,
     grain_between,
+    timed,
 )
 from pystage.pp.makespan import fixed_chunks, histories, makespan
 from pystage.pp.makespan import simulate_pipeline as simulate_pipeline  # noqa: PLC0414
@@ -256,10 +257,7 @@ class ChunkSizer:
             )
         if time is not None:
             points = [(history, n) for _ in range(repeats) for n in sizes]
-            took = np.asarray(time(points), dtype=np.float64)
-            if took.shape != (len(points),) or not (np.isfinite(took).all() and (took > 0).all()):
-                raise ValueError(f"time gave {took.tolist()} for {len(points)} chunks")
-            ms = np.median(took.reshape(repeats, len(sizes)), axis=0)
+            ms = np.median(timed(time, points).reshape(repeats, len(sizes)), axis=0)
         else:
             sizes = sizes if self._usable() else [self.base_chunk]
             ms = np.asarray(self.model.predict(history, np.array(sizes)))

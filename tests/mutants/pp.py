@@ -128,7 +128,7 @@ MUTANTS: Mutants = {
         ),
     },
     "pystage/pp/sizer.py": {
-        "queue-mean": M("ms = <|np.median|>(took", "np.mean"),
+        "queue-mean": M("ms = <|np.median|>(timed", "np.mean"),
         "queue-no-history": M("points = [(<|history|>, n) for", "0"),
         "queue-beyond": M("for n in sizes<| if history + n <= self.context_len|>]", ""),
         "queue-bad-model": M("sizes = sizes if <|self._usable()|> else", "True"),
