@@ -1143,15 +1143,19 @@ def test_what_is_cached_does_not_wait(
 
 
 def test_what_is_in_flight(scheduler: SimpleNamespace) -> None:
-    def batch(tokens: int | None, extend: bool) -> SimpleNamespace:
-        mode = SimpleNamespace(is_extend=lambda: extend)
-        return SimpleNamespace(extend_num_tokens=tokens, forward_mode=mode)
+    mine, other = object(), object()
 
-    assert pp.in_flight() == 0
+    def batch(tokens: int | None, extend: bool, *reqs: object) -> SimpleNamespace:
+        mode = SimpleNamespace(is_extend=lambda: extend)
+        return SimpleNamespace(extend_num_tokens=tokens, forward_mode=mode, reqs=reqs or [other])
+
+    assert pp.in_flight_beside(mine) == 0
     done = batch(1000, True)
     scheduler.mbs = [batch(300, True), None, batch(70, False), done, batch(None, True)]
+    scheduler.mbs += [batch(5000, True, mine), batch(600, True, other, mine)]
     scheduler.last_batch = done
-    assert pp.in_flight() == 300
+    assert pp.in_flight_beside(mine) == 300
+    assert pp.in_flight_beside(object()) == 5900
 
 
 def test_decodes_leave_a_part_of_a_chunk(
@@ -1171,7 +1175,7 @@ def test_decodes_leave_a_part_of_a_chunk(
 
 
 @pytest.mark.parametrize(
-    ("limit", "expected"), [(7872, 704), (8192, 1024), (100, 64), (None, None)]
+    ("limit", "expected"), [(7872, 704), (7900, 704), (8192, 1024), (100, 64), (None, None)]
 )
 def test_what_is_kept_for_shorter_requests_stays_free(
     limit: int | None, expected: int | None
@@ -1179,6 +1183,21 @@ def test_what_is_kept_for_shorter_requests_stays_free(
     batch = adder(8192, chunked_req_limit=limit)
     pp.set_budget(batch, 1024, 64)
     assert (batch.rem_chunk_tokens, batch.chunked_req_limit) == (1024, expected)
+
+
+def test_a_request_beside_one_that_has_begun_is_not_sized(
+    scheduler: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where SGLang leaves that one out of the batch: it can split one request at a time."""
+    queue = QueueSizer({1024: 12.0, 8192: 90.0}, 4)
+    plans = pp.Plans({65536: [1024] * 64}, 131072, 64, 8192, base=8192, queue=queue)
+    monkeypatch.setattr(pp.serving, "plans", plans)
+    for has_chunked_req, budget in ((True, 8192), (False, 1024)):
+        batch = adder(8192)
+        done = plugin.sizer.add_one_req(
+            lambda *_: "taken", batch, request(8000, 0), has_chunked_req, None
+        )
+        assert (done, batch.rem_chunk_tokens) == ("taken", budget)
 
 
 def test_queues_agree_where_one_rank_drops_requests() -> None:

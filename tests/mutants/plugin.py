@@ -268,10 +268,10 @@ MUTANTS: Mutants = {
         ),
         "taken-twice": M("    if <|not continued|>:\n        serving.tokens", "True"),
         "never-forgotten": M("serving.uncached = serving.uncached<| * _FORGET|> +", ""),
-        "done-is-in-flight": M("batch is not None<| and batch is not done|> and", ""),
-        "decodes-are-in-flight": M(
-            "batch is not done<| and batch.forward_mode.is_extend()|>\n", ""
-        ),
+        "done-is-in-flight": M("        <|and batch is not done|>\n", ""),
+        "decodes-are-in-flight": M("        <|and batch.forward_mode.is_extend()|>\n", ""),
+        "own-chunks-beside": M("and <|not any(other is req for other in batch.reqs)|>", "True"),
+        "limit-off-the-page": M("limit = (tokens - kept)<| // page_size * page_size|>", ""),
         "decodes-leave-nothing": M("max(size - decodes, <|least|>, plans.page_size", "0"),
         "nothing-kept": M("if most is not None<| and tokens|>:", " and False"),
         "waits-behind-itself": M("for other in first<| if other is not req|>)", ""),

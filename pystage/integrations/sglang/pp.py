@@ -20,7 +20,7 @@ for a queue (``QueueSizer``). So is that of a request no longer than SGLang's ow
 SGLang would not split: its batch would pass the stages one by one. The ranks agree on the size,
 because they have the same queue and the same batches in flight when they make a batch. What of a
 waiting request is cached is not known before SGLang takes it; the share of tokens that were not
-cached, of the requests that it took lately, stands for it.
+cached, of the requests that lately were to begin a batch, stands for it.
 
 Sizes are whole pages and multiples of the tensor and context parallel sizes. Only the first stage
 is timed. The others count by their number of layers, which SGLang makes larger on the last stages
@@ -135,7 +135,7 @@ class Serving:
     """SGLang's ``Scheduler``, which has the queue."""
     tokens: float = 0.0
     uncached: float = 0.0
-    """Of the requests that SGLang took lately: all tokens, and those that were not cached."""
+    """Of the requests that lately were to begin a batch: all tokens, and those not cached."""
     align: int = 1
     """SGLang's ``truncation_align_size``: a chunk that leaves a rest is a multiple of it."""
 
@@ -223,7 +223,7 @@ def fit_batch_to(adder: Any, req: Any, continued: bool) -> None:
         serving.uncached = serving.uncached * _FORGET + max(left, 0)
     size = None
     if left > 0:
-        size = plans.in_queue(prompt_len, left, waiting_behind(req), in_flight())
+        size = plans.in_queue(prompt_len, left, waiting_behind(req), in_flight_beside(req))
     if size is None:
         if not continued and left <= budget:
             return  # it fits whole, and others may share its batch
@@ -245,7 +245,8 @@ def set_budget(adder: Any, tokens: int, page_size: int) -> None:
     most = getattr(adder, "chunked_req_limit", None)
     if most is not None and tokens:
         kept = adder.rem_chunk_tokens - most
-        adder.chunked_req_limit = max(tokens - kept, min(tokens, page_size))
+        limit = (tokens - kept) // page_size * page_size
+        adder.chunked_req_limit = max(limit, min(tokens, page_size))
     adder.rem_chunk_tokens = tokens
 
 
@@ -258,15 +259,19 @@ def waiting_behind(req: Any) -> int:
     return round(tokens * serving.uncached / serving.tokens) if serving.tokens else tokens
 
 
-def in_flight() -> int:
-    """Tokens of the prefill batches in the pipeline. SGLang's loop has a place for each batch; that
-    of the batch that is made now still holds the one before, which is done."""
+def in_flight_beside(req: Any) -> int:
+    """Tokens of the prefill batches in the pipeline, without those that have a chunk of this
+    request. SGLang's loop has a place for each batch; that of the batch that is made now still
+    holds the one before, which is done."""
     scheduler = serving.scheduler
     done = getattr(scheduler, "last_batch", None)
     return sum(
         batch.extend_num_tokens or 0
         for batch in getattr(scheduler, "mbs", None) or ()
-        if batch is not None and batch is not done and batch.forward_mode.is_extend()
+        if batch is not None
+        and batch is not done
+        and batch.forward_mode.is_extend()
+        and not any(other is req for other in batch.reqs)
     )
 
 

@@ -85,14 +85,18 @@ def add_one_req(original: Function, adder: Any, req: Any, *args: Any, **kwargs: 
     # add_one_req(req, has_chunked_req, truncation_align_size)
     align = args[1] if len(args) > 1 else kwargs.get("truncation_align_size")
     pp.serving.align = align or 1
-    _fit_batch_to(adder, req, continued=False)
+    has_chunked_req = args[0] if args else kwargs.get("has_chunked_req")
+    _fit_batch_to(adder, req, continued=False, begins=not has_chunked_req)
     return original(adder, req, *args, **kwargs)
 
 
-def _fit_batch_to(adder: Any, req: Any, continued: bool) -> None:
+def _fit_batch_to(adder: Any, req: Any, continued: bool, begins: bool = True) -> None:
+    """``begins`` is False beside a request that has begun before, also where SGLang leaves that one
+    out of this batch: then no other may be split."""
     from . import budget, pp
 
-    pp.fit_batch_to(adder, req, continued)
+    if begins:
+        pp.fit_batch_to(adder, req, continued)
     budget.limit(adder, req, continued)
 
 
