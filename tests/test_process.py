@@ -169,7 +169,7 @@ def test_an_extension_that_does_not_load_is_told_with_what_to_do() -> None:
             import pystage
         except ImportError as error:
             assert "pystage's extension does not load (" in str(error), error
-            assert "rebuild with: pip install --no-build-isolation ." in str(error), error
+            assert "rebuild with: pip install --no-build-isolation " in str(error), error
             assert error.__cause__ is not None
         else:
             raise AssertionError("it loaded")
