@@ -1109,7 +1109,9 @@ def test_what_waits(scheduler: SimpleNamespace, monkeypatch: pytest.MonkeyPatch)
 
 
 def adder(budget: int, **more: Any) -> SimpleNamespace:
-    return SimpleNamespace(rem_chunk_tokens=budget, can_run_list=[], dllm_config=None, **more)
+    return SimpleNamespace(
+        rem_chunk_tokens=budget, can_run_list=[], dllm_config=None, page_size=64, **more
+    )
 
 
 def request(tokens: int, cached: int) -> SimpleNamespace:

@@ -271,7 +271,9 @@ MUTANTS: Mutants = {
         "done-is-in-flight": M("        <|and batch is not done|>\n", ""),
         "decodes-are-in-flight": M("        <|and batch.forward_mode.is_extend()|>\n", ""),
         "own-chunks-beside": M("and <|not any(other is req for other in batch.reqs)|>", "True"),
-        "limit-off-the-page": M("limit = (tokens - kept)<| // page_size * page_size|>", ""),
+        "limit-off-the-page": M(
+            "limit = (tokens - kept)<| // adder.page_size * adder.page_size|>", ""
+        ),
         "decodes-leave-nothing": M("max(size - decodes, <|least|>, plans.page_size", "0"),
         "nothing-kept": M("if most is not None<| and tokens|>:", " and False"),
         "waits-behind-itself": M("for other in first<| if other is not req|>)", ""),

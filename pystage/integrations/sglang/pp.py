@@ -245,7 +245,7 @@ def set_budget(adder: Any, tokens: int, page_size: int) -> None:
     most = getattr(adder, "chunked_req_limit", None)
     if most is not None and tokens:
         kept = adder.rem_chunk_tokens - most
-        limit = (tokens - kept) // page_size * page_size
+        limit = (tokens - kept) // adder.page_size * adder.page_size
         adder.chunked_req_limit = max(limit, min(tokens, page_size))
     adder.rem_chunk_tokens = tokens
 
