@@ -1097,6 +1097,14 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return found
 
 
+def planned(monkeypatch: pytest.MonkeyPatch, times: dict[int, float]) -> QueueSizer:
+    """Plans of 1,024 for long prompts, and a queue over four stages with these chunk times."""
+    queue = QueueSizer(times, 4)
+    plans = pp.Plans({65536: [1024] * 64}, 131072, 64, 8192, base=8192, queue=queue)
+    monkeypatch.setattr(pp.serving, "plans", plans)
+    return queue
+
+
 def test_what_waits(scheduler: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [SimpleNamespace(origin_input_ids=range(n)) for n in (10, 200, 3000)]
     scheduler.waiting_queue = requests
@@ -1126,9 +1134,7 @@ def test_what_is_cached_does_not_wait(
     scheduler: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Turns of a long chat: of 30,000 tokens a few hundred are new."""
-    queue = QueueSizer({1024: 12.0, 4096: 40.0}, 4)
-    plans = pp.Plans({65536: [1024] * 64}, 131072, 64, 8192, base=8192, queue=queue)
-    monkeypatch.setattr(pp.serving, "plans", plans)
+    planned(monkeypatch, {1024: 12.0, 4096: 40.0})
     for _ in range(50):
         pp.fit_batch_to(adder(8192), request(30_000, 29_500), continued=False)
     scheduler.waiting_queue = [request(30_000, 29_500)] * 2
@@ -1163,9 +1169,7 @@ def test_what_is_in_flight(scheduler: SimpleNamespace) -> None:
 def test_decodes_leave_a_part_of_a_chunk(
     scheduler: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue = QueueSizer({1024: 12.0, 8192: 90.0}, 4)
-    plans = pp.Plans({65536: [1024] * 64}, 131072, 64, 8192, base=8192, queue=queue)
-    monkeypatch.setattr(pp.serving, "plans", plans)
+    queue = planned(monkeypatch, {1024: 12.0, 8192: 90.0})
     for decodes, budget in ((0, 1024), (200, 1024), (1100, 1024)):
         batch = adder(8192 - decodes)
         pp.fit_batch_to(batch, request(8000, 0), continued=False)
@@ -1191,9 +1195,7 @@ def test_a_request_beside_one_that_has_begun_is_not_sized(
     scheduler: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where SGLang leaves that one out of the batch: it can split one request at a time."""
-    queue = QueueSizer({1024: 12.0, 8192: 90.0}, 4)
-    plans = pp.Plans({65536: [1024] * 64}, 131072, 64, 8192, base=8192, queue=queue)
-    monkeypatch.setattr(pp.serving, "plans", plans)
+    planned(monkeypatch, {1024: 12.0, 8192: 90.0})
     for has_chunked_req, budget in ((True, 8192), (False, 1024)):
         batch = adder(8192)
         done = plugin.sizer.add_one_req(

@@ -40,7 +40,7 @@ import sys
 import time
 import traceback
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -468,6 +468,21 @@ def batches_of_many(lengths: Sequence[int], next_size: NextSize) -> list[Batch]:
     return batches
 
 
+def by_length(plans: Mapping[int, Sequence[int]]) -> NextSize:
+    """Sizes from the plan for the least of these lengths that the prompt does not exceed."""
+    return lambda history, prompt, _: size_at(plans[min(n for n in plans if n >= prompt)], history)
+
+
+def while_waiting(queue: QueueSizer, alone: NextSize) -> NextSize:
+    """The queue's sizes while prompts wait, else those of `alone`."""
+
+    def size(history: int, prompt: int, waiting: int) -> int:
+        found = queue.next_chunk(prompt - history, waiting)
+        return alone(history, prompt, waiting) if found is None else found
+
+    return size
+
+
 def _told(choice: Choice, seconds: float) -> dict[str, Any]:
     return {**asdict(choice), "gain": choice.gain, "seconds": seconds}
 
@@ -790,17 +805,8 @@ class Bench:
         told = self.results["trace"] = {"lengths": lengths}
         # As the SGLang plugin does: plans for a few lengths, and a size is looked up by history.
         lengths_of_plans = [args.context // 4 >> k for k in range(3)]
-        plans = {n: self._choose(n, "trace choice") for n in lengths_of_plans}
-
-        def chosen(history: int, prompt: int, _waiting: int) -> int:
-            return size_at(plans[min(n for n in plans if n >= prompt)], history)
-
-        queue = self._queue()
-
-        def queued(history: int, prompt: int, waiting: int) -> int:
-            size = queue.next_chunk(prompt - history, waiting)
-            return chosen(history, prompt, waiting) if size is None else size
-
+        chosen = by_length({n: self._choose(n, "trace choice") for n in lengths_of_plans})
+        queued = while_waiting(self._queue(), chosen)
         for name, next_size in {**self.next_sizes, "choose": chosen, "queue": queued}.items():
             if name in args.without:
                 continue

@@ -26,9 +26,8 @@ from typing import Any
 import numpy as np
 
 from bench.common import load, write_result
-from bench.pp.prefill import trace_lengths
+from bench.pp.prefill import NextSize, by_length, trace_lengths, while_waiting
 from pystage.pp import BudgetSizer, ChunkSizer, LatencyModel, Profile, QueueSizer
-from pystage.pp.choice import size_at
 from pystage.pp.makespan import histories
 
 FIXED = (512, 1024, 2048, 4096, 8192, 16384)
@@ -38,9 +37,6 @@ WAITING = (16384, 65536, 131072, 524288)
 ARRIVALS = {"all at once": None, "half load": 0.5, "80 % load": 0.8}
 """Share of the pipeline's throughput with the best fixed size at which prompts arrive."""
 
-NextSize = Callable[[int, int, int], int]
-"""The next chunk by the tokens that are done, the prompt's length, and the tokens that wait behind
-it."""
 MakeRule = Callable[[], NextSize]
 """A fresh rule for each queue: rules may remember."""
 
@@ -96,17 +92,10 @@ def rules(stages: Stages) -> dict[str, MakeRule]:
         n: stages.sizer.choose(n, stages.ranks, **stages.told).chunks
         for n in (LONGEST >> k for k in range(5))
     }
-
-    def alone(history: int, prompt: int, _waiting: int) -> int:
-        return size_at(plans[min(n for n in plans if n >= prompt)], history)
+    alone = by_length(plans)
 
     def queued() -> NextSize:
-        queue = stages.sizer.for_queue(stages.ranks, **stages.told)
-
-        def size(history: int, prompt: int, waiting: int) -> int:
-            return queue.next_chunk(prompt - history, waiting) or alone(history, prompt, waiting)
-
-        return size
+        return while_waiting(stages.sizer.for_queue(stages.ranks, **stages.told), alone)
 
     def fixed(size: int) -> MakeRule:
         return lambda: lambda *_: size

@@ -27,10 +27,10 @@ from pystage.pp.profile import (
     random_token_ids,
     time_chunks,
 )
+from pystage.pp.queue import QueueSizer
 from pystage.pp.samples import Profile, Sample, Timing
 from pystage.pp.share import RemoteProfileError, share_json, share_model, share_profile
 from pystage.pp.sizer import ChunkSizer
-from pystage.pp.waiting import QueueSizer
 
 __all__ = [
     "BudgetSizer",

@@ -52,6 +52,21 @@ def pipeline_ends(
     return arrived
 
 
+def stages_of(
+    ranks: int, stage_factors: Sequence[float] | None, overhead_ms: float | Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Factor and overhead in ms of each stage, [ranks] each, from arguments as of
+    `ChunkSizer.choose`."""
+    factors = tuple(stage_factors) if stage_factors is not None else (1.0,) * ranks
+    if len(factors) != ranks or not all(f > 0 for f in factors):
+        raise ValueError(f"stage_factors={stage_factors}: {ranks} positive numbers are needed")
+    given = np.asarray(overhead_ms, np.float64)
+    more = tuple(given.tolist()) if given.ndim else (float(given),) * ranks
+    if len(more) != ranks or not all(ms >= 0 for ms in more):
+        raise ValueError(f"overhead_ms={overhead_ms}: one number or {ranks}, none negative")
+    return factors, more
+
+
 def makespan(
     chunk_ms: Floats, factors: Sequence[float], overhead_ms: float | Sequence[float] = 0.0
 ) -> float:

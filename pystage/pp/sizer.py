@@ -18,10 +18,10 @@ from pystage.pp.choice import (
     grain_between,
     timed,
 )
-from pystage.pp.makespan import fixed_chunks, histories, makespan
+from pystage.pp.makespan import fixed_chunks, histories, makespan, stages_of
 from pystage.pp.makespan import simulate_pipeline as simulate_pipeline  # noqa: PLC0414
 from pystage.pp.model import LatencyModel
-from pystage.pp.waiting import QueueSizer, stages_of
+from pystage.pp.queue import QueueSizer
 
 logger = logging.getLogger(__name__)
 

@@ -137,12 +137,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "pystage/pp/choice.py": ("pytest tests/test_pp_choose.py tests/test_pp_sizer.py",),
     "pystage/pp/samples.py": ("pytest tests/test_pp_profile.py -k 'not importing'",),
     "pystage/pp/sizer.py": (
-        "pytest tests/test_pp_waiting.py -k 'not study and not as_good'",
+        "pytest tests/test_pp_queue.py -k 'not study and not as_good'",
         "pytest tests/test_pp_sizer.py -k 'not plans_cover_any'",
         "pytest tests/test_pp_sizer.py -k plans_cover_any",
     ),
     "pystage/pp/profile.py": ("pytest tests/test_pp_profile.py -k 'not importing'",),
-    "pystage/pp/waiting.py": ("pytest tests/test_pp_waiting.py -k 'not study and not as_good'",),
+    "pystage/pp/queue.py": ("pytest tests/test_pp_queue.py -k 'not study and not as_good'",),
     "pystage/pp/share.py": ("pytest tests/test_pp_share.py",),
     **{
         f"pystage/integrations/sglang/{name}.py": (

@@ -30,7 +30,7 @@ MUTANTS: Mutants = {
         ),
         "floor-not-fitted": M('with_floor = form.name <|!=|> "linear"', "=="),
     },
-    "pystage/pp/waiting.py": {
+    "pystage/pp/queue.py": {
         "others-free": M(
             "<|np.maximum(tokens / self._sizes, 1.0)|> * self._slowest + self._others", "1.0"
         ),
@@ -45,7 +45,6 @@ MUTANTS: Mutants = {
         "kept-by-nobody": M("self._kept = <|size if left + waiting > size else 0|>", "size"),
         "alone-too": M("if <|waiting < left|>:", "False"),
         "what-waits-alone": M("self.size(<|left + waiting|>)", "waiting"),
-        "no-factors": M("return <|factors|>, more", "(1.0,) * ranks"),
     },
     "pystage/pp/model.py": {
         "gate-min-samples-off": M("if report.samples_used < gate.min_samples:", "if False:"),
@@ -205,6 +204,7 @@ MUTANTS: Mutants = {
         ),
     },
     "pystage/pp/makespan.py": {
+        "no-factors": M("return <|factors|>, more", "(1.0,) * ranks"),
         "fixed-rest-lost": M("return [size] * whole<| + [rest] * bool(rest)|>", ""),
         "fixed-rest-zero": M("[rest] * <|bool(rest)|>", "1"),
         "histories-inclusive": M("return np.cumsum(sizes)<| - sizes|>", ""),

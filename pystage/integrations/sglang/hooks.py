@@ -66,7 +66,7 @@ def optional(settings: Settings) -> list[Hook]:
         ("self",),
         sizer.init_dynamic_chunk_sizer,
     )
-    starts = (settings.budget_ms or settings.correct or settings.sizer) and is_there(start)
+    starts = any((settings.budget_ms, settings.correct, settings.sizer)) and is_there(start)
     budget, correct = starts and settings.budget_ms > 0, starts and settings.correct
     if starts:
         hooks.append(start)

@@ -15,12 +15,13 @@ cached prefix. If the rest of the prompt is only a little longer than the plan's
 the whole rest (SGLang #23621). A request that does not begin its batch takes what the batch has
 left.
 
-While as much waits in the queue, or is in the pipeline, as is left of the request, the size is that
-for a queue (``QueueSizer``). So is that of a request no longer than SGLang's own chunk, which
-SGLang would not split: its batch would pass the stages one by one. The ranks agree on the size,
-because they have the same queue and the same batches in flight when they make a batch. What of a
-waiting request is cached is not known before SGLang takes it; the share of tokens that were not
-cached, of the requests that lately were to begin a batch, stands for it.
+A request gets the size for a queue (``QueueSizer``) while at least as many tokens of other requests
+wait in SGLang's queue, or are in the pipeline, as are left of it. A request no longer than SGLang's
+own chunk always gets one: SGLang would not split it, and its batch would pass the stages one by
+one. The ranks agree on the size, because they have the same queue and the same batches in flight
+when they make a batch. What of a waiting request is cached is not known before SGLang takes it. The
+share of tokens that were not cached, of the requests that lately were to begin a batch, stands for
+it.
 
 Sizes are whole pages and multiples of the tensor and context parallel sizes. Only the first stage
 is timed. The others count by their number of layers, which SGLang makes larger on the last stages
@@ -68,8 +69,9 @@ CONTEXT_MARGIN = 100
 """Number of context tokens that SGLang's own sizer leaves free."""
 _PROMPTS = 4  # number of plans: for prompts of the whole context, half of it, and so on
 _TIMED, _BUDGET = 3, 32  # plans whose finalists are timed, and forwards for each
-_SMALLEST = 1024  # of a queue's chunks: the time that SGLang itself takes for a batch is not in the
-# timings, and counts most where chunks are short
+# The smallest chunk of a queue. The timings lack the time that SGLang takes for a batch, which
+# counts most where chunks are short.
+_SMALLEST = 1024
 _LEAST_SHARE = 8  # beside decodes a chunk keeps this part of the static size at least
 _LOOK_AHEAD = 64  # requests of the queue that count
 _FORGET = 0.95  # weight of the requests before, for the share of tokens that are not cached
@@ -300,9 +302,9 @@ def _decide(owner: Any, with_plans: bool, profile: Profile, run: Step) -> dict[s
     model = LatencyModel.fit(profile)
     limit, base = sample_plan(owner).max_tokens, int(owner.chunked_prefill_size)
     lengths = [limit >> k for k in range(_PROMPTS) if (limit >> k) > base] or [limit]
-    choices, queue, stages = {}, {}, stages_of(owner)
+    choices, queue, stages = {}, {}, []
     if with_plans:
-        sizes = sizes_of(owner, lengths[0])
+        sizes, stages = sizes_of(owner, lengths[0]), stages_of(owner)
 
         def time(points: Sequence[Point]) -> Sequence[float]:
             return time_chunks(run, points, owner.device)

@@ -2,9 +2,9 @@
 
 Note [One size while prompts wait]
 A prompt that runs alone pays for the time in which the pipeline fills and drains, so `choose` takes
-short chunks. In a queue the next prompt fills the pipeline, and fill and drain count once for all.
-So the more tokens wait, the longer the best chunk. And it is the same for all of them: where chunks
-of different times follow each other, stages wait for each other. So a size stays as long as prompts
+short chunks. In a queue the next prompt fills the pipeline, so that time counts once for all. The
+more tokens wait, the longer is the best chunk. One size is best for all of them, because stages
+wait for each other where chunks of different times follow each other. So a size stays while prompts
 wait, also when the queue gets shorter. bench/pp/queues.py compares the rules (docs/pp.md).
 """
 
@@ -15,21 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pystage.pp.forms import Floats
-
-
-def stages_of(
-    ranks: int, stage_factors: Sequence[float] | None, overhead_ms: float | Sequence[float]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Factor and overhead in ms of each stage, [ranks] each, from arguments as of
-    `ChunkSizer.choose`."""
-    factors = tuple(stage_factors) if stage_factors is not None else (1.0,) * ranks
-    if len(factors) != ranks or not all(f > 0 for f in factors):
-        raise ValueError(f"stage_factors={stage_factors}: {ranks} positive numbers are needed")
-    given = np.asarray(overhead_ms, np.float64)
-    more = tuple(given.tolist()) if given.ndim else (float(given),) * ranks
-    if len(more) != ranks or not all(ms >= 0 for ms in more):
-        raise ValueError(f"overhead_ms={overhead_ms}: one number or {ranks}, none negative")
-    return factors, more
+from pystage.pp.makespan import stages_of
 
 
 class QueueSizer:
@@ -38,7 +24,7 @@ class QueueSizer:
     Use it where the next prompt begins in the chunk in which one ends. `ChunkSizer.for_queue` makes
     it, on one rank: the others make theirs of the same `ms_by_size`, since timings differ. All
     ranks must ask for the same chunks in the same order, since it remembers its size. Not
-    thread-safe. See Note [One size while prompts wait] in waiting.py.
+    thread-safe. See Note [One size while prompts wait] in queue.py.
 
     Args:
         ms_by_size: the time of a chunk on the first stage in ms, by its size in tokens. Kept as an
